@@ -1,0 +1,60 @@
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fdda {
+namespace {
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks the operating system for the wide registers' state.
+const Isa kIsas[kNumIsas] = {
+    {"generic", &generic::kernels, true},
+    {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+    {"avxvnni", nullptr, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")},
+    {"avx512", nullptr,
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+    {"avx512vnni", &avx512vnni::kernels,
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni")},
+};
+#else
+const Isa kIsas[kNumIsas] = {
+    {"generic", &generic::kernels, true}, {"avx2", nullptr, false},       {"avxvnni", nullptr, false},
+    {"avx512", nullptr, false},           {"avx512vnni", nullptr, false},
+};
+#endif
+
+std::atomic<const Isa*> active{nullptr};
+
+const Isa* with_kernels(const Isa* isa) {
+  while (!isa->kernels) --isa;
+  return isa;
+}
+
+const Isa* current() {
+  if (!active.load()) select_isa(nullptr);
+  return active.load();
+}
+
+}  // namespace
+
+const Isa* isas() { return kIsas; }
+
+const Kernels& active_kernels() { return *current()->kernels; }
+
+const char* active_isa() { return current()->name; }
+
+const char* select_isa(const char* name) {
+  for (int i = kNumIsas - 1; i >= 0; --i) {
+    if (name ? std::strcmp(name, kIsas[i].name) != 0 : !kIsas[i].supported) continue;
+    if (!kIsas[i].supported) return "is not supported by this processor";
+    active = with_kernels(&kIsas[i]);
+    return nullptr;
+  }
+  return "is not a known instruction set";
+}
+
+}  // namespace fdda

@@ -1,0 +1,31 @@
+// The kernels of one instruction set. Sources that include this are compiled once per rung, with
+// FDDA_ISA naming the rung; they avoid library templates, whose merged copies could be called on a
+// processor that lacks the rung's instructions.
+#pragma once
+
+#include "kernels.h"
+
+namespace fdda {
+namespace FDDA_ISA {
+
+void fake_quantize(const FakeQuantize&);
+void fake_quantize_backward(const FakeQuantizeBackward&);
+void fake_quantize_range(const FakeQuantizeRange&);
+void class_moments(const ClassMoments&);
+void class_moments_backward(const ClassMomentsBackward&);
+void quantize(const Quantize&);
+void max_pool(const MaxPool&);
+void pack_weight(const PackWeight&);
+void unpack_weight(const UnpackWeight&);
+void packed_conv2d(const PackedConv&);
+void packed_linear_s32(const PackedLinearS32&);
+
+// Groups of one channel in, one channel out.
+void depthwise_conv2d(const PackedConv&);
+
+}  // namespace FDDA_ISA
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace fdda

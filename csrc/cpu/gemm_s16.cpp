@@ -1,0 +1,91 @@
+// Packed convolution on any processor: inputs minus their zero point and weights, both as int16. Sums
+// of int16 products are what compilers turn into pmaddwd and its kin.
+
+#include "packed_driver.h"
+
+namespace fdda {
+namespace FDDA_ISA {
+namespace {
+
+struct S16 {
+  using Input = int16_t;
+  using Weight = int16_t;
+  static constexpr int64_t kColumns = 64;
+  static constexpr bool kReadsInput = false;
+  static constexpr int kChannels = 4;  // per pass over a row
+
+  // A panel holds 16 rows of weights.
+  static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
+                     const int8_t* offset, Weight* panel, int32_t* start) {
+    const int64_t size = ceil_div(depth, kBlockDepth) * kBlockDepth;
+    for (int64_t block = 0; block < size / kBlockDepth; ++block) {
+      const uint8_t* bytes = planes + block * conv.bits * kPlaneBytes;
+      int16_t codes[kPanelRows * kBlockDepth] = {};
+      for (int b = 0; b < conv.bits; ++b, bytes += kPlaneBytes) {
+        const int weight = b == conv.bits - 1 ? -(1 << b) : 1 << b;
+        for (int j = 0; j < kPanelRows * kBlockDepth; ++j) {
+          const int bit = bytes[j / 8] >> (j % 8) & 1;
+          codes[j] = static_cast<int16_t>(codes[j] + bit * weight);
+        }
+      }
+      for (int n = 0; n < kPanelRows; ++n) {
+        for (int k = 0; k < kBlockDepth; ++k) {
+          panel[n * size + block * kBlockDepth + k] =
+              static_cast<int16_t>(codes[n * kBlockDepth + k] + offset[n]);
+        }
+      }
+    }
+    for (int n = 0; n < kPanelRows; ++n) start[n] = 0;
+  }
+
+  static void copy(Input* out, const uint8_t* x, int64_t n, const PackedConv& conv) {
+    const int zero = conv.x_zero_point;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int16_t>(x[i] - zero);
+  }
+
+  static void pad(Input* out, int64_t n, const PackedConv&) {
+    memset(out, 0, n * sizeof(Input));
+  }
+
+  static int32_t row_sum(const Input* row, int64_t depth, const PackedConv&) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < depth; ++i) sum += row[i];
+    return sum;
+  }
+
+  static void gemm(const Tile<S16>& t) {
+    const int64_t size = t.depth_blocks * kBlockDepth;
+    for (int64_t n = 0; n < t.columns; n += kChannels) {
+      const Weight* __restrict w = t.panels + n * size;
+      const int64_t count = min64(kChannels, t.columns - n);
+      for (int64_t r = 0; r < t.num_rows; ++r) {
+        const Input* __restrict x = t.rows + r * t.row_stride;
+        int32_t acc[kChannels] = {};
+        for (int64_t k = 0; k < size; ++k) acc[0] += int32_t{x[k]} * w[k];
+        for (int64_t k = 0; k < size; ++k) acc[1] += int32_t{x[k]} * w[size + k];
+        for (int64_t k = 0; k < size; ++k) acc[2] += int32_t{x[k]} * w[2 * size + k];
+        for (int64_t k = 0; k < size; ++k) acc[3] += int32_t{x[k]} * w[3 * size + k];
+        const int64_t channel = t.first_channel + n;
+        const int64_t index = (t.first_row + r) * t.conv->out_channels + channel;
+        for (int64_t j = 0; j < count; ++j) {
+          const int64_t offset =
+              t.row_sums ? t.conv->weight_offset[channel + j] * t.row_sums[r] : 0;
+          store_output(t.conv->epilogue, index + j, channel + j, acc[j] + offset);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void packed_conv2d(const PackedConv& conv) {
+  if (conv.groups == conv.channels && conv.groups == conv.out_channels) {
+    depthwise_conv2d(conv);
+  } else {
+    Driver<S16>(conv).run();
+  }
+}
+
+}  // namespace FDDA_ISA
+}  // namespace fdda

@@ -1,0 +1,139 @@
+// The dispatch table: one function pointer per kernel, one table per instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../common/packed.h"
+
+namespace fdda {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+// A dense tensor seen as [outer, channels, inner]; per-tensor parameters: outer = channels = 1.
+struct ChannelView {
+  int64_t outer, channels, inner;
+};
+
+struct FakeQuantize {
+  Dtype dtype;
+  const void* x;
+  void* y;
+  ChannelView view;
+  const float* scale;       // [channels]
+  const float* zero_point;  // [channels]
+  float quant_min, quant_max;
+};
+
+struct FakeQuantizeBackward {
+  FakeQuantize forward;  // `y` receives the gradient with respect to x
+  const void* grad;
+};
+
+// x_min and x_max null: taken from x.
+struct FakeQuantizeRange {
+  Dtype dtype;
+  const void* x;
+  void* y;
+  ChannelView view;
+  const float* x_min;  // [channels]
+  const float* x_max;  // [channels]
+  int bits;
+};
+
+// channels_last: element (n, c, i) at (n * inner + i) * channels + c, else (n * channels + c) * inner + i.
+struct ClassMoments {
+  Dtype dtype;
+  const void* x;
+  int64_t batch, channels, inner;
+  bool channels_last;
+  const int64_t* labels;  // [batch]
+  int64_t num_classes;
+  float* mean;  // [num_classes, channels]
+  float* var;
+  int64_t* count;  // [num_classes]
+};
+
+struct ClassMomentsBackward {
+  Dtype dtype;
+  const void* x;
+  void* grad_x;
+  int64_t batch, channels, inner;
+  bool channels_last;
+  const int64_t* labels;
+  const float* grad_mean;  // [num_classes, channels]
+  const float* grad_var;
+  const float* mean;
+  const int64_t* count;
+};
+
+struct Quantize {
+  const float* x;  // [batch, channels, height, width] with any strides, in elements
+  int64_t batch, channels, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  float scale, zero_point;
+  int bits;
+  uint8_t* out;  // NHWC
+};
+
+struct MaxPool {
+  const uint8_t* x;  // NHWC
+  int64_t batch, height, width, channels, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  uint8_t* out;
+};
+
+struct PackWeight {
+  const int32_t* codes;  // [rows, cols]
+  int64_t rows, cols;
+  int bits;
+  uint8_t* packed;
+};
+
+struct UnpackWeight {
+  const uint8_t* packed;
+  int bits;
+  int64_t rows, cols;
+  int8_t* codes;
+};
+
+struct Kernels {
+  void (*fake_quantize)(const FakeQuantize&);
+  void (*fake_quantize_backward)(const FakeQuantizeBackward&);
+  void (*fake_quantize_range)(const FakeQuantizeRange&);
+  void (*class_moments)(const ClassMoments&);
+  void (*class_moments_backward)(const ClassMomentsBackward&);
+  void (*quantize)(const Quantize&);
+  void (*max_pool)(const MaxPool&);
+  void (*pack_weight)(const PackWeight&);
+  void (*unpack_weight)(const UnpackWeight&);
+  void (*packed_conv2d)(const PackedConv&);
+  void (*packed_linear_s32)(const PackedLinearS32&);
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512vnni {
+extern const Kernels kernels;
+}
+
+// Instruction sets, lowest first.
+struct Isa {
+  const char* name;
+  const Kernels* kernels;  // null: this rung has none of its own, the next lower one serves
+  bool supported;          // by this processor
+};
+constexpr int kNumIsas = 5;
+const Isa* isas();
+
+const Kernels& active_kernels();
+// The rung in use.
+const char* active_isa();
+// Selects `name`, or the best supported rung for null. Returns null, or what is wrong.
+const char* select_isa(const char* name);
+
+}  // namespace fdda

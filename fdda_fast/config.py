@@ -1,0 +1,253 @@
+"""Settings of every stage: frozen dataclasses with the presets `fast` (default) and `reference`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from .quantization.bits import Bits
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = ("fast", "reference")
+_EPOCH = 200  # steps, in the paper's settings
+_Config = TypeVar("_Config", bound="_Section")
+
+
+class _Section:
+    """What all settings share: checks that speak of the field, plain-dict conversion."""
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"{type(self).__name__}.{name} must be {expected}, got {getattr(self, name)!r}"
+            )
+
+    def replace(self: _Config, **changes: Any) -> _Config:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class SynthesisConfig(_Section):
+    """How the generator is trained.
+
+    Args:
+        steps: generator steps when it is trained on its own.
+        seed: decides every draw.
+        batch_size: images of random classes per step (batch A: cross entropy and L_BNS).
+        classes_per_step, images_per_class: batch B, whose classes are aligned with their centers.
+        joint_pass: batches A and B go through the generator together and share its batch
+            statistics; otherwise one after the other, as in the paper.
+        any_class_steps: for this many steps batch B may be of any class, reliable or not.
+        lr, betas, lr_milestones, lr_decay: Adam; the rate is multiplied by lr_decay at each
+            milestone (a step).
+        ce_weight, bns_weight: on batch A. class_ce_weight, distorted_weight (L_D),
+            centralized_weight (L_C): on batch B.
+        clamp_variance: keep the variance targets of L_D at or above zero.
+    """
+
+    steps: int = 2000
+    seed: int = 0
+    batch_size: int = 16
+    classes_per_step: int = 4
+    images_per_class: int = 4
+    joint_pass: bool = True
+    any_class_steps: int = 100
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.5, 0.999)
+    lr_milestones: tuple[int, ...] = (1000, 1500)
+    lr_decay: float = 0.1
+    ce_weight: float = 0.5
+    bns_weight: float = 0.2
+    class_ce_weight: float = 0.5
+    distorted_weight: float = 0.9
+    centralized_weight: float = 0.01
+    clamp_variance: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "classes_per_step", "images_per_class"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("steps", "seed", "any_class_steps"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._require("lr", self.lr > 0, "> 0")
+        self._require("betas", len(self.betas) == 2, "two numbers")
+
+    @classmethod
+    def reference(cls) -> SynthesisConfig:
+        """The paper's settings (method and released code), to the letter."""
+        return cls(
+            steps=400 * _EPOCH,
+            classes_per_step=1,
+            images_per_class=16,
+            joint_pass=False,
+            any_class_steps=5 * _EPOCH,
+            lr_milestones=(100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
+            clamp_variance=False,
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(_Section):
+    """How the student is quantised and fine-tuned.
+
+    Args:
+        steps: fine-tuning steps; 0 means activation ranges from the calibration images and
+            nothing else.
+        warmup_steps: generator steps before the first fine-tuning step, when the generator is
+            trained along the way.
+        seed: decides every draw of the fine-tuning.
+        placement, keep_float: see `fdda_fast.quantization.prepare`.
+        reference_ranges: the paper's activation ranges, a moving average from zero over the first
+            `range_steps` generator steps' images, however untrained the generator then is;
+            otherwise the ranges are taken just before fine-tuning, from `range_steps` batches of
+            calibration and synthetic images.
+        real_batch, synthetic_batch: images per fine-tuning step; either may be 0.
+        real_crop, synthetic_crop: area range of the random resized crop.
+        flip: mirror half of the images.
+        lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
+            cosine that the rate follows; None: `steps`.
+        temperature, distillation_weight: see `fdda_fast.losses.distillation`.
+        synthesis: how the generator is trained when none is given.
+    """
+
+    steps: int = 2000
+    warmup_steps: int = 1000
+    seed: int = 0
+    placement: str = "full_integer"
+    keep_float: tuple[str, ...] = ()
+    reference_ranges: bool = False
+    range_steps: int = 20
+    real_batch: int = 16
+    synthetic_batch: int = 16
+    real_crop: tuple[float, float] = (0.5, 1.0)
+    synthetic_crop: tuple[float, float] = (0.5, 1.0)
+    flip: bool = True
+    lr: float = 1e-4
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    cosine_steps: int | None = None
+    temperature: float = 20.0
+    distillation_weight: float = 20.0
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup_steps", "seed", "real_batch", "synthetic_batch"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._require(
+            "real_batch", self.real_batch + self.synthetic_batch > 0, "> 0 where synthetic_batch is"
+        )
+        self._require("range_steps", self.range_steps >= 1, ">= 1")
+        for name in ("real_crop", "synthetic_crop"):
+            low, high = getattr(self, name)
+            self._require(name, 0 < low <= high <= 1, "(low, high) with 0 < low <= high <= 1")
+        for name in ("lr", "temperature"):
+            self._require(name, getattr(self, name) > 0, "> 0")
+
+    @classmethod
+    def reference(cls) -> QuantizeConfig:
+        """The paper's settings (method and released code), to the letter."""
+        return cls(
+            steps=350 * _EPOCH,
+            warmup_steps=50 * _EPOCH,
+            placement="paper",
+            reference_ranges=True,
+            range_steps=4 * _EPOCH,
+            real_crop=(0.08, 1.0),
+            lr=1e-6,
+            cosine_steps=20_000,
+            synthesis=SynthesisConfig.reference(),
+        )
+
+
+def preset(name: str) -> QuantizeConfig:
+    """The settings called `fast` or `reference`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "fast":
+        return QuantizeConfig()
+    if name == "reference":
+        return QuantizeConfig.reference()
+    raise ValueError(f"preset must be one of {PRESETS}, got {name!r}")
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """A dataclass as plain values; None is left out, since TOML has no such value."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: plain(v) for name, v in pairs if v is not None}
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(section)
+
+
+def from_dict(base: _Config | Bits, values: Mapping[str, Any], where: str = "config") -> Any:
+    """`base` with the fields named in `values` replaced; types must be those of the fields.
+
+    Raises:
+        ValueError: an unknown field, a value of another type, or one out of range.
+    """
+    known = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{where}: unknown setting {name!r}; known: {sorted(known)}")
+        current, label = known[name], f"{where}.{name}"
+        if dataclasses.is_dataclass(current):
+            changes[name] = from_dict(current, value, label)
+        elif isinstance(current, bool) or isinstance(value, bool):
+            changes[name] = _typed(label, value, bool)
+        elif isinstance(current, float):
+            changes[name] = float(_typed(label, value, (int, float)))
+        elif isinstance(current, tuple):
+            changes[name] = tuple(_typed(label, value, (list, tuple)))
+        elif isinstance(current, Mapping):
+            items = _typed(label, value, Mapping).items()
+            changes[name] = {k: tuple(v) for k, v in items}
+        else:
+            changes[name] = _typed(label, value, int if current is None else type(current))
+    return dataclasses.replace(base, **changes)
+
+
+def _typed(label: str, value: Any, types: Any) -> Any:
+    if not isinstance(value, types):
+        wanted = types if isinstance(types, tuple) else (types,)
+        names = " or ".join(t.__name__ for t in wanted)
+        raise ValueError(f"{label} must be {names}, got {value!r}")
+    return value
+
+
+def write_toml(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Writes to a temporary name, then renames."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Raises FileNotFoundError, or ValueError when the file is not TOML."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from error

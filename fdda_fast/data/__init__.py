@@ -1,0 +1,16 @@
+"""Data sets, the calibration draw and image augmentation."""
+
+from .augment import random_resized_crop
+from .calibration import Calibration, draw, from_record
+from .preprocessing import Preprocessing
+from .sources import ImageSource, open_source
+
+__all__ = [
+    "Calibration",
+    "ImageSource",
+    "Preprocessing",
+    "draw",
+    "from_record",
+    "open_source",
+    "random_resized_crop",
+]

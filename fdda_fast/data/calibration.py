@@ -1,0 +1,98 @@
+"""The calibration draw: k labelled images per class, recorded so that it can be repeated."""
+
+from __future__ import annotations
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..seeding import stream
+from .sources import ImageSource
+
+_DRAW_STREAM = 20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The few real images.
+
+    Attributes:
+        images: float32 [N, C, H, W], normalised. labels: int64 [N].
+        indices: rows of the source. files: where each image was read from.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: tuple[int, ...]
+    files: tuple[str, ...]
+
+    def save_record(self, path: str | Path) -> None:
+        """Writes label, index and file of every image as CSV."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["label", "index", "file"])
+            rows.writerows(zip(self.labels.tolist(), self.indices, self.files, strict=True))
+        os.replace(temporary, path)
+
+
+def draw(source: ImageSource, per_class: int, seed: int) -> Calibration:
+    """Draws `per_class` images of every class that the source has, without replacement.
+
+    Raises:
+        ValueError: per_class < 1, or a class with fewer images.
+    """
+    if per_class < 1:
+        raise ValueError(f"per_class must be >= 1, got {per_class}")
+    indices: list[int] = []
+    for label in source.labels.unique().tolist():
+        rows = (source.labels == label).nonzero()[:, 0]
+        if len(rows) < per_class:
+            raise ValueError(
+                f"class {label} ({source.class_names[label]}) of {source.name} has {len(rows)} "
+                f"images, fewer than per_class={per_class}"
+            )
+        order = torch.randperm(len(rows), generator=stream(seed, _DRAW_STREAM, label))
+        indices += rows[order[:per_class]].tolist()
+    return at(source, indices)
+
+
+def at(source: ImageSource, indices: list[int]) -> Calibration:
+    """The images at given rows of the source.
+
+    Raises:
+        ValueError: a row that the source does not have.
+    """
+    wrong = [i for i in indices if not 0 <= i < len(source)]
+    if wrong:
+        raise ValueError(f"{source.name} has rows 0..{len(source) - 1}, not {wrong[:5]}")
+    files = tuple(source.file_of(i) for i in indices)
+    return Calibration(source.images(indices), source.labels[indices], tuple(indices), files)
+
+
+def from_record(source: ImageSource, path: str | Path) -> Calibration:
+    """Repeats a recorded draw.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a record, or one of another data set.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            rows = [(int(r["label"]), int(r["index"]), r["file"]) for r in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a calibration record ({error!r})") from error
+    if not rows:
+        raise ValueError(f"{path}: names no image")
+    calibration = at(source, [index for _, index, _ in rows])
+    found = list(zip(calibration.labels.tolist(), calibration.files, strict=True))
+    if found != [(label, name) for label, _, name in rows]:
+        raise ValueError(f"{path}: was drawn from another data set than {source.name}")
+    return calibration

@@ -1,0 +1,82 @@
+"""How an image file becomes a network input; travels with centers and packed models as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize (shorter side, bilinear), centre crop, scale to [0, 1], normalise per channel.
+
+    Args:
+        image_size: side of the square network input, in pixels.
+        resize: length of the shorter side before the crop, in pixels.
+        mean, std: per channel, for values in [0, 1]; their length (1 or 3) is the channel count.
+    """
+
+    image_size: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.resize < self.image_size:
+            raise ValueError(
+                f"resize must be >= image_size >= 1, got resize={self.resize}, "
+                f"image_size={self.image_size}"
+            )
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError(
+                f"mean and std need 1 or 3 values each, got {len(self.mean)} and {len(self.std)}"
+            )
+        if not all(s > 0 for s in self.std):
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """A PIL image -> float32 [C, image_size, image_size]."""
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if min(image.size) != self.resize:
+            image = tvf.resize(image, [self.resize], interpolation=InterpolationMode.BILINEAR)
+        image = tvf.center_crop(image, [self.image_size, self.image_size])
+        return self.normalize(tvf.pil_to_tensor(image)[None])[0]
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, C, H, W] -> float32 of the same shape."""
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+    def denormalize(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [N, C, H, W] as the network sees it -> uint8 pixels, clamped to [0, 255]."""
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Preprocessing:
+        """Raises ValueError when keys are missing or values out of range."""
+        try:
+            return cls(
+                image_size=int(values["image_size"]),
+                resize=int(values["resize"]),
+                mean=tuple(float(v) for v in values["mean"]),
+                std=tuple(float(v) for v in values["std"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a preprocessing record: {values!r} ({error})") from error

@@ -1,0 +1,355 @@
+"""The integer operations of a packed graph, and the steps into and out of codes.
+
+A code u in 0..2**bits - 1 stands for the value (u - zero_point) / scale. 4-d codes are NHWC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .. import ops
+from ..quantization.bits import MAX_BITS, MIN_BITS
+from .schema import Op, TensorSpec, ValueType, flag, number, optional, pair, record, whole, wholes
+
+MAX_CODE = 2**MAX_BITS - 1
+# The kernels add up products of 8-bit numbers in int32.
+MAX_DEPTH = (2**31 - 1) // (MAX_CODE * 128)
+# Above this, float64 (and with it the reference operators) would no longer be exact.
+MAX_ACCUMULATOR = 1 << 53
+# Offsets are kept below the precision of float32, see fold.weight_codes.
+MAX_OFFSET = 1 << 25
+OFFSET_DTYPES = (torch.int8, torch.int16, torch.int32)
+
+
+class Sums(NamedTuple):
+    """total: int32 [N, C], codes summed over the image; count: pixels in it."""
+
+    total: torch.Tensor
+    count: int
+
+
+def to_nhwc(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
+
+
+def to_nchw(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+@record
+class Quantize(Op):
+    """float -> codes; zero_point is the paper's, so u = clamp(rne(scale*x - zero_point)) + 2^(b-1)."""
+
+    scale: float = number()
+    zero_point: float = number()
+    bits: int = whole(MIN_BITS, MAX_BITS)
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return ValueType("codes", self.bits)
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if x.ndim in (2, 4):
+            return ops.quantize(x, self.scale, self.zero_point, self.bits)
+        flat = x.reshape(x.shape[0], -1)
+        return ops.quantize(flat, self.scale, self.zero_point, self.bits).reshape(x.shape)
+
+
+@record
+class Dequantize(Op):
+    """codes -> float, with the rounding of the fake-quantised network."""
+
+    reads = (("codes",),)
+    scale: float = number()
+    zero_point: int = whole(0, MAX_CODE)
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return (to_nchw(x).float() - self.zero_point) / self.scale
+
+
+@record
+class SumPool(Op):
+    """Global pooling without the division: codes [N, H, W, C] -> sums [N, C]."""
+
+    reads = (("codes",),)
+    makes = "sums"
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> Sums:
+        if x.ndim != 4:
+            raise ValueError(f"expected codes [N, H, W, C], got {tuple(x.shape)}")
+        count = x.shape[1] * x.shape[2]
+        if count * MAX_CODE >= 2**31:
+            raise ValueError(f"pooling over {x.shape[1]} x {x.shape[2]} pixels overflows int32")
+        return Sums(x.sum(dim=(1, 2), dtype=torch.int32), count)
+
+
+@record
+class DequantizeSums(Op):
+    """sums -> the mean as float, [N, C, 1, 1] (`spatial`) or [N, C]."""
+
+    reads = (("sums",),)
+    scale: float = number()
+    zero_point: int = whole(0, MAX_CODE)
+    spatial: bool = flag()
+
+    def run(self, tensors: dict[str, torch.Tensor], x: Sums) -> torch.Tensor:
+        centred = x.total.double() - self.zero_point * x.count
+        mean = (centred / (self.scale * x.count)).float()
+        return mean[:, :, None, None] if self.spatial else mean
+
+
+@record
+class MaxPool2d(Op):
+    """Of codes or floats."""
+
+    reads = (("codes", "float"),)
+    kernel_size: tuple[int, int] = pair(1)
+    stride: tuple[int, int] = pair(1)
+    padding: tuple[int, int] = pair(0)
+    dilation: tuple[int, int] = pair(1)
+    ceil_mode: bool = flag()
+
+    def check(self) -> None:
+        if any(2 * p > k for p, k in zip(self.padding, self.kernel_size, strict=True)):
+            raise ValueError("MaxPool2d.padding: more than half the kernel")
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return inputs[0]
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        arguments = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        pool = ops.max_pool2d_codes if x.dtype == torch.uint8 else F.max_pool2d
+        return pool(x, *arguments)
+
+
+@record
+class Reshape(Op):
+    """Of codes or floats, as if they were NCHW.
+
+    shape: all but the batch dimension, -1 at most once.
+    """
+
+    reads = (("codes", "float"),)
+    shape: tuple[int, ...] = wholes(-1, lengths=range(1, 8))
+
+    def check(self) -> None:
+        if self.shape.count(-1) > 1:
+            raise ValueError(f"Reshape.shape: more than one -1 in {self.shape}")
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return inputs[0]
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        codes = x.dtype == torch.uint8
+        x = (to_nchw(x) if codes else x).reshape(x.shape[0], *self.shape)
+        return to_nhwc(x).contiguous() if codes else x
+
+
+class _Packed(Op):
+    """Common to layers on packed weights: what happens behind the integer sums.
+
+    v = sum * multiplier + bias [+ residual * residual_scale]; the output is v itself or, given
+    output_bits, the code clamp(rne(v), *output_range).
+
+    Tensors: weight, packed bit planes; weight_offset [O], added to the codes of a channel's
+    weights; multiplier, bias, float32 [O].
+    """
+
+    def rows_and_depth(self) -> tuple[int, int]:
+        """Outputs, and weights per output."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        name = type(self).__name__
+        if (self.output_bits is None) != (self.output_range is None):
+            raise ValueError(f"{name}.output_range: expected with output_bits, and only then")
+        if self.output_range is not None:
+            low, high = self.output_range
+            if not low <= high < 2**self.output_bits:
+                raise ValueError(f"{name}.output_range: {self.output_range} is out of bounds")
+        depth = self.rows_and_depth()[1]
+        if depth > MAX_DEPTH:
+            raise ValueError(
+                f"{name}: {depth} weights per output could overflow int32, at most {MAX_DEPTH} fit"
+            )
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        rows, depth = self.rows_and_depth()
+        packed = (math.ceil(rows / 16), math.ceil(depth / 4), self.weight_bits, 8)
+        return {
+            "weight": TensorSpec((torch.uint8,), packed),
+            "weight_offset": TensorSpec(OFFSET_DTYPES, (rows,)),
+            "multiplier": TensorSpec((torch.float32,), (rows,)),
+            "bias": TensorSpec((torch.float32,), (rows,)),
+        }
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        residual = self.residual_scale is not None
+        self.expect(inputs, (*self.reads, ("codes", "float"))[: 2 if residual else 1])
+        return ValueType("float") if self.output_bits is None else self._codes()
+
+    def _codes(self) -> ValueType:
+        return ValueType("codes", self.output_bits)
+
+    def _finish(self, y: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        # The kernels compare numbers of elements only.
+        if residual is not None and residual.shape != y.shape:
+            raise ValueError(
+                f"adds a tensor of shape {tuple(to_nchw(residual).shape)} to one of shape "
+                f"{tuple(to_nchw(y).shape)}"
+            )
+        return y if self.output_bits is not None else to_nchw(y)
+
+
+def _residual(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.dtype == torch.uint8 else to_nhwc(x).contiguous()
+
+
+@record
+class PackedConv2d(_Packed):
+    reads = (("codes",),)
+    weight_bits: int = whole(MIN_BITS, MAX_BITS)
+    in_channels: int = whole(1)
+    out_channels: int = whole(1)
+    kernel_size: tuple[int, int] = pair(1, 1024)
+    stride: tuple[int, int] = pair(1, 1024)
+    padding: tuple[int, int] = pair(0, 1024)
+    dilation: tuple[int, int] = pair(1, 1024)
+    groups: int = whole(1)
+    x_zero_point: int = whole(0, MAX_CODE)
+    residual_scale: float | None = optional(number())
+    output_bits: int | None = optional(whole(MIN_BITS, MAX_BITS))
+    output_range: tuple[int, int] | None = optional(pair(0, MAX_CODE))
+
+    def check(self) -> None:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"PackedConv2d.groups: {self.groups} does not divide {self.in_channels} and "
+                f"{self.out_channels} channels"
+            )
+        super().check()
+
+    def rows_and_depth(self) -> tuple[int, int]:
+        return self.out_channels, math.prod(self.kernel_size) * self.in_channels // self.groups
+
+    def macs(self, output_shape: Sequence[int]) -> int:
+        return math.prod(output_shape) * self.rows_and_depth()[1]
+
+    def run(
+        self,
+        tensors: dict[str, torch.Tensor],
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x.ndim != 4 or x.shape[3] != self.in_channels:
+            raise ValueError(
+                f"expected codes with {self.in_channels} channels, got shape "
+                f"{tuple(to_nchw(x).shape)}"
+            )
+        residual = _residual(residual)
+        y = ops.packed_conv2d(
+            x,
+            tensors["weight"],
+            self.weight_bits,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.x_zero_point,
+            tensors["weight_offset"],
+            tensors["multiplier"],
+            tensors["bias"],
+            residual,
+            self.residual_scale or 0.0,
+            self.output_range,
+        )
+        return self._finish(y, residual)
+
+
+@record
+class PackedLinear(_Packed):
+    reads = (("codes", "sums"),)
+    weight_bits: int = whole(MIN_BITS, MAX_BITS)
+    in_features: int = whole(1)
+    out_features: int = whole(1)
+    x_zero_point: int = whole(0, MAX_CODE)
+    residual_scale: float | None = optional(number())
+    output_bits: int | None = optional(whole(MIN_BITS, MAX_BITS))
+    output_range: tuple[int, int] | None = optional(pair(0, MAX_CODE))
+
+    def rows_and_depth(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def macs(self, output_shape: Sequence[int]) -> int:
+        return math.prod(output_shape) * self.in_features
+
+    def run(
+        self,
+        tensors: dict[str, torch.Tensor],
+        x: torch.Tensor | Sums,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        zero_point, multiplier = self.x_zero_point, tensors["multiplier"]
+        if isinstance(x, Sums):
+            # Sums of codes are the codes of the mean, `count` times finer.
+            x, count = x
+            zero_point *= count
+            multiplier = multiplier / count
+            self._check_sums(count)
+        if x.ndim != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"expected [N, {self.in_features}] codes, got shape {tuple(x.shape)}")
+        y = ops.packed_linear(
+            x,
+            tensors["weight"],
+            self.weight_bits,
+            self.out_features,
+            zero_point,
+            tensors["weight_offset"],
+            multiplier,
+            tensors["bias"],
+            residual,
+            self.residual_scale or 0.0,
+            self.output_range,
+        )
+        return self._finish(y, residual)
+
+    def _check_sums(self, count: int) -> None:
+        if count * MAX_CODE * self.in_features * (MAX_OFFSET + 128) >= MAX_ACCUMULATOR * 1024:
+            raise ValueError(f"sums over {count} pixels overflow the accumulators")
+
+
+def is_integer(op: Op, inputs: Sequence[ValueType]) -> bool:
+    """Whether the operation computes on integers (steps into and out of codes do not)."""
+    conversion = isinstance(op, Quantize | Dequantize | DequantizeSums)
+    return not conversion and bool(inputs) and inputs[0].kind in ("codes", "sums")
+
+
+def weight_bits(op: Op) -> int | None:
+    return op.weight_bits if isinstance(op, _Packed) else None
+
+
+__all__ = [
+    "MAX_OFFSET",
+    "DequantizeSums",
+    "Dequantize",
+    "MaxPool2d",
+    "PackedConv2d",
+    "PackedLinear",
+    "Quantize",
+    "Reshape",
+    "SumPool",
+    "Sums",
+    "is_integer",
+    "to_nchw",
+    "weight_bits",
+]
+_ = Any

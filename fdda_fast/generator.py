@@ -1,0 +1,142 @@
+"""The class-conditional generator of FDDA, and sampling from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checkpoint import load_tensors, save_tensors
+from .seeding import stream
+
+LATENT_DIM = 100
+_FORMAT = "fdda-fast generator 1"
+_SAMPLE_STREAM = 0
+# Samples are always computed in whole chunks of this many, so that the bits of sample i do not
+# depend on how many are asked for (libraries pick their algorithm by batch size).
+_SAMPLE_CHUNK = 16
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """BatchNorm2d without affine parameters, then a weight and a bias per class."""
+
+    def __init__(self, num_classes: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, eps=eps, affine=False)
+        self.weight = nn.Embedding(num_classes, channels)
+        self.bias = nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.weight.weight)
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight(labels), self.bias(labels)
+        return weight[:, :, None, None] * self.norm(x) + bias[:, :, None, None]
+
+
+class Generator(nn.Module):
+    """Latent vectors and labels in, normalised images out (method: GDFQ, FDDA).
+
+    Args:
+        num_classes: K.
+        image_shape: (channels, height, width); sides that 4 does not divide are cropped.
+    """
+
+    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        if num_classes < 1 or min(image_shape) < 1:
+            raise ValueError(
+                f"num_classes and image_shape must be positive, got {num_classes}, {image_shape}"
+            )
+        self.num_classes = num_classes
+        self.image_shape = (channels, height, width)
+        self.seed_size = (-(-height // 4), -(-width // 4))
+        self.fc = nn.Linear(LATENT_DIM, 128 * self.seed_size[0] * self.seed_size[1])
+        self.norm0 = ConditionalBatchNorm2d(num_classes, 128, eps=1e-5)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.norm1 = ConditionalBatchNorm2d(num_classes, 128, eps=0.8)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.norm2 = ConditionalBatchNorm2d(num_classes, 64, eps=0.8)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """z float32 [N, 100], labels int64 [N] -> images float32 [N, C, H, W]."""
+        x = self.fc(z).view(len(z), 128, *self.seed_size)
+        x = self.norm0(x, labels)
+        x = self.conv1(F.interpolate(x, scale_factor=2))
+        x = F.leaky_relu(self.norm1(x, labels), 0.2)
+        x = self.conv2(F.interpolate(x, scale_factor=2))
+        x = F.leaky_relu(self.norm2(x, labels), 0.2)
+        x = self.norm3(torch.tanh(self.conv3(x)))
+        return x[:, :, : self.image_shape[1], : self.image_shape[2]]
+
+    def save(self, path: str | Path) -> None:
+        """Writes weights and shape as safetensors."""
+        shape = {"num_classes": self.num_classes, "image_shape": self.image_shape}
+        save_tensors(path, self.state_dict(), {"format": _FORMAT, "shape": json.dumps(shape)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Generator:
+        """Reads what `save` wrote; the generator is in eval mode.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a generator file, or weights that do not fit its stated shape.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path}: not a generator file ({_FORMAT!r})")
+        try:
+            shape = json.loads(metadata["shape"])
+            generator = cls(int(shape["num_classes"]), tuple(int(v) for v in shape["image_shape"]))
+            generator.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged generator file ({error})") from error
+        return generator.eval()
+
+
+def latents(count: int, rng: torch.Generator) -> torch.Tensor:
+    """float32 [count, 100] standard normal draws."""
+    return torch.randn(count, LATENT_DIM, generator=rng)
+
+
+@torch.no_grad()
+def sample(
+    generator: Generator, labels: torch.Tensor, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws one image per label; image i depends on (generator, seed, i, labels[i]) only.
+
+    Args:
+        generator: run in eval mode, its mode is restored.
+        labels: int64 [N] in 0..num_classes-1.
+        seed: >= 0.
+
+    Returns:
+        images float32 [N, C, H, W] and the labels.
+
+    Raises:
+        ValueError: a label out of range.
+    """
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [N], got {labels.dtype} {list(labels.shape)}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < generator.num_classes:
+        raise ValueError(
+            f"labels must lie in 0..{generator.num_classes - 1}, "
+            f"got {int(labels.min())}..{int(labels.max())}"
+        )
+    was_training = generator.training
+    generator.eval()
+    images = torch.empty(len(labels), *generator.image_shape)
+    try:
+        for chunk, start in enumerate(range(0, len(labels), _SAMPLE_CHUNK)):
+            wanted = labels[start : start + _SAMPLE_CHUNK]
+            padded = F.pad(wanted, (0, _SAMPLE_CHUNK - len(wanted)))
+            z = latents(_SAMPLE_CHUNK, stream(seed, _SAMPLE_STREAM, chunk))
+            images[start : start + len(wanted)] = generator(z, padded)[: len(wanted)]
+    finally:
+        generator.train(was_training)
+    return images, labels

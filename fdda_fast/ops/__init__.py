@@ -1,0 +1,34 @@
+"""Operators of fdda-fast: `torch.library` operators with a plain-PyTorch reference and fast kernels.
+
+Every operator works on every device, under autograd (where it says so) and `torch.compile`.
+"""
+
+from fdda_fast.ops import _library, reference
+from fdda_fast.ops._library import backend_info
+from fdda_fast.ops.class_moments import class_moments
+from fdda_fast.ops.fake_quantize import fake_quantize, fake_quantize_minmax, fake_quantize_range
+from fdda_fast.ops.packed import (
+    max_pool2d_codes,
+    pack_weight,
+    packed_conv2d,
+    packed_linear,
+    quantize,
+    unpack_weight,
+)
+
+_library.load_extension()
+
+__all__ = [
+    "backend_info",
+    "class_moments",
+    "fake_quantize",
+    "fake_quantize_minmax",
+    "fake_quantize_range",
+    "max_pool2d_codes",
+    "pack_weight",
+    "packed_conv2d",
+    "packed_linear",
+    "quantize",
+    "reference",
+    "unpack_weight",
+]

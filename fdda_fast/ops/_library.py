@@ -1,0 +1,136 @@
+"""The `fdda` operator library: definitions, the compiled extension, the choice of instruction set."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni")
+
+LIBRARY = torch.library.Library("fdda", "DEF")
+
+_extension: ModuleType | None = None
+_cuda_loaded = False
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> None:
+    """Define `fdda::` + schema, run by `reference` wherever no faster kernel is registered.
+
+    Args:
+        schema: name and signature.
+        reference: the operator in plain PyTorch, for every device.
+        fake: shapes, dtypes and strides of the result, without data.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fdda::{name}", fake, lib=LIBRARY)
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Give `fdda::name` its gradient."""
+    torch.library.register_autograd(
+        f"fdda::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def load_extension() -> None:
+    """Register the compiled kernels, as the environment asks.
+
+    `FDDA_FAST_BACKEND=reference` loads none; `FDDA_FAST_ISA` selects the CPU kernels' instruction set.
+
+    Raises:
+        ValueError: a variable has an unknown value, or this processor lacks the instruction set.
+    """
+    global _extension
+    backend = os.environ.get("FDDA_FAST_BACKEND", "")
+    isa = os.environ.get("FDDA_FAST_ISA", "")
+    if backend not in ("", "reference"):
+        raise ValueError(f"FDDA_FAST_BACKEND: expected 'reference' or nothing, got {backend!r}")
+    if isa and isa not in ISAS:
+        raise ValueError(f"FDDA_FAST_ISA: expected one of {', '.join(ISAS)}, got {isa!r}")
+    if backend == "reference":
+        return
+    try:
+        from fdda_fast import _C
+    except ImportError as error:
+        warnings.warn(
+            f"fdda-fast runs on plain PyTorch: its compiled operators are not available ({error})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    _extension = _C
+    if isa:
+        _select_isa(isa, "FDDA_FAST_ISA")
+    _load_cuda()
+
+
+def _load_cuda() -> None:
+    global _cuda_loaded
+    library = _cuda_library()
+    if library is not None and torch.cuda.is_available():
+        torch.ops.load_library(library)
+        _cuda_loaded = True
+
+
+def _cuda_library() -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.parent.glob("_C_cuda*.so"))), None)
+
+
+def _select_isa(name: str, argument: str) -> None:
+    supported = [isa for isa, _, usable in _extension.isas() if usable]
+    if name not in supported:
+        raise ValueError(
+            f"{argument}: expected one this processor supports ({', '.join(supported)}), got {name!r}"
+        )
+    _extension.select_isa(name)
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[str]:
+    """Run the CPU kernels of an instruction set, for tests; what `FDDA_FAST_ISA` does for a process.
+
+    Args:
+        name: one of `ISAS`; where it has no kernels of its own, the next lower one that has serves.
+
+    Yields:
+        The instruction set in use.
+
+    Raises:
+        RuntimeError: the extension is not loaded.
+        ValueError: this processor lacks the instruction set.
+    """
+    if _extension is None:
+        raise RuntimeError("use_isa: the compiled operators are not loaded")
+    previous = _extension.isa()
+    _select_isa(name, "name")
+    try:
+        yield _extension.isa()
+    finally:
+        _extension.select_isa(previous)
+
+
+def backend_info() -> dict:
+    """Which implementations are in use.
+
+    Returns:
+        `extension`: whether the compiled CPU operators are loaded; `isa`: the instruction set in use,
+        or None; `isas_compiled`, `isas_supported`: those with kernels of their own, those this
+        processor has; `cuda_built`, `cuda_loaded`: the CUDA library.
+    """
+    isas = _extension.isas() if _extension else []
+    return {
+        "extension": _extension is not None,
+        "isa": _extension.isa() if _extension else None,
+        "isas_compiled": [name for name, compiled, _ in isas if compiled],
+        "isas_supported": [name for name, _, supported in isas if supported],
+        "cuda_built": _cuda_library() is not None,
+        "cuda_loaded": _cuda_loaded,
+    }

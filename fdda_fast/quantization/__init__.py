@@ -1,0 +1,5 @@
+"""Fake quantisation of traced CNNs and fine-tuning."""
+
+from .bits import Bits
+
+__all__ = ["Bits"]

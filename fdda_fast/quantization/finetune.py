@@ -1,0 +1,226 @@
+"""Quantisation from a few real images: ranges, the student, fine-tuning with distillation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from ..config import QuantizeConfig
+from ..data.augment import random_resized_crop
+from ..generator import Generator, sample
+from ..losses import distillation
+from ..seeding import stream
+from ..statistics import BNSCenters, check_labelled_images, collect_centers, frozen
+from ..synthesis import GeneratorTrainer, fingerprint
+from ..training import (
+    Metrics,
+    Progress,
+    below,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prefixed,
+    run_steps,
+)
+from .bits import Bits
+from .modules import set_observing
+from .prepare import prepare
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+_REAL_STREAM, _SYNTHETIC_STREAM, _LABEL_STREAM = 30, 31, 32
+
+
+class Finetuner:
+    """The fake-quantised student and the step that distils the teacher into it.
+
+    Args:
+        student: from `prepare`, ranges not yet known.
+        teacher: the caller keeps it frozen.
+        calibration: real images float32 [N, C, H, W] and labels int64 [N].
+    """
+
+    def __init__(
+        self, student: fx.GraphModule, teacher: nn.Module, calibration: Batch, config: QuantizeConfig
+    ) -> None:
+        self.student = student.eval()
+        self.teacher = teacher
+        self.images, self.labels = calibration
+        self.config = config
+        self.optimizer = torch.optim.SGD(
+            student.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
+
+    @torch.no_grad()
+    def observe(self, images: torch.Tensor) -> None:
+        """Moves the activation ranges by one batch."""
+        set_observing(self.student, True)
+        self.student(images)
+        set_observing(self.student, False)
+
+    def batch(self, index: int, synthetic: Batch | None) -> Batch:
+        """Real images and the given synthetic ones, both freshly cropped and mirrored."""
+        config, parts = self.config, []
+        if config.real_batch:
+            rng = stream(config.seed, _REAL_STREAM, index)
+            rows = torch.randint(len(self.images), (config.real_batch,), generator=rng)
+            real = random_resized_crop(self.images[rows], config.real_crop, config.flip, rng)
+            parts.append((real, self.labels[rows]))
+        if synthetic is not None:
+            rng = stream(config.seed, _SYNTHETIC_STREAM, index)
+            images, labels = synthetic
+            crops = random_resized_crop(images, config.synthetic_crop, config.flip, rng)
+            parts.append((crops, labels))
+        images, labels = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def step(self, index: int, synthetic: Batch | None) -> Metrics:
+        """Fine-tuning step `index`."""
+        config = self.config
+        images, labels = self.batch(index, synthetic)
+        phase = index / (config.cosine_steps or config.steps)
+        self.optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * phase))
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        logits = self.student(images)
+        loss = distillation(
+            logits, teacher_logits, labels, config.temperature, config.distillation_weight
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
+        return {"student_loss": float(loss), "agreement": float(agreement)}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            **prefixed("student", self.student.state_dict()),
+            **prefixed("student_optimizer", optimizer_tensors(self.optimizer)),
+        }
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.student.load_state_dict(below("student", tensors))
+        load_optimizer_tensors(self.optimizer, below("student_optimizer", tensors))
+
+
+class _Together:
+    """Generator and student trained in one loop, as FDDA does (sections 3.3 and 4.1)."""
+
+    def __init__(self, tuner: Finetuner, trainer: GeneratorTrainer) -> None:
+        self.tuner, self.trainer, self.config = tuner, trainer, tuner.config
+
+    def step(self, index: int) -> Metrics:
+        config = self.config
+        images, labels, metrics = self.trainer.step(index)
+        start = config.warmup_steps
+        if config.reference_ranges:
+            if index < config.range_steps:
+                self.tuner.observe(images)
+        elif start - config.range_steps <= index < start:
+            self.tuner.observe(self.tuner.batch(index, (images, labels))[0])
+        if index < start:
+            return metrics
+        synthetic = (images[: config.synthetic_batch], labels[: config.synthetic_batch])
+        return {**metrics, **self.tuner.step(index - start, synthetic)}
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return {**self.tuner.state_tensors(), **self.trainer.state_tensors()}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tuner.load_state_tensors(tensors)
+        self.trainer.load_state_tensors(tensors)
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Batch,
+    bits: Bits | None = None,
+    config: QuantizeConfig | None = None,
+    generator: Generator | None = None,
+    *,
+    centers: BNSCenters | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> fx.GraphModule:
+    """Quantises a trained CNN with a few labelled images.
+
+    Args:
+        model: teacher; not changed.
+        calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; classes may
+            be missing.
+        bits: default Bits(4, 4).
+        config: default the preset `fast`. With steps=0 only the activation ranges are taken,
+            from the calibration images.
+        generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
+        centers: of the calibration images, when they are known already.
+        checkpoint: file to keep unfinished training in. resume: go on from it.
+        progress: called as progress(steps done, total, metrics).
+
+    Returns:
+        The student, a GraphModule in eval mode with fake quantisation; differentiable.
+
+    Raises:
+        ValueError: inputs that do not fit each other, a layer that cannot be quantised, no class
+            with a reliable center, a checkpoint of other settings.
+        KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
+    """
+    bits, config = bits or Bits(), config or QuantizeConfig()
+    images, labels = calibration
+    with frozen(model), torch.no_grad():
+        check_labelled_images("calibration images", images, labels, 1 << 31)
+        num_classes = model(images[:1]).shape[1]
+    check_labelled_images("calibration images", images, labels, num_classes)
+    student = prepare(
+        model,
+        bits,
+        placement=config.placement,
+        keep_float=config.keep_float,
+        from_zero=config.reference_ranges and config.steps > 0,
+    )
+    tuner = Finetuner(student, model, (images, labels), config)
+    if config.steps == 0:
+        tuner.observe(images)
+        return student
+    step: Callable[[int], Metrics]
+    with frozen(model):
+        if generator is None and config.synthetic_batch:
+            centers = centers or collect_centers(model, images, labels, num_classes)
+            both = _Together(tuner, GeneratorTrainer(model, centers, config.synthesis))
+            step, state, total = both.step, both, config.warmup_steps + config.steps
+        else:
+            source = _synthetic_source(generator, config)
+            for index in range(config.range_steps):
+                tuner.observe(tuner.batch(config.steps + index, source(config.steps + index))[0])
+            step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
+        run_steps(
+            step,
+            total,
+            state,
+            fingerprint=fingerprint((bits, config), images, labels, *model.parameters()),
+            checkpoint=Path(checkpoint) if checkpoint is not None else None,
+            resume=resume,
+            progress=progress,
+        )
+    return student
+
+
+def _synthetic_source(
+    generator: Generator | None, config: QuantizeConfig
+) -> Callable[[int], Batch | None]:
+    """Batches of a finished generator by step; nothing where none is wanted."""
+    if generator is None or config.synthetic_batch == 0:
+        return lambda index: None
+
+    def batch(index: int) -> Batch:
+        rng = stream(config.seed, _LABEL_STREAM, index)
+        labels = torch.randint(generator.num_classes, (config.synthetic_batch,), generator=rng)
+        return sample(generator, labels, seed=int(rng.initial_seed() >> 1))
+
+    return batch

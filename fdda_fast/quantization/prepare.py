@@ -1,0 +1,224 @@
+"""Graph preparation: a traced float CNN in, the same network with fake quantisation out."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .bits import IMAGE_BITS, Bits
+from .modules import ActivationQuantizer, quantized_layer
+
+PLACEMENTS = ("full_integer", "paper")
+
+# Ops that only move or select values: quantising their input quantises their output.
+_VALUE_PRESERVING = {
+    nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten,
+    F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
+    "flatten", "view", "reshape", "contiguous",
+}  # fmt: skip
+_RELUS = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}
+# Arithmetic on activations against weights or other activations for which there is no low-bit form.
+_UNQUANTIZABLE = {
+    nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Bilinear, nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU,
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.linear, F.bilinear,
+    F.scaled_dot_product_attention, torch.conv1d, torch.conv2d, torch.conv3d,
+    torch.matmul, torch.bmm, torch.mm, torch.einsum, operator.matmul, "matmul", "bmm", "mm",
+}  # fmt: skip
+
+
+def node_kind(graph_module: fx.GraphModule, node: fx.Node) -> object:
+    """What a node computes: a module's class, a function, or a method's name."""
+    if node.op == "call_module":
+        return type(graph_module.get_submodule(node.target))
+    return node.target if node.op in ("call_function", "call_method") else node.op
+
+
+def prepare(
+    model: nn.Module,
+    bits: Bits,
+    *,
+    placement: str = "full_integer",
+    keep_float: tuple[str, ...] = (),
+    from_zero: bool = False,
+) -> fx.GraphModule:
+    """Copies and traces `model` and inserts fake quantisation.
+
+    Args:
+        model: a CNN that torch.fx can trace; not changed.
+        bits: widths.
+        placement: `full_integer` quantises the input of every conv and linear layer (the image at
+            8 bits); a tensor is quantised where it is produced, so a residual connection reads
+            the same integers. A linear layer behind a global average pool reads the exact sums of
+            the pooled integers. `paper` puts a quantiser after every ReLU and ReLU6 and nowhere
+            else (image, pooled features and linear bottlenecks stay in float).
+        keep_float: names of layers (or of nodes that cannot be quantised) to leave in float.
+        from_zero: the paper's moving average for activation ranges, see ActivationQuantizer.
+
+    Returns:
+        A GraphModule in eval mode with QuantConv2d, QuantLinear and ActivationQuantizer modules.
+
+    Raises:
+        ValueError: unknown placement or name; the model cannot be traced; a layer that cannot be
+            quantised and is not in keep_float.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
+    graph_module = _trace(copy.deepcopy(model).eval())
+    layers = _quantizable_layers(graph_module, set(keep_float))
+    if not layers:
+        raise ValueError("the model has no Conv2d or Linear layer to quantise")
+    names = {node.target for node in layers}
+    unknown = set(bits.overrides) - names
+    if unknown:
+        raise ValueError(f"bits.overrides names no quantised layer: {sorted(unknown)}")
+
+    ends = {layers[0].target, layers[-1].target} if bits.first_last is not None else set()
+    for name in names:
+        weight_bits = bits.first_last if name in ends else bits.weight
+        weight_bits = bits.overrides[name][0] if name in bits.overrides else weight_bits
+        layer = graph_module.get_submodule(name)
+        graph_module.set_submodule(name, quantized_layer(layer, weight_bits))
+
+    if placement == "paper":
+        spots = [n for n in graph_module.graph.nodes if node_kind(graph_module, n) in _RELUS]
+    else:
+        spots = _layer_inputs(graph_module, layers)
+    widths = _activation_bits(graph_module, layers, spots, bits)
+    for node in spots:
+        quantizer = ActivationQuantizer(
+            widths[node], include_zero=placement == "full_integer", from_zero=from_zero
+        )
+        _insert_after(graph_module, node, f"{node.name}_quantizer", quantizer)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    for module in model.modules():
+        if isinstance(module, nn.ReLU | nn.ReLU6):
+            module.inplace = False  # the tensor may be read by a quantiser, too
+    try:
+        graph_module = fx.symbolic_trace(model)
+    except Exception as error:  # fx raises whatever the user's forward raises
+        raise ValueError(
+            f"torch.fx cannot trace {type(model).__name__}: {error}. Control flow that depends on "
+            "tensor values must be removed or wrapped in a leaf module"
+        ) from error
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    if len(inputs) != 1:
+        raise ValueError(
+            f"the model must take exactly one image batch, but takes {len(inputs)} inputs: "
+            f"{[n.name for n in inputs]}"
+        )
+    return graph_module
+
+
+def _quantizable_layers(graph_module: fx.GraphModule, keep_float: set[str]) -> list[fx.Node]:
+    layers, problems = [], []
+    for node in graph_module.graph.nodes:
+        kind, name = node_kind(graph_module, node), str(node.target)
+        kept = {name, node.name} & keep_float
+        keep_float -= kept
+        if kept:
+            continue
+        if kind in (nn.Conv2d, nn.Linear):
+            module = graph_module.get_submodule(node.target)
+            if kind is nn.Conv2d and module.padding_mode != "zeros":
+                problems.append(f"{name} (Conv2d with padding_mode={module.padding_mode!r})")
+            layers.append(node)
+        elif kind in _UNQUANTIZABLE or (
+            isinstance(kind, type) and issubclass(kind, nn.Conv2d | nn.Linear)
+        ):
+            label = getattr(kind, "__name__", kind)
+            problems.append(f"{name if node.op == 'call_module' else node.name} ({label})")
+    if problems:
+        raise ValueError(
+            "no low-bit form for: " + ", ".join(problems) + ". Name them in keep_float to leave "
+            "them in float"
+        )
+    if keep_float:
+        raise ValueError(f"keep_float names nothing in the model: {sorted(keep_float)}")
+    return layers
+
+
+def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node averages each channel over the whole image."""
+    kind = node_kind(graph_module, node)
+    if kind is nn.AdaptiveAvgPool2d:
+        return graph_module.get_submodule(node.target).output_size in (1, (1, 1), [1, 1])
+    if kind is F.adaptive_avg_pool2d:
+        size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+        return size in (1, (1, 1), [1, 1])
+    if kind in (torch.mean, "mean"):
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
+    return False
+
+
+def _layer_inputs(graph_module: fx.GraphModule, layers: list[fx.Node]) -> list[fx.Node]:
+    """The nodes whose outputs must be quantised so that every layer reads integers."""
+    spots: dict[fx.Node, None] = {}
+    for layer in layers:
+        spots[_producer(graph_module, layer)] = None
+    return list(spots)
+
+
+def _producer(graph_module: fx.GraphModule, layer: fx.Node) -> fx.Node:
+    """Where the values that `layer` reads are made, behind ops that only move them."""
+    through_pool = isinstance(graph_module.get_submodule(layer.target), nn.Linear)
+    source = layer.args[0]
+    while True:
+        if node_kind(graph_module, source) in _VALUE_PRESERVING or (
+            through_pool and is_global_average_pool(graph_module, source)
+        ):
+            source = source.args[0]
+        else:
+            return source
+
+
+def _activation_bits(
+    graph_module: fx.GraphModule, layers: list[fx.Node], spots: list[fx.Node], bits: Bits
+) -> dict[fx.Node, int]:
+    widths = dict.fromkeys(spots, bits.activation)
+    producers = {layer: _producer(graph_module, layer) for layer in layers}
+    if bits.first_last is not None:
+        produced = next((s for s in spots if _reads(s, layers[0])), None)
+        for spot in (produced, producers[layers[-1]]):
+            if spot in widths:
+                widths[spot] = bits.first_last
+    wanted: dict[fx.Node, int] = {}
+    for layer, spot in producers.items():
+        if layer.target in bits.overrides and spot in widths:
+            wanted[spot] = max(wanted.get(spot, 0), bits.overrides[layer.target][1])
+    widths.update(wanted)
+    for spot in spots:
+        if spot.op == "placeholder":
+            widths[spot] = IMAGE_BITS
+    return widths
+
+
+def _reads(node: fx.Node, ancestor: fx.Node) -> bool:
+    """Whether `ancestor` is reached from `node` by going back along first inputs."""
+    while node.op != "placeholder":
+        if node is ancestor:
+            return True
+        inputs = node.all_input_nodes
+        if not inputs:
+            return False
+        node = inputs[0]
+    return False
+
+
+def _insert_after(
+    graph_module: fx.GraphModule, node: fx.Node, name: str, module: nn.Module
+) -> None:
+    graph_module.add_submodule(name, module)
+    with graph_module.graph.inserting_after(node):
+        quantizer = graph_module.graph.call_module(name, (node,))
+    node.replace_all_uses_with(quantizer, delete_user_cb=lambda user: user is not quantizer)

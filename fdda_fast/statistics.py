@@ -1,0 +1,250 @@
+"""BatchNorm statistics (BNS): the taps that read them, and the per-class centers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import ops
+from .checkpoint import load_tensors, save_tensors
+
+_FORMAT = "fdda-fast centers 1"
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance over images and positions, each [G, C] for G groups of images."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+class Taps:
+    """The moments of every BatchNorm2d's input, group by group, in forward order.
+
+    Attributes:
+        moments: one entry per BN call of the last forward.
+        modules: the BN modules, in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.moments: list[Moments] = []
+        self.modules: list[nn.BatchNorm2d] = []
+        self._groups = torch.zeros(0, dtype=torch.int64)
+        self._num_groups = 0
+
+    def begin(self, groups: torch.Tensor, num_groups: int) -> None:
+        """Call before a forward: `groups` (int64 [N]) says to which group each image belongs."""
+        self.moments, self.modules = [], []
+        self._groups, self._num_groups = groups, num_groups
+
+    def _read(self, module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        mean, var, _ = ops.class_moments(inputs[0], self._groups, self._num_groups)
+        self.moments.append(Moments(mean, var))
+        self.modules.append(module)
+
+    def running(self) -> list[Moments]:
+        """The teacher's own statistics as [1, C_l] moments, layer by layer."""
+        return [
+            Moments(m.running_mean.float()[None], m.running_var.float()[None]) for m in self.modules
+        ]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` in eval mode and without weight gradients for the length of the block."""
+    modes = [(m, m.training) for m in model.modules()]
+    learnable = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in learnable:
+            parameter.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def tapped(model: nn.Module) -> Iterator[Taps]:
+    """Taps every BatchNorm2d of `model` for the length of the block.
+
+    Raises:
+        ValueError: the model has no BatchNorm2d, or one without running statistics.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    if not layers:
+        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+    for name, module in layers:
+        if module.running_mean is None:
+            raise ValueError(f"BatchNorm2d {name!r} has no running statistics")
+    taps = Taps()
+    handles = [m.register_forward_pre_hook(taps._read) for _, m in layers]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class BNSCenters:
+    """Per-class BatchNorm statistics of the calibration images.
+
+    Attributes:
+        mean, var: per BN layer, float32 [K, C_l]; rows of classes without images are zero.
+        count: int64 [K], calibration images per class.
+        logits: float32 [K, num_classes], the teacher's logits averaged per class.
+        reliable: bool [K], whether the class has images and the teacher's arg-max over its
+            logits is the class.
+        image_shape: (channels, height, width) of the teacher's input.
+    """
+
+    mean: list[torch.Tensor]
+    var: list[torch.Tensor]
+    count: torch.Tensor
+    logits: torch.Tensor
+    reliable: torch.Tensor
+    image_shape: tuple[int, int, int]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.count)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.mean)
+
+    def of(self, classes: torch.Tensor) -> list[Moments]:
+        """Layer by layer, the centers of `classes` (int64 [G]) as [G, C_l] moments."""
+        return [Moments(m[classes], v[classes]) for m, v in zip(self.mean, self.var, strict=True)]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        tensors = {"count": self.count, "logits": self.logits, "reliable": self.reliable}
+        for layer, (mean, var) in enumerate(zip(self.mean, self.var, strict=True)):
+            tensors[f"mean.{layer}"], tensors[f"var.{layer}"] = mean, var
+        shape = {"layers": self.num_layers, "image_shape": self.image_shape}
+        save_tensors(path, tensors, {"format": _FORMAT, "shape": json.dumps(shape)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> BNSCenters:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a file of centers, or inconsistent.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path}: not a file of BNS centers ({_FORMAT!r})")
+        try:
+            shape = json.loads(metadata["shape"])
+            layers = range(int(shape["layers"]))
+            channels, height, width = (int(v) for v in shape["image_shape"])
+            centers = cls(
+                [tensors[f"mean.{i}"] for i in layers],
+                [tensors[f"var.{i}"] for i in layers],
+                tensors["count"],
+                tensors["logits"],
+                tensors["reliable"],
+                (channels, height, width),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: incomplete file of BNS centers ({error})") from error
+        classes = centers.count.numel()
+        for mean, var in zip(centers.mean, centers.var, strict=True):
+            if mean.ndim != 2 or mean.shape != var.shape or len(mean) != classes:
+                raise ValueError(f"{path}: layer shapes disagree with {classes} classes")
+        if centers.logits.shape[:1] != (classes,) or centers.reliable.shape != (classes,):
+            raise ValueError(f"{path}: logits or reliable disagree with {classes} classes")
+        return centers
+
+
+def collect_centers(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    *,
+    batch_size: int = 64,
+) -> BNSCenters:
+    """The BNS center of every class: moments of each BN input over that class's images alone.
+
+    Args:
+        model: teacher; run in eval mode.
+        images: float32 [N, C, H, W].
+        labels: int64 [N] in 0..num_classes-1; classes may be missing.
+        num_classes: K.
+        batch_size: images per forward; the classes of a batch are never split.
+
+    Raises:
+        ValueError: shapes or labels out of range; no BatchNorm2d in the model.
+    """
+    check_labelled_images("images", images, labels, num_classes)
+    count = torch.bincount(labels, minlength=num_classes)
+    sums, logits = None, None
+    with frozen(model), tapped(model) as taps, torch.no_grad():
+        for rows in _whole_classes(labels, batch_size):
+            present, groups = labels[rows].unique(return_inverse=True)
+            taps.begin(groups, len(present))
+            out = model(images[rows]).float()
+            if sums is None:
+                sums = [
+                    Moments(*torch.zeros(2, num_classes, m.mean.shape[1])) for m in taps.moments
+                ]
+                logits = torch.zeros(num_classes, out.shape[1])
+            logits.index_add_(0, labels[rows], out)
+            for total, batch in zip(sums, taps.moments, strict=True):
+                total.mean[present], total.var[present] = batch.mean, batch.var
+    logits /= count.clamp(min=1)[:, None]
+    reliable = (count > 0) & (logits.argmax(1) == torch.arange(num_classes))
+    return BNSCenters(
+        [m.mean for m in sums],
+        [m.var for m in sums],
+        count,
+        logits,
+        reliable,
+        tuple(images.shape[1:]),
+    )
+
+
+def check_labelled_images(
+    name: str, images: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> None:
+    """Raises ValueError or TypeError unless images are float [N, C, H, W] and labels int64 [N]."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"{name} must be float [N, C, H, W], got {images.dtype} {list(images.shape)}"
+        )
+    if len(images) == 0:
+        raise ValueError(f"{name} is empty")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1}, "
+            f"got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+def _whole_classes(labels: torch.Tensor, batch_size: int) -> Iterable[torch.Tensor]:
+    """Rows in batches of about `batch_size`, all rows of a class in one batch."""
+    batch: list[torch.Tensor] = []
+    size = 0
+    for label in labels.unique():
+        rows = (labels == label).nonzero()[:, 0]
+        if batch and size + len(rows) > batch_size:
+            yield torch.cat(batch)
+            batch, size = [], 0
+        batch.append(rows)
+        size += len(rows)
+    yield torch.cat(batch)

@@ -1,0 +1,144 @@
+"""Builds the C++ and CUDA operators; the metadata is in pyproject.toml.
+
+FDDA_FAST_NO_EXTENSION=1  installs without compiled operators (plain PyTorch runs instead)
+FDDA_FAST_CUDA=0 / 1      leaves the CUDA operators out / insists on them; default: built when nvcc is there
+"""
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+TORCH_TARGET = "0x020a000000000000"  # torch 2.10
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100")
+
+# Contracting a*b+c into one instruction would change results between instruction sets.
+COMMON_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
+# Neither errno nor floating-point exceptions are read: comparisons and roundings may be vectorised.
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+PORTABLE_KERNELS = ["fake_quantize", "class_moments", "pixels", "weights", "table"]
+# gcc 12 reports its own "undefined register" intrinsics.
+GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+ISAS = {
+    "generic": ([*PORTABLE_KERNELS, "gemm_s16"], []),
+    "avx2": ([*PORTABLE_KERNELS, "gemm_s16"], ["-mavx2", "-mf16c"]),
+    "avx512vnni": (
+        [*PORTABLE_KERNELS, "gemm_u8s8_6x64__avx512vnni"],
+        [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+            *("-mprefer-vector-width=512", *GCC_NOISE),
+        ],
+    ),
+}
+
+
+def isas() -> list[str]:
+    return list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
+
+
+def wants_extension() -> bool:
+    if os.environ.get("FDDA_FAST_NO_EXTENSION") == "1":
+        reason = "FDDA_FAST_NO_EXTENSION=1"
+    elif not shutil.which(os.environ.get("CXX", "c++").split()[0]):
+        reason = "no C++ compiler found"
+    else:
+        return True
+    print(f"fdda-fast: {reason}; installing without compiled operators, PyTorch runs instead")
+    return False
+
+
+def cuda_toolkit(detected: str | None) -> str | None:
+    """The toolkit's folder. torch takes the parent of nvcc's folder, which fails for wrapper scripts."""
+    for home in (detected, "/usr/local/cuda"):
+        if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda.h").exists():
+            return home
+    return None
+
+
+def wants_cuda(torch, toolkit: str | None) -> bool:
+    choice = os.environ.get("FDDA_FAST_CUDA")
+    if choice not in (None, "0", "1"):
+        raise SystemExit(f"FDDA_FAST_CUDA: expected 0 or 1, got {choice!r}")
+    usable = toolkit is not None and torch.version.cuda is not None
+    if choice == "1" and not usable:
+        raise SystemExit("FDDA_FAST_CUDA=1: needs nvcc and a torch built for CUDA")
+    return usable and choice != "0"
+
+
+def cuda_extension(CUDAExtension) -> Extension:
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    newest = CUDA_ARCHITECTURES[-1]
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return CUDAExtension(
+        "fdda_fast._C_cuda",
+        ["csrc/cuda/registration.cpp", "csrc/cuda/packed.cu"],
+        py_limited_api=True,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
+        extra_compile_args={
+            "cxx": COMMON_FLAGS,
+            "nvcc": ["-O3", "-std=c++17", "-fmad=false", "--threads=2", *code],
+        },
+    )
+
+
+def extension_arguments() -> dict:
+    if not wants_extension():
+        return {}
+    import torch
+    from torch.utils import cpp_extension
+
+    class Build(cpp_extension.BuildExtension):
+        """Compiles the CPU kernels once per instruction set, each with its own flags."""
+
+        def build_extension(self, ext):
+            if ext.name == "fdda_fast._C":
+                build_temp = self.build_temp
+                for isa in isas():
+                    kernels, flags = ISAS[isa]
+                    flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *flags, f"-DFDDA_ISA={isa}"]
+                    ext.extra_objects += self.compiler.compile(
+                        [str(Path("csrc/cpu", f"{name}.cpp").resolve()) for name in kernels],
+                        output_dir=str(Path(build_temp, isa).resolve()),
+                        extra_postargs={"cxx": flags, "nvcc": [], "sycl": []},
+                    )
+            super().build_extension(ext)
+
+    cpu = cpp_extension.CppExtension(
+        "fdda_fast._C",
+        [
+            *("csrc/registration.cpp", "csrc/module.cpp", "csrc/parallel.cpp"),
+            "csrc/cpu/dispatch.cpp",
+        ],
+        py_limited_api=True,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+        extra_compile_args={"cxx": COMMON_FLAGS},
+        depends=[str(p) for p in sorted(Path("csrc").rglob("*")) if p.is_file()],
+    )
+    extensions = [cpu]
+    toolkit = cuda_toolkit(cpp_extension.CUDA_HOME)
+    if wants_cuda(torch, toolkit):
+        cpp_extension.CUDA_HOME = toolkit
+        extensions.append(cuda_extension(cpp_extension.CUDAExtension))
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(
+    packages=[
+        "fdda_fast",
+        "fdda_fast.data",
+        "fdda_fast.models",
+        "fdda_fast.quantization",
+        "fdda_fast.deploy",
+        "fdda_fast.ops",
+        "fdda_fast.kernels",
+    ],
+    package_dir={"fdda_fast.kernels": "kernels"},
+    package_data={"fdda_fast.models": ["weights/*.safetensors"], "fdda_fast": ["py.typed"]},
+    **extension_arguments(),
+)

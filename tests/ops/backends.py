@@ -1,0 +1,41 @@
+"""The instruction sets a test runs on, and input builders shared by the operator tests."""
+
+from contextlib import nullcontext
+
+import torch
+from hypothesis import HealthCheck, settings
+
+from fdda_fast import ops
+from fdda_fast.ops import _library
+
+_INFO = ops.backend_info()
+# Without compiled operators the public functions run the reference: one rung, called None.
+ISAS = [isa for isa in _INFO["isas_compiled"] if isa in _INFO["isas_supported"]] or [None]
+
+QUICK = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def on_isa(isa):
+    return nullcontext() if isa is None else _library.use_isa(isa)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def bits_of(x):
+    """Bit patterns, so that 0.0 and -0.0 differ and NaN equals NaN."""
+    kind = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    return x.contiguous().view(kind)
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    nan = expected.isnan()
+    assert torch.equal(actual.isnan(), nan)
+    assert torch.equal(bits_of(actual)[~nan], bits_of(expected)[~nan])

@@ -1,0 +1,391 @@
+import numpy as np
+import pytest
+import torch
+from backends import ISAS, QUICK, generator, on_isa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdda_fast import ops
+from fdda_fast.ops import reference
+
+BITS = st.integers(2, 8)
+SEED = st.integers(0, 2**32 - 1)
+
+
+def codes(shape, bits, g, extreme=False):
+    half = 2 ** (bits - 1)
+    if extreme:
+        return torch.where(torch.rand(shape, generator=g) < 0.5, -half, half - 1).to(torch.int8)
+    return torch.randint(-half, half, shape, generator=g, dtype=torch.int8)
+
+
+def numpy_pack(q, bits):
+    """The layout, bit by bit."""
+    rows, cols = q.shape
+    panels, blocks = -(-rows // 16), -(-cols // 4)
+    packed = np.zeros((panels, blocks, bits, 8), np.uint8)
+    for row in range(rows):
+        for col in range(cols):
+            j = row % 16 * 4 + col % 4
+            for b in range(bits):
+                packed[row // 16, col // 4, b, j // 8] |= (int(q[row, col]) >> b & 1) << (j % 8)
+    return packed
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_follows_the_layout(isa, bits):
+    with on_isa(isa):
+        for seed, (rows, cols) in enumerate([(1, 1), (16, 4), (17, 5), (40, 27), (64, 64), (0, 3)]):
+            q = codes((rows, cols), bits, generator(seed))
+            packed = ops.pack_weight(q, bits)
+            np.testing.assert_array_equal(packed.numpy(), numpy_pack(q.numpy(), bits))
+            assert packed.numel() * 8 == -(-rows // 16) * 16 * -(-cols // 4) * 4 * bits
+            assert torch.equal(ops.unpack_weight(packed, bits, rows, cols), q)
+            assert torch.equal(reference.pack_weight(q, bits), packed)
+            assert torch.equal(reference.unpack_weight(packed, bits, rows, cols), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_packing_of_wider_dtypes_and_strided_input(dtype):
+    q = codes((27, 40), 5, generator(0)).to(dtype).T
+    assert torch.equal(ops.unpack_weight(ops.pack_weight(q, 5), 5, 40, 27), q.to(torch.int8))
+
+
+@st.composite
+def convolutions(draw):
+    g = generator(draw(SEED))
+    bits = draw(BITS)
+    groups_kind = draw(st.sampled_from(["one", "some", "depthwise"]))
+    if groups_kind == "depthwise":
+        channels = out_channels = groups = draw(st.integers(1, 80))
+    else:
+        groups = 1 if groups_kind == "one" else draw(st.integers(2, 5))
+        channels = groups * draw(st.integers(1, 40))
+        out_channels = groups * draw(st.integers(1, 80 if groups == 1 else 24))
+    kernel = [draw(st.integers(1, 4)) for _ in range(2)]
+    stride = [draw(st.integers(1, 3)) for _ in range(2)]
+    padding = [draw(st.integers(0, 3)) for _ in range(2)]
+    dilation = [draw(st.integers(1, 2)) for _ in range(2)]
+    size = [
+        max(draw(st.integers(1, 13)), d * (k - 1) + 1 - 2 * p)
+        for k, p, d in zip(kernel, padding, dilation, strict=True)
+    ]
+    batch = draw(st.integers(0, 3))
+    shape = (batch, *size, channels)
+    x = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    if draw(st.booleans()):
+        x = torch.where(x < 128, 0, 255).to(torch.uint8)
+    depth = kernel[0] * kernel[1] * channels // groups
+    weight = ops.pack_weight(codes((out_channels, depth), bits, g, draw(st.booleans())), bits)
+    limit = draw(st.sampled_from([0, 3, 200, 2**31, 2**40]))
+    offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
+    zero_point = draw(st.sampled_from([0, 1, 17, 128, 255]))
+    scale = 100.0 / (depth * 255 * (2 ** (bits - 1) + limit))
+    multiplier = torch.randn(out_channels, generator=g) * scale
+    bias = torch.randn(out_channels, generator=g) * 50 + 60
+    out_shape = reference_shape(shape, out_channels, kernel, stride, padding, dilation)
+    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
+    residual = None
+    if residual_kind is not None:
+        residual = (torch.rand(out_shape, generator=g) * 255).to(residual_kind)
+    output_range = draw(st.sampled_from([None, (0, 255), (0, 15), (3, 3), (10, 200)]))
+    args = (x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point)
+    return (*args, offset, multiplier, bias, residual, draw(st.floats(-1, 1)), output_range)
+
+
+def reference_shape(shape, out_channels, kernel, stride, padding, dilation):
+    size = [
+        (shape[1 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    return (shape[0], *size, out_channels)
+
+
+@QUICK
+@given(args=convolutions())
+def test_conv2d_equals_the_reference_on_every_isa(args):
+    expected = reference.packed_conv2d(*args)
+    for isa in ISAS:
+        with on_isa(isa):
+            assert torch.equal(ops.packed_conv2d(*args), expected), isa
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("batch", "size", "channels", "out_channels", "kernel", "groups"),
+    [
+        (2, 20, 64, 96, 3, 1),  # many rows, whole panels
+        (1, 7, 128, 130, 3, 1),  # few rows
+        (1, 33, 32, 64, 1, 1),  # reads x in place
+        (1, 30, 48, 72, 3, 3),  # groups that start inside a panel
+        (1, 30, 100, 100, 3, 100),  # depthwise
+    ],
+)
+def test_conv2d_of_layer_sizes(isa, threads, batch, size, channels, out_channels, kernel, groups):
+    g = generator(1)
+    x = torch.randint(0, 16, (batch, size, size, channels), generator=g, dtype=torch.uint8)
+    q = codes((out_channels, kernel * kernel * channels // groups), 4, g)
+    offset = torch.randint(-7, 8, (out_channels,), generator=g)
+    multiplier = torch.rand(out_channels, generator=g) * 1e-3
+    bias = torch.randn(out_channels, generator=g) + 8
+    args = (x, ops.pack_weight(q, 4), 4, out_channels, [kernel] * 2, [1, 1], [kernel // 2] * 2)
+    args = (*args, [1, 1], groups, 5, offset, multiplier, bias, None, 0.0, [0, 15])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with on_isa(isa):
+            actual = torch.ops.fdda.packed_conv2d(*args)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+def numpy_conv(x, q, kernel, stride, padding, dilation, groups, zero_point, offset):
+    """The definition in Python integers."""
+    batch, height, width, channels = x.shape
+    out_channels, depth = len(q), channels // groups
+    shape = reference_shape(x.shape, out_channels, kernel, stride, padding, dilation)
+    acc = np.zeros(shape, object)
+    for n, oh, ow, o in np.ndindex(*shape):
+        for kh, kw, c in np.ndindex(*kernel, depth):
+            ih = oh * stride[0] - padding[0] + kh * dilation[0]
+            iw = ow * stride[1] - padding[1] + kw * dilation[1]
+            if 0 <= ih < height and 0 <= iw < width:
+                value = int(x[n, ih, iw, o // (out_channels // groups) * depth + c]) - zero_point
+                tap = int(q[o, (kh * kernel[1] + kw) * depth + c]) + int(offset[o])
+                acc[n, oh, ow, o] += value * tap
+    return acc
+
+
+@pytest.mark.parametrize("isa", [*ISAS, "reference"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("limit", [2, 2**35])
+def test_conv2d_against_python_integers(isa, groups, limit):
+    g = generator(groups)
+    x = torch.randint(0, 256, (2, 5, 6, 6), generator=g, dtype=torch.uint8)
+    kernel, stride, padding, dilation = [3, 2], [2, 1], [1, 1], [1, 2]
+    q = codes((6, 6 * 6 // groups), 3, g)
+    offset = torch.randint(-limit, limit + 1, (6,), generator=g)
+    acc = numpy_conv(x, q, kernel, stride, padding, dilation, groups, 9, offset)
+    multiplier = torch.rand(6, generator=g) / limit
+    bias = torch.randn(6, generator=g)
+    residual = torch.randint(0, 256, acc.shape, generator=g, dtype=torch.uint8)
+    v = acc.astype(np.float64).astype(np.float32) * multiplier.numpy() + bias.numpy()
+    v = v + residual.numpy().astype(np.float32) * np.float32(0.37)
+    args = (x, ops.pack_weight(q, 3), 3, 6, kernel, stride, padding, dilation, groups, 9)
+    args = (*args, offset, multiplier, bias, residual, 0.37)
+    if isa == "reference":
+        floats = reference.packed_conv2d(*args)
+        quantized = reference.packed_conv2d(*args, [4, 190])
+    else:
+        with on_isa(isa):
+            floats = ops.packed_conv2d(*args)
+            quantized = ops.packed_conv2d(*args, (4, 190))
+    np.testing.assert_array_equal(floats.numpy().view(np.int32), v.view(np.int32))
+    np.testing.assert_array_equal(quantized.numpy(), np.clip(np.rint(v), 4, 190))
+
+
+@st.composite
+def linears(draw):
+    g = generator(draw(SEED))
+    bits = draw(BITS)
+    rows, depth, features = (draw(st.integers(low, high)) for low, high in ((0, 70), (1, 90), (1, 90)))
+    if draw(st.booleans()):
+        x = torch.randint(0, 256, (rows, depth), generator=g, dtype=torch.uint8)
+        zero_point = draw(st.integers(0, 255))
+    else:
+        x = torch.randint(-(2**31), 2**31, (rows, depth), generator=g).to(torch.int32)
+        zero_point = draw(st.integers(-(2**31), 2**31 - 1))
+    weight = ops.pack_weight(codes((features, depth), bits, g), bits)
+    limit = draw(st.sampled_from([0, 3, 2**20]))
+    offset = torch.randint(-limit, limit + 1, (features,), generator=g)
+    multiplier = torch.randn(features, generator=g) * 2.0 ** draw(st.integers(-60, -10))
+    bias = torch.randn(features, generator=g) * 50 + 60
+    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
+    residual = None
+    if residual_kind is not None:
+        residual = (torch.rand(rows, features, generator=g) * 255).to(residual_kind)
+    output_range = draw(st.sampled_from([None, (0, 255), (0, 15)]))
+    args = (x, weight, bits, features, zero_point, offset, multiplier, bias)
+    return (*args, residual, draw(st.floats(-1, 1)), output_range)
+
+
+@QUICK
+@given(args=linears())
+def test_linear_equals_the_reference_on_every_isa(args):
+    expected = reference.packed_linear(*args)
+    for isa in ISAS:
+        with on_isa(isa):
+            assert torch.equal(ops.packed_linear(*args), expected), isa
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_sums_are_exact(isa):
+    """Every product at its extreme, at the largest K that int32 sums hold."""
+    depth = (2**31 - 1) // (255 * 128)
+    x = torch.full((2, depth), 255, dtype=torch.uint8)
+    q = torch.full((3, depth), -128, dtype=torch.int8)
+    q[1] = 127
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    offset = torch.tensor([0, 0, 0])
+    with on_isa(isa):
+        y = ops.packed_linear(x, ops.pack_weight(q, 8), 8, 3, 0, offset, ones, zeros)
+    expected = torch.tensor([-128 * 255 * depth, 127 * 255 * depth, -128 * 255 * depth])
+    assert torch.equal(y, expected.double().float().expand(2, 3))
+    with pytest.raises(ValueError, match="weight: expected at most"):
+        ops.packed_linear(
+            torch.zeros(1, depth + 1, dtype=torch.uint8),
+            torch.zeros(1, depth // 4 + 1, 8, 8, dtype=torch.uint8),
+            8, 3, 0, offset, ones, zeros,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_noncontiguous_arguments(isa):
+    g = generator(0)
+    x = torch.randint(0, 256, (2, 8, 5, 6), generator=g, dtype=torch.uint8).permute(0, 2, 3, 1)
+    weight = ops.pack_weight(codes((10, 72), 4, g), 4)
+    offset = torch.randint(-3, 4, (20,), generator=g)[::2]
+    multiplier, bias = torch.rand(20, generator=g)[::2], torch.rand(20, generator=g)[::2]
+    residual = torch.rand(2, 10, 5, 6, generator=g).permute(0, 2, 3, 1)
+    args = (weight, 4, 10, 3, 1, 1, 1, 1, 3)
+    with on_isa(isa):
+        y = ops.packed_conv2d(x, *args, offset, multiplier, bias, residual, 0.5)
+        expected = ops.packed_conv2d(
+            x.contiguous(), *args, offset.contiguous(), multiplier.contiguous(),
+            bias.contiguous(), residual.contiguous(), 0.5,
+        )  # fmt: skip
+    assert torch.equal(y, expected)
+
+
+@QUICK
+@given(
+    seed=SEED,
+    shape=st.tuples(*[st.integers(0, 3)] + [st.integers(1, 70)] + [st.integers(1, 9)] * 2),
+    bits=BITS,
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced", "2d"]),
+    low=st.floats(-5, 1),
+    width=st.floats(0, 10),
+)
+def test_quantize_gives_the_codes_of_fake_quantize(seed, shape, bits, layout, low, width):
+    g = generator(seed)
+    x = torch.randn(shape, generator=g) * 3
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.randn((*shape[:3], 2 * shape[3]), generator=g)[..., ::2]
+    elif layout == "2d":
+        x = torch.randn(shape[:2], generator=g)
+    x_min, x_max = torch.tensor(low, dtype=torch.float32), torch.tensor(low + width)
+    half = 2.0 ** (bits - 1)
+    scale = torch.tensor(2.0**bits - 1) / (x_max - x_min).clamp(min=1e-8)
+    zero_point = torch.round(scale * x_min) + half
+    y = reference.fake_quantize_range(x, x_min, x_max, bits)
+    for isa in [*ISAS, "reference"]:
+        if isa == "reference":
+            u = reference.quantize(x, scale.item(), zero_point.item(), bits)
+        else:
+            with on_isa(isa):
+                u = ops.quantize(x, scale.item(), zero_point.item(), bits)
+        back = (u.float() - half + zero_point) / scale
+        assert torch.equal(back, y.permute(0, 2, 3, 1) if x.dim() == 4 else y)
+
+
+@QUICK
+@given(
+    seed=SEED,
+    batch=st.integers(0, 2),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    channels=st.integers(1, 70),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    ceil_mode=st.booleans(),
+    data=st.data(),
+)
+def test_max_pool(seed, batch, size, channels, kernel, stride, dilation, ceil_mode, data):
+    padding = [data.draw(st.integers(0, k // 2)) for k in kernel]
+    size = [max(s, d * (k - 1) + 1) for s, d, k in zip(size, dilation, kernel, strict=True)]
+    x = torch.randint(0, 256, (batch, *size, channels), generator=generator(seed))
+    x = x.to(torch.uint8)
+    args = (list(kernel), list(stride), padding, list(dilation), ceil_mode)
+    expected = reference.max_pool2d_codes(x, *args)
+    for isa in ISAS:
+        with on_isa(isa):
+            assert torch.equal(ops.max_pool2d_codes(x, *args), expected), isa
+
+
+def conv_arguments(**changes):
+    arguments = dict(
+        x=torch.zeros(1, 4, 4, 8, dtype=torch.uint8),
+        weight=torch.zeros(1, 18, 4, 8, dtype=torch.uint8),
+        bits=4,
+        out_channels=6,
+        kernel_size=3,
+        stride=1,
+        padding=1,
+        dilation=1,
+        groups=1,
+        x_zero_point=0,
+        weight_offset=torch.zeros(6, dtype=torch.int64),
+        multiplier=torch.ones(6),
+        bias=torch.zeros(6),
+    )
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(1, 4, 4, 8)}, TypeError, "x: expected torch.uint8, got torch.float32"),
+        ({"x": torch.zeros(4, 4, 8, dtype=torch.uint8)}, ValueError, "x: expected shape"),
+        ({"x": [1]}, TypeError, "x: expected a tensor, got list"),
+        ({"bits": 9}, ValueError, "bits: expected 2 to 8, got 9"),
+        ({"bits": 4.0}, TypeError, "bits: expected an integer, got float"),
+        ({"weight": torch.zeros(1, 18, 3, 8, dtype=torch.uint8)}, ValueError, "weight: expected"),
+        ({"groups": 3}, ValueError, "groups: expected a divisor of 8 and 6, got 3"),
+        ({"kernel_size": 0}, ValueError, "kernel_size: expected 1 to"),
+        ({"padding": (1, 2, 3)}, ValueError, "padding: expected an integer or two"),
+        ({"padding": 0, "dilation": 2}, ValueError, "kernel_size: expected a kernel within"),
+        ({"x_zero_point": 256}, ValueError, "x_zero_point: expected 0 to 255, got 256"),
+        ({"bias": torch.zeros(5)}, ValueError, "bias: expected shape"),
+        ({"multiplier": torch.zeros(6).double()}, TypeError, "multiplier: expected"),
+        ({"weight_offset": torch.zeros(6)}, TypeError, "weight_offset: expected torch.int64"),
+        ({"residual": torch.zeros(1, 4, 4, 5)}, ValueError, "residual: expected shape"),
+        ({"output_range": (5, 4)}, ValueError, "output_range: expected"),
+        ({"output_range": (0, 256)}, ValueError, "output_range: expected"),
+    ],
+)
+def test_conv2d_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.packed_conv2d(**conv_arguments(**changes))
+
+
+def test_packing_refuses_values_out_of_range():
+    with pytest.raises(ValueError, match="q: expected -8 to 7, got -9 to 0"):
+        ops.pack_weight(torch.tensor([[0, -9]]).to(torch.int8), 4)
+    with pytest.raises(TypeError, match=r"q: expected torch.int8 or .*, got torch.int64"):
+        ops.pack_weight(torch.tensor([[0, 1]]), 4)
+
+
+def test_opcheck():
+    g = generator(0)
+    x = torch.randint(0, 256, (2, 5, 6, 8), generator=g, dtype=torch.uint8)
+    q = codes((6, 72), 4, g)
+    weight = ops.pack_weight(q, 4)
+    offset, multiplier = torch.randint(-3, 4, (6,), generator=g), torch.rand(6, generator=g)
+    bias, residual = torch.rand(6, generator=g), torch.rand(2, 5, 6, 6, generator=g)
+    fdda, check = torch.ops.fdda, torch.library.opcheck
+    check(fdda.pack_weight.default, (q, 4))
+    check(fdda.unpack_weight.default, (weight, 4, 6, 72))
+    for tail in ((None, 0.0, None), (residual, 0.5, [0, 15])):
+        geometry = (weight, 4, 6, [3, 3], [1, 1], [1, 1], [1, 1], 1, 7)
+        check(fdda.packed_conv2d.default, (x, *geometry, offset, multiplier, bias, *tail))
+    rows = torch.randint(0, 256, (3, 72), generator=g, dtype=torch.uint8)
+    for r in (rows, rows.to(torch.int32)):
+        check(fdda.packed_linear.default, (r, weight, 4, 6, 7, offset, multiplier, bias))
+    image = torch.randn(2, 3, 4, 5, generator=g)
+    check(fdda.quantize.default, (image, 3.0, -1.0, 4))
+    check(fdda.max_pool2d_codes.default, (x, [3, 3], [2, 2], [1, 1], [1, 1], True))
