@@ -146,23 +146,21 @@ struct MomentsLayout {
   Tensor x;
   int64_t batch, channels, inner;
   bool channels_last;
+  bool copied;  // x is not the caller's tensor
 };
 
 MomentsLayout moments_layout(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ",
                   x.dim(), " dimensions");
-  MomentsLayout l{x, x.size(0), x.size(1), x.dim() == 4 ? x.size(2) * x.size(3) : 1, false};
-  if (l.inner == 1) {
-    l.x = torch::stable::contiguous(x);
-    l.channels_last = true;
-    return l;
-  }
-  if (x.is_contiguous()) return l;
-  const bool nhwc = x.stride(1) == 1 && (x.size(3) == 1 || x.stride(3) == l.channels) &&
+  MomentsLayout l{x, x.size(0), x.size(1), x.dim() == 4 ? x.size(2) * x.size(3) : 1, false, false};
+  const bool nhwc = x.dim() == 4 && x.stride(1) == 1 &&
+                    (x.size(3) == 1 || x.stride(3) == l.channels) &&
                     (x.size(2) == 1 || x.stride(2) == x.size(3) * l.channels) &&
                     (x.size(0) == 1 || x.stride(0) == l.inner * l.channels);
-  l.channels_last = nhwc;
-  if (!nhwc) l.x = torch::stable::contiguous(x);
+  l.copied = !x.is_contiguous() && !nhwc;
+  if (l.copied) l.x = torch::stable::contiguous(x);
+  // With one pixel the two layouts are one, and channels_last runs along the channels.
+  l.channels_last = l.inner == 1 || (nhwc && !x.is_contiguous());
   return l;
 }
 
@@ -216,9 +214,8 @@ Tensor class_moments_backward(const Tensor& grad_mean_in, const Tensor& grad_var
        l.inner, l.channels_last, labels.const_data_ptr<int64_t>(),
        grad_mean.const_data_ptr<float>(), grad_var.const_data_ptr<float>(),
        mean.const_data_ptr<float>(), count.const_data_ptr<int64_t>()});
+  if (!l.copied) return grad_x;
   Tensor out = torch::stable::empty_like(x);
-  const auto want = out.strides(), have = grad_x.strides();
-  if (std::equal(want.begin(), want.end(), have.begin(), have.end())) return grad_x;
   torch::stable::copy_(out, grad_x);
   return out;
 }

@@ -107,7 +107,7 @@ class GeneratorTrainer:
             "loss": loss, "ce": ce, "bns": bns, "class_ce": class_ce,
             "distorted": distorted_loss, "centralized": centralized_loss,
         }  # fmt: skip
-        metrics = {name: float(value) for name, value in named.items()}
+        metrics = {name: float(value.detach()) for name, value in named.items()}
         return images[: config.batch_size].detach(), labels_a, metrics
 
     def _choose_classes(self, index: int, rng: torch.Generator) -> torch.Tensor:

@@ -1,4 +1,6 @@
 // Float images to NHWC codes, and max pooling on codes.
+//
+// Bytes may alias anything, so loops that store them read their bounds and factors from locals.
 
 #include <string.h>
 
@@ -7,49 +9,80 @@
 
 namespace fdda {
 namespace FDDA_ISA {
+namespace {
+
+struct Quantizer {
+  float scale, zero_point, half;
+  uint8_t operator()(float x) const {
+    const float q = round_half_even(clamp(scale * x - zero_point, -half, half - 1.0f));
+    return static_cast<uint8_t>(static_cast<int32_t>(q + half));
+  }
+};
+
+void quantize_line(const float* __restrict x, uint8_t* __restrict out, int64_t n, Quantizer code) {
+  for (int64_t i = 0; i < n; ++i) out[i] = code(x[i]);
+}
+
+// One channel of a row into every `channels`-th byte.
+void quantize_channel(const float* x, int64_t stride, uint8_t* out, int64_t channels, int64_t n,
+                      Quantizer code) {
+  constexpr int64_t kPiece = 256;
+  float values[kPiece];
+  uint8_t codes[kPiece];
+  for (int64_t start = 0; start < n; start += kPiece) {
+    const int64_t size = min64(kPiece, n - start);
+    const float* line = x + start * stride;
+    if (stride != 1) {
+      for (int64_t i = 0; i < size; ++i) values[i] = line[i * stride];
+      line = values;
+    }
+    quantize_line(line, codes, size, code);
+    for (int64_t i = 0; i < size; ++i) out[(start + i) * channels] = codes[i];
+  }
+}
+
+void maximum(uint8_t* __restrict out, const uint8_t* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] ? x[i] : out[i];
+}
+
+}  // namespace
 
 void quantize(const Quantize& a) {
-  const float half = static_cast<float>(1 << (a.bits - 1));
-  const auto code = [&](float x) {
-    const float q = round_half_even(clamp(a.scale * x - a.zero_point, -half, half - 1.0f));
-    return static_cast<uint8_t>(static_cast<int32_t>(q + half));
-  };
+  const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
   const int64_t row = a.width * a.channels;
   parallel_for(a.batch * a.height, max64(1, 16384 / max64(1, row)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float* x = a.x + r / a.height * a.stride_n + r % a.height * a.stride_h;
-      uint8_t* __restrict out = a.out + r * row;
+      uint8_t* out = a.out + r * row;
       if (a.stride_c == 1 && (a.width == 1 || a.stride_w == a.channels)) {
-        for (int64_t i = 0; i < row; ++i) out[i] = code(x[i]);
+        quantize_line(x, out, row, code);
         continue;
       }
       for (int64_t c = 0; c < a.channels; ++c) {
-        for (int64_t w = 0; w < a.width; ++w) {
-          out[w * a.channels + c] = code(x[c * a.stride_c + w * a.stride_w]);
-        }
+        quantize_channel(x + c * a.stride_c, a.stride_w, out + c, a.channels, a.width, code);
       }
     }
   });
 }
 
 void max_pool(const MaxPool& a) {
-  const int64_t rows = a.batch * a.out_height;
   const int64_t work = a.out_width * a.channels * a.kernel_h * a.kernel_w;
+  const int64_t rows = a.batch * a.out_height;
   parallel_for(rows, max64(1, 65536 / max64(1, work)), [&](int64_t begin, int64_t end) {
+    const int64_t channels = a.channels;
     for (int64_t r = begin; r < end; ++r) {
-      const uint8_t* image = a.x + r / a.out_height * a.height * a.width * a.channels;
+      const uint8_t* image = a.x + r / a.out_height * a.height * a.width * channels;
       const int64_t top = r % a.out_height * a.stride_h - a.pad_h;
       for (int64_t ow = 0; ow < a.out_width; ++ow) {
-        uint8_t* __restrict out = a.out + (r * a.out_width + ow) * a.channels;
-        memset(out, 0, a.channels);  // codes are unsigned: 0 never beats a valid tap
+        uint8_t* out = a.out + (r * a.out_width + ow) * channels;
+        memset(out, 0, channels);  // codes are unsigned: 0 never beats a valid tap
         for (int64_t kh = 0; kh < a.kernel_h; ++kh) {
           const int64_t ih = top + kh * a.dilation_h;
           if (ih < 0 || ih >= a.height) continue;
           for (int64_t kw = 0; kw < a.kernel_w; ++kw) {
             const int64_t iw = ow * a.stride_w - a.pad_w + kw * a.dilation_w;
             if (iw < 0 || iw >= a.width) continue;
-            const uint8_t* __restrict in = image + (ih * a.width + iw) * a.channels;
-            for (int64_t c = 0; c < a.channels; ++c) out[c] = in[c] > out[c] ? in[c] : out[c];
+            maximum(out, image + (ih * a.width + iw) * channels, channels);
           }
         }
       }

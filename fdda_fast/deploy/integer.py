@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,7 @@ from .schema import Op, TensorSpec, ValueType, flag, number, optional, pair, rec
 MAX_CODE = 2**MAX_BITS - 1
 # The kernels add up products of 8-bit numbers in int32.
 MAX_DEPTH = (2**31 - 1) // (MAX_CODE * 128)
-# Above this, float64 (and with it the reference operators) would no longer be exact.
-MAX_ACCUMULATOR = 1 << 53
-# Offsets are kept below the precision of float32, see fold.weight_codes.
+# fold.weight_codes makes none beyond 2**24 + 128.
 MAX_OFFSET = 1 << 25
 OFFSET_DTYPES = (torch.int8, torch.int16, torch.int32)
 
@@ -193,9 +191,8 @@ class _Packed(Op):
     def result(self, inputs: Sequence[ValueType]) -> ValueType:
         residual = self.residual_scale is not None
         self.expect(inputs, (*self.reads, ("codes", "float"))[: 2 if residual else 1])
-        return ValueType("float") if self.output_bits is None else self._codes()
-
-    def _codes(self) -> ValueType:
+        if self.output_bits is None:
+            return ValueType("float")
         return ValueType("codes", self.output_bits)
 
     def _finish(self, y: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -323,33 +320,17 @@ class PackedLinear(_Packed):
         return self._finish(y, residual)
 
     def _check_sums(self, count: int) -> None:
-        if count * MAX_CODE * self.in_features * (MAX_OFFSET + 128) >= MAX_ACCUMULATOR * 1024:
-            raise ValueError(f"sums over {count} pixels overflow the accumulators")
+        if count * MAX_CODE * self.in_features * MAX_OFFSET >= 2**62:
+            raise ValueError(f"sums over {count} pixels could overflow int64")
 
 
-def is_integer(op: Op, inputs: Sequence[ValueType]) -> bool:
-    """Whether the operation computes on integers (steps into and out of codes do not)."""
-    conversion = isinstance(op, Quantize | Dequantize | DequantizeSums)
-    return not conversion and bool(inputs) and inputs[0].kind in ("codes", "sums")
+def domain(op: Op, inputs: Sequence[ValueType]) -> str:
+    """Where the operation computes: `integer`, `float`, or `convert`, from one to the other."""
+    if isinstance(op, Quantize | Dequantize | DequantizeSums):
+        return "convert"
+    return "integer" if inputs and inputs[0].kind in ("codes", "sums") else "float"
 
 
 def weight_bits(op: Op) -> int | None:
     return op.weight_bits if isinstance(op, _Packed) else None
 
-
-__all__ = [
-    "MAX_OFFSET",
-    "DequantizeSums",
-    "Dequantize",
-    "MaxPool2d",
-    "PackedConv2d",
-    "PackedLinear",
-    "Quantize",
-    "Reshape",
-    "SumPool",
-    "Sums",
-    "is_integer",
-    "to_nchw",
-    "weight_bits",
-]
-_ = Any

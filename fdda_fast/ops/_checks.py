@@ -28,18 +28,25 @@ def check_tensor(
     if value.dtype not in dtypes:
         names = " or ".join(str(d) for d in dtypes)
         raise TypeError(f"{argument}: expected {names}, got {value.dtype}")
+    if shape is not None and len(shape) != value.dim():
+        _refuse_shape(value, argument, shape)
     if shape is not None:
-        fits = len(shape) == value.dim() and all(
-            want is None or want == have for want, have in zip(shape, value.shape, strict=True)
-        )
-        check(fits, argument, f"shape {['any' if s is None else s for s in shape]}", list(value.shape))
+        for want, have in zip(shape, value.shape, strict=True):
+            if want is not None and want != have:
+                _refuse_shape(value, argument, shape)
+
+
+def _refuse_shape(value: Tensor, argument: str, shape: Sequence[int | None]) -> None:
+    expected = ["any" if size is None else size for size in shape]
+    raise ValueError(f"{argument}: expected shape {expected}, got {list(value.shape)}")
 
 
 def check_int(value: object, argument: str, low: int, high: int) -> None:
     """Raise unless `value` is an integer in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{argument}: expected an integer, got {type(value).__name__}")
-    check(low <= value <= high, argument, f"{low} to {high}", value)
+    if not low <= value <= high:
+        raise ValueError(f"{argument}: expected {low} to {high}, got {value}")
 
 
 def pair(value: int | Sequence[int], argument: str, low: int) -> list[int]:

@@ -96,7 +96,7 @@ class Finetuner:
         loss.backward()
         self.optimizer.step()
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
-        return {"student_loss": float(loss), "agreement": float(agreement)}
+        return {"student_loss": float(loss.detach()), "agreement": float(agreement)}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {

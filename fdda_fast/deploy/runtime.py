@@ -1,0 +1,201 @@
+"""Running a packed graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.preprocessing import Preprocessing
+from .graph import Graph, Node
+from .integer import PackedConv2d, PackedLinear, Sums, domain, to_nchw, weight_bits
+
+Observer = Callable[[Node, dict[str, torch.Tensor], list[Any], Any], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node of a packed model, for people to read.
+
+    Args:
+        name, op: what it is.
+        domain: `integer`; `float`; `convert`, a step from one to the other.
+        input_shape, output_shape: of its first input and its output, [N, C, H, W], for one image.
+        bits: of the weights where it has some, else of the codes it makes, else None.
+        weight_bytes: all tensors that belong to it, in the file.
+        macs: multiply-accumulates for one image.
+    """
+
+    name: str
+    op: str
+    domain: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    bits: int | None
+    weight_bytes: int
+    macs: int
+
+
+class PackedModel(nn.Module):
+    """A network of packed low-bit layers: float32 images [N, C, H, W] -> float32 logits [N, K].
+
+    Made by `pack` and `load_packed`. It does inference only: no gradients, no parameters.
+
+    Args:
+        graph: what to compute.
+        tensors: exactly those that the graph names.
+        preprocessing: how an image file becomes an input, where known.
+        class_names: one per logit, where known.
+
+    Raises:
+        ValueError: graph, tensors, preprocessing and class names do not belong together.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        tensors: Mapping[str, torch.Tensor],
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        graph.check_tensors(tensors)
+        self.graph = graph
+        self.tensors = dict(tensors)
+        self.preprocessing = preprocessing
+        self.class_names = None if class_names is None else list(class_names)
+        self._check_metadata()
+        self._dead = graph.last_uses()
+        self._bind()
+        self.eval()
+
+    def _check_metadata(self) -> None:
+        if self.preprocessing and self.preprocessing.channels != self.graph.in_channels:
+            raise ValueError(
+                f"preprocessing is for {self.preprocessing.channels} channels, the model reads "
+                f"{self.graph.in_channels}"
+            )
+        if self.class_names is None:
+            return
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("class_names must be strings")
+        last = self.graph.nodes[self.graph.output - 1].op if self.graph.output else None
+        if isinstance(last, PackedLinear) and last.out_features != len(self.class_names):
+            raise ValueError(
+                f"{len(self.class_names)} class names for {last.out_features} outputs"
+            )
+
+    def _bind(self) -> None:
+        """Gives every node its tensors, in the dtypes that the operators read."""
+        self._bound = []
+        for node in self.graph.nodes:
+            bound = {role: self.tensors[f"{node.name}.{role}"] for role in node.op.tensors()}
+            if "weight_offset" in bound:
+                bound["weight_offset"] = bound["weight_offset"].long()
+            self._bound.append(bound)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        tensors = {name: fn(tensor) for name, tensor in self.tensors.items()}
+        self.graph.check_tensors(tensors)  # refuses .half() and the like
+        self.tensors = tensors
+        self._bind()
+        return super()._apply(fn, recurse)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 images [N, C, H, W] -> float32 logits [N, K].
+
+        Raises:
+            ValueError: wrong dtype, rank or channels, or a size that the network cannot take.
+        """
+        return self.execute(images)
+
+    @torch.inference_mode()
+    def execute(self, images: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
+        """Runs the graph; `observe` sees (node, tensors, inputs, output) of every node."""
+        self._check_images(images)
+        values: list[Any] = [images] + [None] * len(self.graph.nodes)
+        for i, node in enumerate(self.graph.nodes):
+            inputs = [values[source] for source in node.inputs]
+            try:
+                output = node.op.run(self._bound[i], *inputs)
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                raise ValueError(
+                    f"{node.name} ({type(node.op).__name__}) cannot run on images of shape "
+                    f"{tuple(images.shape)}: {error}"
+                ) from error
+            if observe is not None:
+                observe(node, self._bound[i], inputs, output)
+            values[i + 1] = output
+            for dead in self._dead[i]:
+                values[dead] = None
+        return values[self.graph.output]
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        channels = self.graph.in_channels
+        if not isinstance(images, torch.Tensor) or images.dtype != torch.float32:
+            got = getattr(images, "dtype", type(images).__name__)
+            raise ValueError(f"images must be a float32 tensor, got {got}")
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must have the shape [N, {channels}, H, W], got {tuple(images.shape)}"
+            )
+        if self.graph.fixed_size and tuple(images.shape[2:]) != self.graph.image_size:
+            raise ValueError(
+                f"this model reads images of {self.graph.image_size} pixels only, got "
+                f"{tuple(images.shape[2:])}"
+            )
+
+    @property
+    def bits(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (weight bits, input bits), in the form of `Bits.overrides`."""
+        types = self.graph.types()
+        return {
+            node.name: (node.op.weight_bits, types[node.inputs[0]].bits)
+            for node in self.graph.nodes
+            if isinstance(node.op, PackedConv2d | PackedLinear)
+        }
+
+    def summary(self) -> list[Row]:
+        """One row per node, in execution order; runs one blank image to see the shapes."""
+        types = self.graph.types()
+        rows: list[Row] = []
+
+        def add(node: Node, tensors: dict[str, torch.Tensor], inputs: list[Any], y: Any) -> None:
+            shape = _shape(y)
+            rows.append(
+                Row(
+                    name=node.name,
+                    op=type(node.op).__name__,
+                    domain=domain(node.op, [types[i] for i in node.inputs]),
+                    input_shape=_shape(inputs[0]) if inputs else (),
+                    output_shape=shape,
+                    bits=weight_bits(node.op) or types[len(rows) + 1].bits or None,
+                    weight_bytes=self._bytes(node),
+                    macs=node.op.macs(shape),
+                )
+            )
+
+        self.execute(torch.zeros(1, self.graph.in_channels, *self.graph.image_size), add)
+        return rows
+
+    def _bytes(self, node: Node) -> int:
+        stored = (self.tensors[f"{node.name}.{role}"] for role in node.op.tensors())
+        return sum(t.numel() * t.element_size() for t in stored)
+
+    def save(self, path: str) -> None:
+        """Writes a .fdda file, see `deploy.format`."""
+        from .format import save_packed
+
+        save_packed(self, path)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Sums):
+        return tuple(value.total.shape)
+    if isinstance(value, tuple):
+        return _shape(value[0])
+    return tuple(to_nchw(value).shape if value.dtype == torch.uint8 else value.shape)
+

@@ -1,0 +1,344 @@
+"""Single torch.fx nodes as float operations of a packed graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..quantization.prepare import node_kind
+from . import glue
+from .integer import MaxPool2d, Reshape
+from .schema import Op
+
+RELUS = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+RELU6S = {nn.ReLU6, F.relu6}
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
+RESHAPES = {
+    nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
+    "flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten",
+}  # fmt: skip
+IDENTITIES = {nn.Identity, nn.Dropout, nn.Dropout2d, "contiguous", "detach", "clone"}
+DROPOUTS = {F.dropout, F.dropout2d}
+
+
+class Translation(NamedTuple):
+    """op, the nodes it reads, and its tensors by role."""
+
+    op: Op
+    inputs: tuple[fx.Node, ...]
+    tensors: dict[str, torch.Tensor]
+
+
+class Unsupported(ValueError):
+    """A node for which there is no packed form."""
+
+
+def translate(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    """The float form of a node. The graph must carry shapes (see shapes.annotate).
+
+    Raises:
+        Unsupported: there is none.
+    """
+    kind = node_kind(graph_module, node)
+    translator = _TRANSLATORS.get(kind)
+    if translator is None:
+        raise Unsupported(f"{describe(graph_module, node)} has no packed form")
+    try:
+        return translator(graph_module, node)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Unsupported(f"{describe(graph_module, node)} has no packed form: {error}") from error
+
+
+def describe(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    kind = node_kind(graph_module, node)
+    name = node.target if node.op == "call_module" else node.name
+    return f"node {name!r} ({getattr(kind, '__name__', kind)})"
+
+
+def bypassed(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node returns its first input. Raises Unsupported for dropout that is active."""
+    kind = node_kind(graph_module, node)
+    if kind in DROPOUTS:
+        arguments = _arguments(graph_module, node, "input", "p", "training", "inplace")
+        # torch.nn.functional.dropout is active unless told otherwise.
+        if arguments.get("training", True):
+            raise Unsupported(f"{describe(graph_module, node)} is active in eval mode")
+        return True
+    if getattr(kind, "__name__", "") == "stochastic_depth":
+        return not _arguments(graph_module, node, "input", "p", "mode", "training")["training"]
+    return kind in IDENTITIES
+
+
+def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
+    """(low, high) of a node that only clips, else None."""
+    kind = node_kind(graph_module, node)
+    if kind in RELUS:
+        return 0.0, float("inf")
+    if kind in RELU6S:
+        return 0.0, 6.0
+    if kind in (nn.Hardtanh, F.hardtanh):
+        op = translate(graph_module, node).op
+        return op.low, op.high
+    return None
+
+
+def addends(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors of one shape that a node adds, else None."""
+    if node_kind(graph_module, node) not in ADDS or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    nodes = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
+    if not nodes or a.meta.get("shape") != b.meta.get("shape"):
+        return None
+    return a, b
+
+
+def geometry(layer: nn.Conv2d) -> dict[str, tuple[int, int]]:
+    """stride, padding, dilation as pairs. Raises ValueError for padding that is not symmetric."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        raise ValueError(f"padding_mode={layer.padding_mode!r}")
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise ValueError("padding='same' with an even kernel is not symmetric")
+        padding = tuple(t // 2 for t in total)
+    return {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
+
+
+def _arguments(graph_module: fx.GraphModule, node: fx.Node, *names: str) -> dict[str, Any]:
+    """A node's arguments by name, whether it is a module, a function or a method."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(node.target)
+        found = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        return {**found, names[0]: node.args[0]}
+    found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return {name: _constant(value) for name, value in found.items()}
+
+
+def _constant(value: Any) -> Any:
+    """Numbers in place of the nodes that compute them from shapes."""
+
+    def resolve(node: fx.Node) -> Any:
+        if "constant" not in node.meta:
+            return node
+        if node.meta["batch_dependent"]:
+            raise ValueError(f"{node.name} depends on the batch size")
+        return node.meta["constant"]
+
+    return fx.map_arg(value, resolve)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+
+def _unary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
+    def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+        values = _arguments(graph_module, node, "input")
+        if values.get("approximate", "none") != "none":
+            raise ValueError("only the exact form is known")
+        return Translation(glue.Unary(function=function), (values["input"],), {})
+
+    return make
+
+
+def _hardtanh(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "min_val", "max_val", "inplace")
+    op = glue.Hardtanh(low=values.get("min_val", -1.0), high=values.get("max_val", 1.0))
+    return Translation(op, (values["input"],), {})
+
+
+def _leaky_relu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "negative_slope", "inplace")
+    op = glue.LeakyRelu(slope=values.get("negative_slope", 0.01))
+    return Translation(op, (values["input"],), {})
+
+
+def _softmax(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "dim")
+    return Translation(glue.Softmax(dim=values["dim"]), (values["input"],), {})
+
+
+def _binary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
+    def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+        values = _arguments(graph_module, node, "input", "other", "alpha")
+        if values.get("alpha", 1) != 1 or values.get("rounding_mode") is not None:
+            raise ValueError("alpha and rounding_mode are not known")
+        x, y = values["input"], values["other"]
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            return Translation(glue.Binary(function=function), (x, y), {})
+        x, y, swapped = (x, y, False) if isinstance(x, fx.Node) else (y, x, True)
+        op = glue.WithScalar(function=function, value=float(y), reversed=swapped)
+        return Translation(op, (x,), {})
+
+    return make
+
+
+def _batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    norm = graph_module.get_submodule(node.target)
+    if norm.running_mean is None:
+        raise ValueError("it keeps no running statistics")
+    ones = torch.ones_like(norm.running_var)
+    tensors = {
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+        "weight": ones if norm.weight is None else norm.weight,
+        "bias": 0 * ones if norm.bias is None else norm.bias,
+    }
+    op = glue.BatchNorm(channels=norm.num_features, eps=norm.eps)
+    return Translation(op, (node.args[0],), tensors)
+
+
+def _max_pool(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    values = _arguments(graph_module, node, *names, "return_indices")
+    if values.get("return_indices"):
+        raise ValueError("it returns indices")
+    op = MaxPool2d(
+        kernel_size=_pair(values["kernel_size"]),
+        stride=_pair(values.get("stride") or values["kernel_size"]),
+        padding=_pair(values.get("padding", 0)),
+        dilation=_pair(values.get("dilation", 1)),
+        ceil_mode=values.get("ceil_mode", False),
+    )
+    return Translation(op, (values["input"],), {})
+
+
+def _avg_pool(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    values = _arguments(graph_module, node, *names, "divisor_override")
+    op = glue.AvgPool2d(
+        kernel_size=_pair(values["kernel_size"]),
+        stride=_pair(values.get("stride") or values["kernel_size"]),
+        padding=_pair(values.get("padding", 0)),
+        ceil_mode=values.get("ceil_mode", False),
+        count_include_pad=values.get("count_include_pad", True),
+        divisor_override=values.get("divisor_override"),
+    )
+    return Translation(op, (values["input"],), {})
+
+
+def _adaptive_pool(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "output_size")
+    height, width = _pair(values["output_size"])
+    op = glue.AdaptiveAvgPool2d(height=height, width=width)
+    return Translation(op, (values["input"],), {})
+
+
+def _mean(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "dim", "keepdim")
+    dims = values["dim"]
+    op = glue.Mean(
+        dims=(dims,) if isinstance(dims, int) else tuple(dims),
+        keepdim=values.get("keepdim", False),
+    )
+    return Translation(op, (values["input"],), {})
+
+
+def _reshape(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    shape = node.meta["shape"][1:]
+    # One dimension behind the batch: whatever the image's size, it is all there is.
+    op = Reshape(shape=(-1,) if len(shape) == 1 else shape)
+    return Translation(op, (node.args[0],), {})
+
+
+def _cat(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "tensors", "dim")
+    return Translation(glue.Cat(dim=values.get("dim", 0)), tuple(values["tensors"]), {})
+
+
+def _chunk(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "chunks", "dim")
+    op = glue.Chunk(chunks=values["chunks"], dim=values.get("dim", 0))
+    return Translation(op, (values["input"],), {})
+
+
+def _item(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    source, index = node.args
+    return Translation(glue.Item(index=index), (source,), {})
+
+
+def _transpose(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "dim0", "dim1")
+    dims = list(range(len(node.meta["shape"])))
+    a, b = values["dim0"], values["dim1"]
+    dims[a], dims[b] = dims[b], dims[a]
+    return Translation(glue.Permute(dims=tuple(dims)), (values["input"],), {})
+
+
+def _permute(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    first, *dims = node.args
+    dims = dims[0] if dims and isinstance(dims[0], list | tuple) else dims
+    return Translation(glue.Permute(dims=tuple(dims)), (first,), {})
+
+
+def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    value: Any = graph_module
+    for part in node.target.split("."):
+        value = getattr(value, part)
+    op = glue.Constant(shape=tuple(value.shape))
+    return Translation(op, (), {"value": value.detach().float()})
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
+    return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+
+
+def _conv(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    layer = graph_module.get_submodule(node.target)
+    op = glue.FloatConv2d(
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel_size=layer.kernel_size,
+        groups=layer.groups,
+        **geometry(layer),
+    )
+    return Translation(op, (node.args[0],), {"weight": layer.weight, "bias": _bias(layer)})
+
+
+def _linear(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    layer = graph_module.get_submodule(node.target)
+    op = glue.FloatLinear(in_features=layer.in_features, out_features=layer.out_features)
+    return Translation(op, (node.args[0],), {"weight": layer.weight, "bias": _bias(layer)})
+
+
+_TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
+    **dict.fromkeys(RELUS, _unary("relu")),
+    **dict.fromkeys(RELU6S, _unary("relu6")),
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _unary("sigmoid")),
+    **dict.fromkeys((nn.Tanh, torch.tanh, "tanh"), _unary("tanh")),
+    **dict.fromkeys((nn.SiLU, F.silu), _unary("silu")),
+    **dict.fromkeys((nn.GELU, F.gelu), _unary("gelu")),
+    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("hardsigmoid")),
+    **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("hardswish")),
+    **dict.fromkeys((nn.Hardtanh, F.hardtanh), _hardtanh),
+    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _leaky_relu),
+    **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), _softmax),
+    **dict.fromkeys(ADDS, _binary("add")),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _binary("sub")),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _binary("mul")),
+    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _binary("div")),
+    **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d), _batch_norm),
+    **dict.fromkeys(MAX_POOLS, _max_pool),
+    **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d), _avg_pool),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _adaptive_pool),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys(RESHAPES, _reshape),
+    **dict.fromkeys((torch.cat, torch.concat), _cat),
+    **dict.fromkeys((torch.chunk, "chunk"), _chunk),
+    operator.getitem: _item,
+    **dict.fromkeys((torch.transpose, "transpose"), _transpose),
+    **dict.fromkeys((torch.permute, "permute"), _permute),
+    "get_attr": _attribute,
+    nn.Conv2d: _conv,
+    nn.Linear: _linear,
+}
