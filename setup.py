@@ -1,7 +1,8 @@
 """Builds the C++ and CUDA operators; the metadata is in pyproject.toml.
 
 FDDA_FAST_NO_EXTENSION=1  installs without compiled operators (plain PyTorch runs instead)
-FDDA_FAST_CUDA=0 / 1      leaves the CUDA operators out / insists on them; default: built when nvcc is there
+FDDA_FAST_CUDA=0          leaves the CUDA operators out (they are built when nvcc is there)
+FDDA_FAST_CUDA=1          insists on the CUDA operators
 """
 
 import os
@@ -50,7 +51,7 @@ def wants_extension() -> bool:
 
 
 def cuda_toolkit(detected: str | None) -> str | None:
-    """The toolkit's folder. torch takes the parent of nvcc's folder, which fails for wrapper scripts."""
+    """The toolkit's folder. torch derives it from nvcc's path, which fails for wrapper scripts."""
     for home in (detected, "/usr/local/cuda"):
         if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda.h").exists():
             return home

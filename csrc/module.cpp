@@ -1,5 +1,5 @@
-// The Python module fdda_fast._C: importing it registers the CPU kernels; its functions choose among
-// the instruction sets.
+// The Python module fdda_fast._C: importing it registers the CPU kernels; its functions choose
+// among the instruction sets.
 #include <Python.h>
 
 #include "cpu/kernels.h"

@@ -71,14 +71,10 @@ Tensor channel_values(const Tensor& t, const Tensor& x, std::optional<int64_t> a
 FakeQuantize fake_quantize_args(const Tensor& x, const Tensor& y, const Tensor& scale,
                                 const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
                                 std::optional<int64_t> axis) {
-  return {float_dtype(x, "x"),
-          x.const_data_ptr(),
-          y.mutable_data_ptr(),
-          channel_view(x, axis),
-          scale.const_data_ptr<float>(),
-          zero_point.const_data_ptr<float>(),
-          static_cast<float>(quant_min),
-          static_cast<float>(quant_max)};
+  return {float_dtype(x, "x"),           x.const_data_ptr(),
+          y.mutable_data_ptr(),          channel_view(x, axis),
+          scale.const_data_ptr<float>(), zero_point.const_data_ptr<float>(),
+          static_cast<float>(quant_min), static_cast<float>(quant_max)};
 }
 
 Tensor fake_quantize(const Tensor& x_in, const Tensor& scale_in, const Tensor& zero_point_in,
@@ -125,10 +121,9 @@ Tensor fake_quantize_range(const Tensor& x_in, const Tensor& x_min_in, const Ten
   const Tensor x_min = channel_values(x_min_in, x, axis, "x_min");
   const Tensor x_max = channel_values(x_max_in, x, axis, "x_max");
   Tensor y = torch::stable::empty_like(x);
-  active_kernels().fake_quantize_range({float_dtype(x, "x"), x.const_data_ptr(),
-                                        y.mutable_data_ptr(), channel_view(x, axis),
-                                        x_min.const_data_ptr<float>(),
-                                        x_max.const_data_ptr<float>(), static_cast<int>(bits)});
+  active_kernels().fake_quantize_range(
+      {float_dtype(x, "x"), x.const_data_ptr(), y.mutable_data_ptr(), channel_view(x, axis),
+       x_min.const_data_ptr<float>(), x_max.const_data_ptr<float>(), static_cast<int>(bits)});
   return y;
 }
 
@@ -150,8 +145,8 @@ struct MomentsLayout {
 };
 
 MomentsLayout moments_layout(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ",
-                  x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ", x.dim(),
+                  " dimensions");
   MomentsLayout l{x, x.size(0), x.size(1), x.dim() == 4 ? x.size(2) * x.size(3) : 1, false, false};
   const bool nhwc = x.dim() == 4 && x.stride(1) == 1 &&
                     (x.size(3) == 1 || x.stride(3) == l.channels) &&
@@ -184,11 +179,10 @@ std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& x, const Tensor& 
   Tensor mean = torch::stable::new_empty(x, {num_classes, l.channels}, ScalarType::Float);
   Tensor var = torch::stable::new_empty(x, {num_classes, l.channels}, ScalarType::Float);
   Tensor count = torch::stable::new_empty(x, {num_classes}, ScalarType::Long);
-  active_kernels().class_moments({float_dtype(x, "x"), l.x.const_data_ptr(), l.batch, l.channels,
-                                  l.inner, l.channels_last, labels.const_data_ptr<int64_t>(),
-                                  num_classes, mean.mutable_data_ptr<float>(),
-                                  var.mutable_data_ptr<float>(),
-                                  count.mutable_data_ptr<int64_t>()});
+  active_kernels().class_moments(
+      {float_dtype(x, "x"), l.x.const_data_ptr(), l.batch, l.channels, l.inner, l.channels_last,
+       labels.const_data_ptr<int64_t>(), num_classes, mean.mutable_data_ptr<float>(),
+       var.mutable_data_ptr<float>(), count.mutable_data_ptr<int64_t>()});
   return {mean, var, count};
 }
 
@@ -223,8 +217,8 @@ Tensor class_moments_backward(const Tensor& grad_mean_in, const Tensor& grad_var
 Tensor quantize(const Tensor& x, double scale, double zero_point, int64_t bits) {
   check_bits(bits);
   check_dtype(x, ScalarType::Float, "x");
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ",
-                  x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ", x.dim(),
+                  " dimensions");
   const bool image = x.dim() == 4;
   Quantize a{};
   a.x = x.const_data_ptr<float>();
@@ -266,8 +260,7 @@ Tensor max_pool2d_codes(const Tensor& x_in, std::vector<int64_t> kernel_size,
   std::tie(a.dilation_h, a.dilation_w) = std::tuple_cat(pair(dilation, "dilation"));
   STD_TORCH_CHECK(2 * a.pad_h <= a.kernel_h && 2 * a.pad_w <= a.kernel_w,
                   "padding: expected at most half of kernel_size, got ", a.pad_h, " and ", a.pad_w);
-  a.out_height =
-      output_extent(a.height, a.kernel_h, a.stride_h, a.pad_h, a.dilation_h, ceil_mode);
+  a.out_height = output_extent(a.height, a.kernel_h, a.stride_h, a.pad_h, a.dilation_h, ceil_mode);
   a.out_width = output_extent(a.width, a.kernel_w, a.stride_w, a.pad_w, a.dilation_w, ceil_mode);
   Tensor out = torch::stable::new_empty(x, {a.batch, a.out_height, a.out_width, a.channels});
   a.out = out.mutable_data_ptr<uint8_t>();
@@ -283,8 +276,8 @@ Tensor pack_weight(const Tensor& q, int64_t bits) {
   Tensor packed = torch::stable::new_empty(
       q, {ceil_div(rows, kPanelRows), ceil_div(cols, kBlockDepth), bits, kPlaneBytes},
       ScalarType::Byte);
-  active_kernels().pack_weight({codes.const_data_ptr<int32_t>(), rows, cols,
-                                static_cast<int>(bits), packed.mutable_data_ptr<uint8_t>()});
+  active_kernels().pack_weight({codes.const_data_ptr<int32_t>(), rows, cols, static_cast<int>(bits),
+                                packed.mutable_data_ptr<uint8_t>()});
   return packed;
 }
 

@@ -1,0 +1,28 @@
+"""Low-bit post-training quantisation of CNNs from a few real images, on fast kernels."""
+
+from . import ops
+from .config import QuantizeConfig, SynthesisConfig
+from .deploy import PackedModel, load_packed, pack
+from .generator import Generator, sample
+from .quantization.bits import Bits
+from .quantization.finetune import quantize
+from .statistics import BNSCenters, collect_centers
+from .synthesis import train_generator
+from .writing import synthesize
+
+__all__ = [
+    "BNSCenters",
+    "Bits",
+    "Generator",
+    "PackedModel",
+    "QuantizeConfig",
+    "SynthesisConfig",
+    "collect_centers",
+    "load_packed",
+    "ops",
+    "pack",
+    "quantize",
+    "sample",
+    "synthesize",
+    "train_generator",
+]

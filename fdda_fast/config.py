@@ -53,6 +53,9 @@ class SynthesisConfig(_Section):
             milestone (a step).
         ce_weight, bns_weight: on batch A. class_ce_weight, distorted_weight (L_D),
             centralized_weight (L_C): on batch B.
+        distortion_std: of the noise on the centers' means and variances in L_D.
+        whiten: compare statistics in units of the teacher's running ones, so that every layer
+            and channel counts alike; otherwise as they are, as in the paper.
         clamp_variance: keep the variance targets of L_D at or above zero.
     """
 
@@ -72,6 +75,8 @@ class SynthesisConfig(_Section):
     class_ce_weight: float = 0.5
     distorted_weight: float = 0.9
     centralized_weight: float = 0.01
+    distortion_std: tuple[float, float] = (0.5, 1.0)
+    whiten: bool = True
     clamp_variance: bool = True
 
     def __post_init__(self) -> None:
@@ -92,6 +97,7 @@ class SynthesisConfig(_Section):
             joint_pass=False,
             any_class_steps=5 * _EPOCH,
             lr_milestones=(100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
+            whiten=False,
             clamp_variance=False,
         )
 

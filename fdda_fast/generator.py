@@ -106,20 +106,21 @@ def latents(count: int, rng: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def sample(
-    generator: Generator, labels: torch.Tensor, seed: int = 0
+    generator: Generator, labels: torch.Tensor, seed: int = 0, *, first: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one image per label; image i depends on (generator, seed, i, labels[i]) only.
+    """Draws one image per label; image i depends on (generator, seed, first + i, label) only.
 
     Args:
         generator: run in eval mode, its mode is restored.
         labels: int64 [N] in 0..num_classes-1.
         seed: >= 0.
+        first: index of the first image within the seed's sequence, a multiple of 16.
 
     Returns:
         images float32 [N, C, H, W] and the labels.
 
     Raises:
-        ValueError: a label out of range.
+        ValueError: a label out of range, or first not a multiple of 16.
     """
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [N], got {labels.dtype} {list(labels.shape)}")
@@ -128,6 +129,8 @@ def sample(
             f"labels must lie in 0..{generator.num_classes - 1}, "
             f"got {int(labels.min())}..{int(labels.max())}"
         )
+    if first < 0 or first % _SAMPLE_CHUNK:
+        raise ValueError(f"first must be a multiple of {_SAMPLE_CHUNK} and >= 0, got {first}")
     was_training = generator.training
     generator.eval()
     images = torch.empty(len(labels), *generator.image_shape)
@@ -135,7 +138,7 @@ def sample(
         for chunk, start in enumerate(range(0, len(labels), _SAMPLE_CHUNK)):
             wanted = labels[start : start + _SAMPLE_CHUNK]
             padded = F.pad(wanted, (0, _SAMPLE_CHUNK - len(wanted)))
-            z = latents(_SAMPLE_CHUNK, stream(seed, _SAMPLE_STREAM, chunk))
+            z = latents(_SAMPLE_CHUNK, stream(seed, _SAMPLE_STREAM, first // _SAMPLE_CHUNK + chunk))
             images[start : start + len(wanted)] = generator(z, padded)[: len(wanted)]
     finally:
         generator.train(was_training)

@@ -9,10 +9,6 @@ import torch.nn.functional as F
 
 from .statistics import Moments
 
-# Standard deviations of the noise on the centers in L_D (authors' code).
-DISTORTION_STD_MEAN = 0.5
-DISTORTION_STD_VAR = 1.0
-
 
 def first_deep_layer(num_layers: int) -> int:
     """Index of the first layer in D, the deep layers on which classes are aligned."""
@@ -39,17 +35,20 @@ def moment_distance(
     return total / len(layers)
 
 
-def distorted(centers: Sequence[Moments], rng: torch.Generator, *, clamp: bool) -> list[Moments]:
+def distorted(
+    centers: Sequence[Moments], std: tuple[float, float], rng: torch.Generator, *, clamp: bool
+) -> list[Moments]:
     """Centers with Gaussian noise, as L_D aims at; redrawn at every step.
 
     Args:
         centers: per layer (mean, var), each [G, C_l].
+        std: of the noise on the means and on the variances.
         clamp: keep the variances at or above zero (the authors' code does not).
     """
     result = []
     for mean, var in centers:
-        noisy_mean = mean + DISTORTION_STD_MEAN * torch.randn(mean.shape, generator=rng)
-        noisy_var = var + DISTORTION_STD_VAR * torch.randn(var.shape, generator=rng)
+        noisy_mean = mean + std[0] * torch.randn(mean.shape, generator=rng)
+        noisy_var = var + std[1] * torch.randn(var.shape, generator=rng)
         result.append(Moments(noisy_mean, noisy_var.clamp(min=0) if clamp else noisy_var))
     return result
 

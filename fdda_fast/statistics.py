@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from . import ops
 from .checkpoint import load_tensors, save_tensors
 
 _FORMAT = "fdda-fast centers 1"
+_EPS = 1e-5  # as in BatchNorm2d: a dead channel must not dominate
 
 
 class Moments(NamedTuple):
@@ -54,6 +55,22 @@ class Taps:
         return [
             Moments(m.running_mean.float()[None], m.running_var.float()[None]) for m in self.modules
         ]
+
+
+def whitened(moments: Sequence[Moments], running: Sequence[Moments]) -> list[Moments]:
+    """Moments in units of the teacher's running statistics: (mean - m) / sqrt(v) and var / v.
+
+    Every layer and channel then counts alike, however large its activations are; the running
+    statistics themselves become 0 and 1.
+
+    Args:
+        moments: per layer (mean, var), each [G, C_l].
+        running: per layer (m, v), each [1, C_l].
+    """
+    return [
+        Moments((mean - m) / (v + _EPS).sqrt(), var / (v + _EPS))
+        for (mean, var), (m, v) in zip(moments, running, strict=True)
+    ]
 
 
 @contextmanager
@@ -231,8 +248,7 @@ def check_labelled_images(
         )
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, "
-            f"got {int(labels.min())}..{int(labels.max())}"
+            f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
         )
 
 

@@ -19,7 +19,7 @@ from .losses import (
     standard_normal_targets,
 )
 from .seeding import stream
-from .statistics import BNSCenters, Moments, frozen, tapped
+from .statistics import BNSCenters, Moments, frozen, tapped, whitened
 from .training import (
     Metrics,
     Progress,
@@ -86,12 +86,15 @@ class GeneratorTrainer:
         with tapped(self.model) as taps:
             taps.begin(groups, 1 + len(classes))
             logits = self.model(images)
-        random_batch = [Moments(m.mean[:1], m.var[:1]) for m in taps.moments]
-        class_batches = [Moments(m.mean[1:], m.var[1:]) for m in taps.moments]
-        every_layer = range(len(taps.moments))
+        running = taps.running()
+        moments, targets, centers = taps.moments, running, self.centers.of(classes)
+        if config.whiten:
+            moments, targets, centers = (whitened(m, running) for m in (moments, targets, centers))
+        random_batch = [Moments(m.mean[:1], m.var[:1]) for m in moments]
+        class_batches = [Moments(m.mean[1:], m.var[1:]) for m in moments]
 
-        bns = moment_distance(random_batch, taps.running(), every_layer).mean()
-        distorted_loss, centralized_loss = self._class_losses(classes, class_batches, rng)
+        bns = moment_distance(random_batch, targets, range(len(moments))).mean()
+        distorted_loss, centralized_loss = self._class_losses(classes, class_batches, centers, rng)
         ce = F.cross_entropy(logits[: config.batch_size].float(), labels_a)
         class_ce = F.cross_entropy(logits[config.batch_size :].float(), labels_b)
         loss = (
@@ -126,7 +129,11 @@ class GeneratorTrainer:
         return torch.cat([batch_a, self.generator(z[split:], labels[split:])])
 
     def _class_losses(
-        self, classes: torch.Tensor, moments: list[Moments], rng: torch.Generator
+        self,
+        classes: torch.Tensor,
+        moments: list[Moments],
+        centers: list[Moments],
+        rng: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """L_D and L_C, averaged over the classes of batch B.
 
@@ -135,8 +142,8 @@ class GeneratorTrainer:
         """
         deep = range(first_deep_layer(len(moments)), len(moments))
         reliable = self.centers.reliable[classes]
-        centers = self.centers.of(classes)
-        noisy = distorted(centers, rng, clamp=self.config.clamp_variance)
+        config = self.config
+        noisy = distorted(centers, config.distortion_std, rng, clamp=config.clamp_variance)
         distorted_loss = moment_distance(moments, noisy, deep)
         if not bool(reliable.all()):
             noise = standard_normal_targets(moments, rng)

@@ -1,8 +1,9 @@
 // Arithmetic shared by the CPU and CUDA kernels, so that one definition decides every bit.
 //
-// Everything here has internal linkage: the CPU kernels are compiled once per instruction set, and a
-// function merged by the linker across those translation units could carry the wrong instructions.
-// Compile with floating-point contraction off: a fused multiply-add rounds differently.
+// Everything here has internal linkage: the CPU kernels are compiled once per instruction set, and
+// a function merged by the linker across those translation units could carry the wrong
+// instructions. Compile with floating-point contraction off: a fused multiply-add rounds
+// differently.
 #pragma once
 
 #include <stdint.h>

@@ -36,8 +36,7 @@ inline void check_dtype(const Tensor& t, ScalarType type, const char* argument) 
 }
 
 inline void check_numel(const Tensor& t, int64_t numel, const char* argument) {
-  STD_TORCH_CHECK(t.numel() == numel, argument, ": expected ", numel, " elements, got ",
-                  t.numel());
+  STD_TORCH_CHECK(t.numel() == numel, argument, ": expected ", numel, " elements, got ", t.numel());
 }
 
 inline void check_bits(int64_t bits) {
@@ -104,8 +103,8 @@ inline EpilogueTensors make_epilogue(const Tensor& like, const std::vector<int64
   }
   if (output_range) {
     const auto [lo, hi] = pair(*output_range, "output_range");
-    STD_TORCH_CHECK(0 <= lo && lo <= hi && hi <= 255, "output_range: expected 0 <= lo <= hi <= 255, got ",
-                    lo, " and ", hi);
+    STD_TORCH_CHECK(0 <= lo && lo <= hi && hi <= 255,
+                    "output_range: expected 0 <= lo <= hi <= 255, got ", lo, " and ", hi);
     e.view.lo = static_cast<float>(lo);
     e.view.hi = static_cast<float>(hi);
     e.view.out_u8 = e.out.mutable_data_ptr<uint8_t>();
@@ -116,8 +115,8 @@ inline EpilogueTensors make_epilogue(const Tensor& like, const std::vector<int64
 }
 
 inline void check_accumulator(int64_t depth, int64_t x_zero_point) {
-  STD_TORCH_CHECK(x_zero_point >= 0 && x_zero_point <= 255,
-                  "x_zero_point: expected 0 to 255, got ", x_zero_point);
+  STD_TORCH_CHECK(x_zero_point >= 0 && x_zero_point <= 255, "x_zero_point: expected 0 to 255, got ",
+                  x_zero_point);
   STD_TORCH_CHECK(depth * 255 * 128 < (int64_t{1} << 31),
                   "weight: expected fewer than 65794 inputs per output, got ", depth);
 }

@@ -9,14 +9,14 @@ namespace fdda {
 
 // What happens to an accumulator: dequantize, add the residual, store as float32 or as a code.
 struct Epilogue {
-  const float* multiplier;      // [O]
-  const float* bias;            // [O]
-  const uint8_t* residual_u8;   // [rows, O] or null
-  const float* residual_f32;    // [rows, O] or null
+  const float* multiplier;     // [O]
+  const float* bias;           // [O]
+  const uint8_t* residual_u8;  // [rows, O] or null
+  const float* residual_f32;   // [rows, O] or null
   float residual_scale;
-  uint8_t* out_u8;              // [rows, O]; null: store out_f32
+  uint8_t* out_u8;  // [rows, O]; null: store out_f32
   float* out_f32;
-  float lo, hi;                 // range of the codes in out_u8
+  float lo, hi;  // range of the codes in out_u8
 };
 
 FDDA_HOST_DEVICE static inline void store_output(const Epilogue& e, int64_t index, int64_t channel,
@@ -101,7 +101,8 @@ FDDA_HOST_DEVICE static inline int64_t conv_accumulator(const PackedConv& p, int
     for (int64_t kw = 0; kw < p.kernel_w; ++kw) {
       const int64_t iw = ow * p.stride_w - p.pad_w + kw * p.dilation_w;
       if (iw < 0 || iw >= p.width) continue;
-      const uint8_t* pixel = p.x + ((n * p.height + ih) * p.width + iw) * p.channels + first_channel;
+      const uint8_t* pixel =
+          p.x + ((n * p.height + ih) * p.width + iw) * p.channels + first_channel;
       for (int64_t c = 0; c < depth; ++c) {
         const int32_t value = pixel[c] - p.x_zero_point;
         const int64_t k = (kh * p.kernel_w + kw) * depth + c;

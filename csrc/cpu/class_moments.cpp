@@ -1,8 +1,9 @@
 // Mean and variance of every (class, channel).
 //
 // 1. Per (sample, channel): tiles that fit the L1 cache are read twice, for their mean and for the
-//    squared deviations from it, so memory is read once and nothing cancels. Lanes add in float32, a
-//    tile has at most kTile elements per channel; tiles merge in double (Chan, Golub, LeVeque 1979).
+//    squared deviations from it, so memory is read once and nothing cancels. Lanes add in float32,
+//    a tile has at most kTile elements per channel; tiles merge in double (Chan, Golub, LeVeque
+//    1979).
 // 2. Per class: its samples merge in double in the order of the batch.
 // The order of additions depends on the shape alone, never on the number of threads.
 
@@ -125,8 +126,9 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
         const int64_t c = t % strips * kStrip;
         const int64_t width = min64(kStrip, a.channels - c);
         const int64_t out = n * a.channels + c;
-        (width == kStrip ? strip_moments<true, T> : strip_moments<false, T>)(
-            x + n * sample + c, a.inner, a.channels, width, mean + out, m2 + out);
+        (width == kStrip ? strip_moments<true, T>
+                         : strip_moments<false, T>)(x + n * sample + c, a.inner, a.channels, width,
+                                                    mean + out, m2 + out);
       }
     });
   } else {
@@ -149,8 +151,8 @@ void run_forward(const ClassMoments& a) {
   sample_moments<T>(a, mean, m2);
 
   // order: the samples sorted by class, stable; class k owns [first[k], first[k + 1]).
-  int64_t* first = static_cast<int64_t*>(
-      scratch(kSharedRows, (a.num_classes + 1 + a.batch) * sizeof(int64_t)));
+  int64_t* first =
+      static_cast<int64_t*>(scratch(kSharedRows, (a.num_classes + 1 + a.batch) * sizeof(int64_t)));
   int64_t* order = first + a.num_classes + 1;
   memset(a.count, 0, a.num_classes * sizeof(int64_t));
   for (int64_t n = 0; n < a.batch; ++n) ++a.count[a.labels[n]];
@@ -180,7 +182,8 @@ void run_forward(const ClassMoments& a) {
 template <class T>
 void run_backward(const ClassMomentsBackward& a) {
   const int64_t sample = a.channels * a.inner;
-  // dx = shift[c] + x * slope[c], the class's mean taken into the difference first: no cancellation.
+  // dx = shift[c] + x * slope[c], the class's mean taken into the difference first: no
+  // cancellation.
   parallel_for(a.batch, max64(1, 16384 / max64(1, sample)), [&](int64_t begin, int64_t end) {
     float* shift = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
     float* slope = shift + a.channels;

@@ -54,8 +54,7 @@ void single_channel(const PackedConv& a, const Window& w, const int16_t* weights
   int32_t products = 0, inputs = 0;
   for (int64_t i = 0; i < w.rows; ++i) {
     for (int64_t j = 0; j < w.cols; ++j) {
-      const int32_t value =
-          w.first[i * w.row_stride + j * w.col_stride + channel] - a.x_zero_point;
+      const int32_t value = w.first[i * w.row_stride + j * w.col_stride + channel] - a.x_zero_point;
       products += value * weights[(w.tap + i * w.taps_per_row + j) * a.channels + channel];
       inputs += value;
     }

@@ -22,8 +22,9 @@ const Isa kIsas[kNumIsas] = {
 };
 #else
 const Isa kIsas[kNumIsas] = {
-    {"generic", &generic::kernels, true}, {"avx2", nullptr, false},       {"avxvnni", nullptr, false},
-    {"avx512", nullptr, false},           {"avx512vnni", nullptr, false},
+    {"generic", &generic::kernels, true}, {"avx2", nullptr, false},
+    {"avxvnni", nullptr, false},          {"avx512", nullptr, false},
+    {"avx512vnni", nullptr, false},
 };
 #endif
 

@@ -1,5 +1,5 @@
-// Fake quantisation: one read and one write of the tensor; ranges of a channel are taken while its row
-// is in cache.
+// Fake quantisation: one read and one write of the tensor; ranges of a channel are taken while its
+// row is in cache.
 
 #include <math.h>
 
@@ -48,8 +48,8 @@ Range make_range(float x_min, float x_max, int bits) {
   return {scale, nearbyintf(scale * x_min) + half, -half, half - 1.0f};
 }
 
-// apply(index, channel) over elements [begin, end) of a view whose channels are innermost (inner == 1)
-// or whose rows have one channel each.
+// Calls apply.interleaved for rows that run through the channels (inner == 1), else apply.row for
+// rows of one channel.
 template <class Apply>
 void for_each_row(const ChannelView& v, Apply apply) {
   if (v.inner == 1) {
@@ -107,8 +107,8 @@ struct Masked {
   }
 };
 
-// Running minimum and maximum. A NaN or an infinity makes both NaN, and with them every output: what
-// the formula gives too, since the scale becomes NaN or 0.
+// Running minimum and maximum. A NaN or an infinity makes both NaN, and with them every output:
+// what the formula gives too, since the scale becomes NaN or 0.
 struct MinMax {
   float lo = INFINITY, hi = -INFINITY, poison = 0.0f;
   void merge(const MinMax& o) {
@@ -207,8 +207,8 @@ void run_forward(const FakeQuantize& a) {
   const auto make = [&](int64_t c) {
     return Affine{a.scale[c], a.zero_point[c], a.quant_min, a.quant_max};
   };
-  for_each_row(a.view, Forward<T, decltype(make)>{static_cast<const T*>(a.x),
-                                                  static_cast<T*>(a.y), make});
+  for_each_row(a.view,
+               Forward<T, decltype(make)>{static_cast<const T*>(a.x), static_cast<T*>(a.y), make});
 }
 
 template <class T>
@@ -217,9 +217,9 @@ void run_backward(const FakeQuantizeBackward& b) {
   const auto make = [&](int64_t c) {
     return Inside{a.scale[c], a.zero_point[c], a.quant_min, a.quant_max};
   };
-  for_each_row(a.view, Masked<T, decltype(make)>{static_cast<const T*>(a.x),
-                                                 static_cast<const T*>(b.grad),
-                                                 static_cast<T*>(a.y), make});
+  for_each_row(a.view,
+               Masked<T, decltype(make)>{static_cast<const T*>(a.x), static_cast<const T*>(b.grad),
+                                         static_cast<T*>(a.y), make});
 }
 
 }  // namespace

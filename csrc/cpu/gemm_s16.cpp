@@ -1,5 +1,5 @@
-// Packed convolution on any processor: inputs minus their zero point and weights, both as int16. Sums
-// of int16 products are what compilers turn into pmaddwd and its kin.
+// Packed convolution on any processor: inputs minus their zero point and weights, both as int16.
+// Sums of int16 products are what compilers turn into pmaddwd and its kin.
 
 #include "packed_driver.h"
 
@@ -43,9 +43,7 @@ struct S16 {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int16_t>(x[i] - zero);
   }
 
-  static void pad(Input* out, int64_t n, const PackedConv&) {
-    memset(out, 0, n * sizeof(Input));
-  }
+  static void pad(Input* out, int64_t n, const PackedConv&) { memset(out, 0, n * sizeof(Input)); }
 
   static int32_t row_sum(const Input* row, int64_t depth, const PackedConv&) {
     int32_t sum = 0;

@@ -1,5 +1,6 @@
-// Packed convolution with vpdpbusd: u8 inputs as they are, weights (code + offset) as s8. The input's
-// zero point enters through the accumulators' start, -x_zero_point * sum of the channel's weights.
+// Packed convolution with vpdpbusd: u8 inputs as they are, weights (code + offset) as s8. The
+// input's zero point enters through the accumulators' start, -x_zero_point * sum of the channel's
+// weights.
 
 #include <immintrin.h>
 
@@ -48,8 +49,7 @@ struct StoreRow {
     }
     if (e.out_u8) {
       v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(e.lo)), _mm512_set1_ps(e.hi));
-      const __m512i q =
-          _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m512i q = _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       _mm_mask_storeu_epi8(e.out_u8 + index, mask, _mm512_cvtepi32_epi8(q));
     } else {
       _mm512_mask_storeu_ps(e.out_f32 + index, mask, v);

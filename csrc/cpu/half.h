@@ -48,8 +48,8 @@ static inline void store(BFloat16& out, float v) {
 }
 
 static inline void store(Float16& out, float v) {
-  // Scaling up and down saturates what overflows to infinity; adding a power of two whose unit in the
-  // last place is that of the result lets the addition do the rounding, half to even.
+  // Scaling up and down saturates what overflows to infinity; adding a power of two whose unit in
+  // the last place is that of the result lets the addition do the rounding, half to even.
   const uint32_t bits = float_bits(v);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const float scaled = bits_float(magnitude) * 0x1p112f * 0x1p-110f;

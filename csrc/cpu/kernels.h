@@ -41,7 +41,8 @@ struct FakeQuantizeRange {
   int bits;
 };
 
-// channels_last: element (n, c, i) at (n * inner + i) * channels + c, else (n * channels + c) * inner + i.
+// channels_last: element (n, c, i) at (n * inner + i) * channels + c, else (n * channels + c) *
+// inner + i.
 struct ClassMoments {
   Dtype dtype;
   const void* x;

@@ -108,9 +108,9 @@ class Driver {
     });
     parallel_for(ceil_div(num_rows_, kRowBlock), 1, [&](int64_t begin, int64_t end) {
       int32_t* sums = sums_scratch(kRowBlock);
-      Input* rows = direct_ ? nullptr
-                            : static_cast<Input*>(
-                                  scratch(kLocalRows, kRowBlock * row_size_ * sizeof(Input)));
+      Input* rows =
+          direct_ ? nullptr
+                  : static_cast<Input*>(scratch(kLocalRows, kRowBlock * row_size_ * sizeof(Input)));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task * kRowBlock;
         const int64_t count = min64(kRowBlock, num_rows_ - first);
@@ -164,8 +164,8 @@ class Driver {
       }
     }
     if (shift) {
-      // A group that starts inside a panel: a channel is 4 adjacent bits of a plane, so shifting whole
-      // planes aligns it.
+      // A group that starts inside a panel: a channel is 4 adjacent bits of a plane, so shifting
+      // whole planes aligns it.
       uint8_t* aligned = static_cast<uint8_t*>(scratch(kPlanes, panel_bytes));
       const bool last = channel / kPanelRows + 1 >= ceil_div(conv_.out_channels, kPanelRows);
       for (int64_t i = 0; i < panel_bytes; i += kPlaneBytes) {
@@ -190,8 +190,8 @@ class Driver {
         conv_.x + n * conv_.height * conv_.width * conv_.channels + group * group_inputs_;
     const int64_t left = ow * conv_.stride_w - conv_.pad_w;
     const int64_t last = left + (conv_.kernel_w - 1) * conv_.dilation_w;
-    const bool adjacent = conv_.dilation_w == 1 && conv_.groups == 1 && left >= 0 &&
-                          last < conv_.width;
+    const bool adjacent =
+        conv_.dilation_w == 1 && conv_.groups == 1 && left >= 0 && last < conv_.width;
     const int64_t line = conv_.kernel_w * group_inputs_;
     Input* const end = out + row_size_;
     for (int64_t kh = 0; kh < conv_.kernel_h; ++kh) {
@@ -227,8 +227,8 @@ class Driver {
     tile.row_stride = row_size_;
     if (direct_) {
       tile.row_stride = conv_.channels;
-      tile.rows = reinterpret_cast<const Input*>(conv_.x) + first * conv_.channels +
-                  group * group_inputs_;
+      tile.rows =
+          reinterpret_cast<const Input*>(conv_.x) + first * conv_.channels + group * group_inputs_;
     }
     if (sums) {
       for (int64_t i = 0; i < count; ++i) {
@@ -247,8 +247,8 @@ class Driver {
   }
 
   const PackedConv& conv_;
-  const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, row_size_, panel_size_, panels_,
-      num_rows_;
+  const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, row_size_, panel_size_,
+      panels_, num_rows_;
   const bool direct_;
 };
 

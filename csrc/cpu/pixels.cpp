@@ -50,19 +50,20 @@ void maximum(uint8_t* __restrict out, const uint8_t* __restrict x, int64_t n) {
 void quantize(const Quantize& a) {
   const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
   const int64_t row = a.width * a.channels;
-  parallel_for(a.batch * a.height, max64(1, 16384 / max64(1, row)), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const float* x = a.x + r / a.height * a.stride_n + r % a.height * a.stride_h;
-      uint8_t* out = a.out + r * row;
-      if (a.stride_c == 1 && (a.width == 1 || a.stride_w == a.channels)) {
-        quantize_line(x, out, row, code);
-        continue;
-      }
-      for (int64_t c = 0; c < a.channels; ++c) {
-        quantize_channel(x + c * a.stride_c, a.stride_w, out + c, a.channels, a.width, code);
-      }
-    }
-  });
+  parallel_for(
+      a.batch * a.height, max64(1, 16384 / max64(1, row)), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const float* x = a.x + r / a.height * a.stride_n + r % a.height * a.stride_h;
+          uint8_t* out = a.out + r * row;
+          if (a.stride_c == 1 && (a.width == 1 || a.stride_w == a.channels)) {
+            quantize_line(x, out, row, code);
+            continue;
+          }
+          for (int64_t c = 0; c < a.channels; ++c) {
+            quantize_channel(x + c * a.stride_c, a.stride_w, out + c, a.channels, a.width, code);
+          }
+        }
+      });
 }
 
 void max_pool(const MaxPool& a) {

@@ -4,8 +4,16 @@ namespace fdda {
 namespace FDDA_ISA {
 
 extern const Kernels kernels = {
-    fake_quantize, fake_quantize_backward, fake_quantize_range, class_moments,
-    class_moments_backward, quantize, max_pool, pack_weight, unpack_weight, packed_conv2d,
+    fake_quantize,
+    fake_quantize_backward,
+    fake_quantize_range,
+    class_moments,
+    class_moments_backward,
+    quantize,
+    max_pool,
+    pack_weight,
+    unpack_weight,
+    packed_conv2d,
     packed_linear_s32,
 };
 

@@ -1,5 +1,5 @@
-// Direct packed convolution: one thread per output, the arithmetic of common/packed.h. Adjacent threads
-// have adjacent output channels, so they share their inputs and their planes' cache lines.
+// Direct packed convolution: one thread per output, the arithmetic of common/packed.h. Adjacent
+// threads have adjacent output channels, so they share their inputs and their planes' cache lines.
 #include "packed.h"
 
 namespace fdda {
@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(PackedConv conv, int64_t
   }
 }
 
-__global__ void __launch_bounds__(kThreads) linear_kernel(PackedLinearS32 linear,
-                                                          int64_t outputs) {
+__global__ void __launch_bounds__(kThreads) linear_kernel(PackedLinearS32 linear, int64_t outputs) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < outputs;
        i += step) {

@@ -36,6 +36,4 @@ def random_resized_crop(
     theta[:, 0, 2] = (1 - width) * (2 * x - 1)
     theta[:, 1, 2] = (1 - height) * (2 * y - 1)
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    return F.grid_sample(
-        images, grid.to(images.dtype), padding_mode="border", align_corners=False
-    )
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)

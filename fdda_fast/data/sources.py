@@ -215,9 +215,7 @@ def _idx_folder(name: str, root: Path, split: str) -> ArraySource:
             f"got {pixels.shape} and {labels.shape}"
         )
     is_fashion = name == "fashion-mnist"
-    names = (
-        FASHION_MNIST_CLASSES if is_fashion else [str(c) for c in range(int(labels.max()) + 1)]
-    )
+    names = FASHION_MNIST_CLASSES if is_fashion else [str(c) for c in range(int(labels.max()) + 1)]
     size = pixels.shape[1]
     return ArraySource(
         name,

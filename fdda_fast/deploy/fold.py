@@ -29,7 +29,7 @@ class Codes:
 
     @property
     def paper_zero_point(self) -> float:
-        """Of the paper's signed codes q = u - 2**(bits-1), with value = (q + zero_point) / scale."""
+        """Of the paper's codes q = u - 2**(bits-1): value = (q + paper_zero_point) / scale."""
         return float(2 ** (self.bits - 1) - self.zero_point)
 
     def code(self, value: float) -> int:
@@ -48,7 +48,7 @@ class Codes:
 def activation_codes(name: str, quantizer: ActivationQuantizer) -> Codes:
     """Raises ValueError when no range was observed, or one that does not hold 0."""
     if quantizer.observed == 0:
-        raise ValueError(f"{name}: its range was never observed; calibrate the model before packing")
+        raise ValueError(f"{name}: its range was never observed; calibrate before packing")
     x_min, x_max = quantizer.x_min.float().cpu(), quantizer.x_max.float().cpu()
     if not (torch.isfinite(x_min) and torch.isfinite(x_max) and x_min <= 0 <= x_max):
         raise ValueError(

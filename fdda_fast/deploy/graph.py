@@ -1,4 +1,4 @@
-"""The graph of a packed model: nodes in execution order, validated as a whole, and its JSON form."""
+"""The graph of a packed model: nodes in execution order, validated, and its JSON form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from . import glue, integer  # noqa: F401  (they fill the table of records)
 from .schema import MAX_EXTENT, Op, TensorSpec, ValueType, make_record
 
-_NAME = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_NAME = re.compile(r"[!-~]{1,400}")
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,7 @@ class Graph:
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"tensor {name!r}: holds infinities or NaN")
-            if name.endswith(".weight_offset") and (
-                tensor.long().abs().max() > integer.MAX_OFFSET
-            ):
+            if name.endswith(".weight_offset") and (tensor.long().abs().max() > integer.MAX_OFFSET):
                 raise ValueError(f"tensor {name!r}: offsets above {integer.MAX_OFFSET}")
 
     def to_dict(self) -> dict[str, Any]:

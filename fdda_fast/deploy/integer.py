@@ -41,7 +41,7 @@ def to_nchw(x: torch.Tensor) -> torch.Tensor:
 
 @record
 class Quantize(Op):
-    """float -> codes; zero_point is the paper's, so u = clamp(rne(scale*x - zero_point)) + 2^(b-1)."""
+    """float -> codes clamp(rne(scale*x - zero_point)) + 2**(bits-1): the paper's zero point."""
 
     scale: float = number()
     zero_point: float = number()
@@ -75,7 +75,10 @@ class SumPool(Op):
     """Global pooling without the division: codes [N, H, W, C] -> sums [N, C]."""
 
     reads = (("codes",),)
-    makes = "sums"
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return ValueType("sums", inputs[0].bits)
 
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> Sums:
         if x.ndim != 4:
@@ -333,4 +336,3 @@ def domain(op: Op, inputs: Sequence[ValueType]) -> str:
 
 def weight_bits(op: Op) -> int | None:
     return op.weight_bits if isinstance(op, _Packed) else None
-

@@ -84,9 +84,7 @@ class PackedModel(nn.Module):
             raise ValueError("class_names must be strings")
         last = self.graph.nodes[self.graph.output - 1].op if self.graph.output else None
         if isinstance(last, PackedLinear) and last.out_features != len(self.class_names):
-            raise ValueError(
-                f"{len(self.class_names)} class names for {last.out_features} outputs"
-            )
+            raise ValueError(f"{len(self.class_names)} class names for {last.out_features} outputs")
 
     def _bind(self) -> None:
         """Gives every node its tensors, in the dtypes that the operators read."""
@@ -198,4 +196,3 @@ def _shape(value: Any) -> tuple[int, ...]:
     if isinstance(value, tuple):
         return _shape(value[0])
     return tuple(to_nchw(value).shape if value.dtype == torch.uint8 else value.shape)
-

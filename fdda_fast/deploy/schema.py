@@ -16,8 +16,8 @@ MAX_EXTENT = 1 << 20
 class ValueType(NamedTuple):
     """What flows along an edge.
 
-    kind: `codes`, uint8 integers below 2**bits, NHWC if 4-d; `sums`, a channel's codes summed over
-    the image; `float`, float32, NCHW if 4-d; `floats`, a tuple of them.
+    kind: `codes`, uint8 integers below 2**bits, NHWC if 4-d; `sums`, such codes summed over the
+    image; `float`, float32, NCHW if 4-d; `floats`, a tuple of them.
     """
 
     kind: str

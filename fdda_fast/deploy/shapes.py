@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .translate import RESHAPES, Unsupported, describe
 from ..quantization.prepare import node_kind
+from .translate import RESHAPES, Unsupported, describe
 
 
 class _Recorder(fx.Interpreter):

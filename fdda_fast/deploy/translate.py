@@ -144,11 +144,16 @@ def _pair(value: Any) -> tuple[int, int]:
 def _unary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
     def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
         values = _arguments(graph_module, node, "input")
-        if values.get("approximate", "none") != "none":
-            raise ValueError("only the exact form is known")
         return Translation(glue.Unary(function=function), (values["input"],), {})
 
     return make
+
+
+def _gelu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "approximate")
+    if values.get("approximate", "none") != "none":
+        raise ValueError("only the exact form is known")
+    return Translation(glue.Unary(function="gelu"), (values["input"],), {})
 
 
 def _hardtanh(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
@@ -317,7 +322,7 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _unary("sigmoid")),
     **dict.fromkeys((nn.Tanh, torch.tanh, "tanh"), _unary("tanh")),
     **dict.fromkeys((nn.SiLU, F.silu), _unary("silu")),
-    **dict.fromkeys((nn.GELU, F.gelu), _unary("gelu")),
+    **dict.fromkeys((nn.GELU, F.gelu), _gelu),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("hardsigmoid")),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("hardswish")),
     **dict.fromkeys((nn.Hardtanh, F.hardtanh), _hardtanh),

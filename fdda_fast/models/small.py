@@ -1,4 +1,4 @@
-"""The residual networks for small images (He et al., 2016, section 4.2) that are shipped trained."""
+"""Residual networks for small images (He et al., 2016, section 4.2), shipped trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains the shipped teachers: `python -m fdda_fast.models.train fashion-mnist|digits [--out FILE]`.
+"""Trains the shipped teachers: `python -m fdda_fast.models.train DATASET [--out FILE]`.
 
 The same torch release, CPU kind and thread count give the same weights bit for bit; elsewhere the
 accuracy agrees to a few hundredths of a point.
@@ -41,9 +41,7 @@ RECIPES = {
 }
 
 
-def augment(
-    images: torch.Tensor, max_shift: int, flip: bool, rng: torch.Generator
-) -> torch.Tensor:
+def augment(images: torch.Tensor, max_shift: int, flip: bool, rng: torch.Generator) -> torch.Tensor:
     """Shifts every image by up to `max_shift` pixels (border value repeated) and mirrors half."""
     n, _, h, w = images.shape
     if flip:

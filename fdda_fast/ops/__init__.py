@@ -1,4 +1,4 @@
-"""Operators of fdda-fast: `torch.library` operators with a plain-PyTorch reference and fast kernels.
+"""Operators of fdda-fast: `torch.library` definitions, a PyTorch reference and fast kernels.
 
 Every operator works on every device, under autograd (where it says so) and `torch.compile`.
 """

@@ -1,4 +1,4 @@
-"""The `fdda` operator library: definitions, the compiled extension, the choice of instruction set."""
+"""The `fdda` operator library: definitions, compiled kernels, choice of instruction set."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 def load_extension() -> None:
     """Register the compiled kernels, as the environment asks.
 
-    `FDDA_FAST_BACKEND=reference` loads none; `FDDA_FAST_ISA` selects the CPU kernels' instruction set.
+    `FDDA_FAST_BACKEND=reference` loads none; `FDDA_FAST_ISA` selects the instruction set.
 
     Raises:
         ValueError: a variable has an unknown value, or this processor lacks the instruction set.
     """
-    global _extension
     backend = os.environ.get("FDDA_FAST_BACKEND", "")
     isa = os.environ.get("FDDA_FAST_ISA", "")
     if backend not in ("", "reference"):
@@ -57,6 +56,14 @@ def load_extension() -> None:
         raise ValueError(f"FDDA_FAST_ISA: expected one of {', '.join(ISAS)}, got {isa!r}")
     if backend == "reference":
         return
+    _load_cpu(isa)
+    if torch.cuda.is_available():
+        _load_cuda()
+        _register_triton()
+
+
+def _load_cpu(isa: str) -> None:
+    global _extension
     try:
         from fdda_fast import _C
     except ImportError as error:
@@ -69,15 +76,25 @@ def load_extension() -> None:
     _extension = _C
     if isa:
         _select_isa(isa, "FDDA_FAST_ISA")
-    _load_cuda()
 
 
 def _load_cuda() -> None:
     global _cuda_loaded
     library = _cuda_library()
-    if library is not None and torch.cuda.is_available():
+    if library is not None:
         torch.ops.load_library(library)
         _cuda_loaded = True
+
+
+def _register_triton() -> None:
+    try:
+        from fdda_fast.kernels import class_moments, fake_quantize
+    except ImportError:
+        return
+    LIBRARY.impl("fake_quantize_range", fake_quantize.fake_quantize_range, "CUDA")
+    LIBRARY.impl("fake_quantize_minmax", fake_quantize.fake_quantize_minmax, "CUDA")
+    LIBRARY.impl("class_moments", class_moments.class_moments, "CUDA")
+    LIBRARY.impl("class_moments_backward", class_moments.class_moments_backward, "CUDA")
 
 
 def _cuda_library() -> Path | None:
@@ -88,14 +105,14 @@ def _select_isa(name: str, argument: str) -> None:
     supported = [isa for isa, _, usable in _extension.isas() if usable]
     if name not in supported:
         raise ValueError(
-            f"{argument}: expected one this processor supports ({', '.join(supported)}), got {name!r}"
+            f"{argument}: expected one of this processor's ({', '.join(supported)}), got {name!r}"
         )
     _extension.select_isa(name)
 
 
 @contextmanager
 def use_isa(name: str) -> Iterator[str]:
-    """Run the CPU kernels of an instruction set, for tests; what `FDDA_FAST_ISA` does for a process.
+    """Run an instruction set's CPU kernels, for tests; `FDDA_FAST_ISA` does it for a process.
 
     Args:
         name: one of `ISAS`; where it has no kernels of its own, the next lower one that has serves.
@@ -121,8 +138,8 @@ def backend_info() -> dict:
     """Which implementations are in use.
 
     Returns:
-        `extension`: whether the compiled CPU operators are loaded; `isa`: the instruction set in use,
-        or None; `isas_compiled`, `isas_supported`: those with kernels of their own, those this
+        `extension`: whether the compiled CPU operators are loaded; `isa`: the instruction set in
+        use, or None; `isas_compiled`, `isas_supported`: those with kernels of their own, those this
         processor has; `cuda_built`, `cuda_loaded`: the CUDA library.
     """
     isas = _extension.isas() if _extension else []

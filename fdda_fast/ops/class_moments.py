@@ -27,7 +27,8 @@ def class_moments(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
 
     Raises:
         TypeError: a dtype is not one of the above.
-        ValueError: shapes or labels do not fit. Labels on other devices than the CPU are not checked.
+        ValueError: shapes or labels do not fit. Labels on other devices than the CPU are not
+            checked.
     """
     check_tensor(x, "x", FLOAT_DTYPES)
     check(x.dim() in (2, 4), "x", "[N, C] or [N, C, H, W]", list(x.shape))
@@ -37,7 +38,7 @@ def class_moments(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
     if labels.numel() and labels.is_cpu and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(labels))
         check(
-            0 <= low and high < num_classes,
+            low >= 0 and high < num_classes,
             "labels",
             f"0 to {num_classes - 1}",
             f"{low} to {high}",
@@ -81,8 +82,8 @@ define(
 register_autograd("class_moments", _backward, _setup)
 
 define(
-    "class_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor labels, Tensor mean, "
-    "Tensor count) -> Tensor",
+    "class_moments_backward(Tensor grad_mean, Tensor grad_var, Tensor x, Tensor labels, "
+    "Tensor mean, Tensor count) -> Tensor",
     reference.class_moments_backward,
     _fake_backward,
 )

@@ -23,8 +23,8 @@ def fake_quantize(
 ) -> Tensor:
     """Quantise and dequantise in torch's convention.
 
-    `q = clamp(round(x / scale + zero_point), quant_min, quant_max)`, `y = (q - zero_point) * scale`,
-    rounding half to even. Differentiable in x only.
+    `q = clamp(round(x / scale + zero_point), quant_min, quant_max)`,
+    `y = (q - zero_point) * scale`, rounding half to even. Differentiable in x only.
 
     Args:
         x: float32, bfloat16 or float16, any shape; computed in float32, rounded once.
@@ -33,8 +33,8 @@ def fake_quantize(
         quant_min: smallest code.
         quant_max: largest code.
         axis: the dimension with parameters of its own; None: one pair for the whole tensor.
-        ste: straight-through gradient: "identity" passes it everywhere, "clipped" only where the code
-            needed no clamping.
+        ste: straight-through gradient: "identity" passes it everywhere, "clipped" only where the
+            code needed no clamping.
 
     Returns:
         Dtype, shape and strides of x.
@@ -61,10 +61,10 @@ def fake_quantize_range(
     """Quantise and dequantise asymmetrically to a given range.
 
     `scale = (2^bits - 1) / max(x_max - x_min, 1e-8)`, `zp = round(scale * x_min) + 2^(bits-1)`,
-    `q = clamp(round(scale * x - zp), -2^(bits-1), 2^(bits-1) - 1)`, `y = (q + zp) / scale`, rounding
-    half to even, in float32 in this order: every backend gives the same bits. The gradient passes
-    straight through everywhere, also where q was clamped. FDDA (Zhong et al., ECCV 2022), the
-    quantiser of its released code.
+    `q = clamp(round(scale * x - zp), -2^(bits-1), 2^(bits-1) - 1)`, `y = (q + zp) / scale`,
+    rounding half to even, in float32 in this order: every backend gives the same bits. The
+    gradient passes straight through everywhere, also where q was clamped. FDDA (Zhong et al., ECCV
+    2022), the quantiser of its released code.
 
     Args:
         x: float32, bfloat16 or float16, any shape; computed in float32, rounded once.
@@ -89,7 +89,7 @@ def fake_quantize_range(
 
 
 def fake_quantize_minmax(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
-    """`fake_quantize_range` with the minimum and maximum of x itself, or of each slice along `axis`.
+    """`fake_quantize_range` to the minimum and maximum of x, or of each slice along `axis`.
 
     Args:
         x: float32, bfloat16 or float16, any shape.

@@ -1,4 +1,4 @@
-"""Integer inference: packed low-bit weights, convolutions and linear layers on uint8 codes, NHWC."""
+"""Integer inference: packed low-bit weights, and layers on uint8 codes in NHWC order."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MAX_DEPTH = (2**31 - 1) // (255 * 128)
 def pack_weight(q: Tensor, bits: int) -> Tensor:
     """Pack integer weights, exactly `bits` bits each.
 
-    Bit planes of panels of 16 output channels x 4 consecutive k: code j = n * 4 + k of a panel's block
-    has bit b in plane b, byte j // 8, bit j % 8. Two's complement; padding codes are 0.
+    Bit planes of panels of 16 output channels x 4 consecutive k: code j = n * 4 + k of a panel's
+    block has bit b in plane b, byte j // 8, bit j % 8. Two's complement; padding codes are 0.
 
     Args:
-        q: [N, K] int8, int16 or int32, values in [-2^(bits-1), 2^(bits-1) - 1]. A convolution's K runs
-            over (kernel row, kernel column, input channel of the group).
+        q: [N, K] int8, int16 or int32, values in [-2^(bits-1), 2^(bits-1) - 1]. A convolution's K
+            runs over (kernel row, kernel column, input channel of the group).
         bits: 2 to 8.
 
     Returns:
@@ -84,10 +84,11 @@ def packed_conv2d(
 ) -> Tensor:
     """Integer convolution with fused rescaling, residual and requantisation.
 
-    `acc[o] = sum (x - x_zero_point) * (q[o] + weight_offset[o])`, exactly; padding contributes 0. Then
-    in float32, every operation rounded: `v = float32(float64(acc)) * multiplier[o]`, `v = v + bias[o]`,
-    `v = v + float32(residual) * float32(residual_scale)`. The output is v, or with `output_range` the
-    code `clamp(round(v), lo, hi)`, rounding half to even. Every backend gives the same bits.
+    `acc[o] = sum (x - x_zero_point) * (q[o] + weight_offset[o])`, exactly; padding contributes 0.
+    Then in float32, every operation rounded: `v = float32(float64(acc)) * multiplier[o]`,
+    `v = v + bias[o]`, `v = v + float32(residual) * float32(residual_scale)`. The output is v, or
+    with `output_range` the code `clamp(round(v), lo, hi)`, rounding half to even. Every backend
+    gives the same bits.
 
     Args:
         x: uint8 [N, H, W, C].
@@ -214,8 +215,8 @@ def packed_linear(
 def quantize(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
     """Float images or features to unsigned codes, NHWC.
 
-    `u = clamp(round(scale * x - zero_point), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)` in float32: the
-    codes of `fake_quantize_range`, shifted to start at 0.
+    `u = clamp(round(scale * x - zero_point), -2^(bits-1), 2^(bits-1) - 1) + 2^(bits-1)` in
+    float32: the codes of `fake_quantize_range`, shifted to start at 0.
 
     Args:
         x: float32 [N, C, H, W] or [N, C], any strides.

@@ -1,7 +1,7 @@
 """Every operator in plain PyTorch: the definition the kernels are tested against.
 
-Signatures are those of the `fdda::` schemas. Integer results are exact: sums run in float64 where they
-stay below 2^53, else in int64.
+Signatures are those of the `fdda::` schemas. Integer results are exact: sums run in float64 where
+they stay below 2^53, else in int64.
 """
 
 from __future__ import annotations

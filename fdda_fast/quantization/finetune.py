@@ -43,7 +43,11 @@ class Finetuner:
     """
 
     def __init__(
-        self, student: fx.GraphModule, teacher: nn.Module, calibration: Batch, config: QuantizeConfig
+        self,
+        student: fx.GraphModule,
+        teacher: nn.Module,
+        calibration: Batch,
+        config: QuantizeConfig,
     ) -> None:
         self.student = student.eval()
         self.teacher = teacher

@@ -1,4 +1,4 @@
-"""Fake-quantised layers: what torch.fx preparation puts in the place of conv, linear, activations."""
+"""Fake-quantised layers: what preparation puts in the place of conv, linear, activations."""
 
 from __future__ import annotations
 

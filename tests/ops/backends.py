@@ -13,7 +13,7 @@ _INFO = ops.backend_info()
 ISAS = [isa for isa in _INFO["isas_compiled"] if isa in _INFO["isas_supported"]] or [None]
 
 QUICK = settings(
-    max_examples=25,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

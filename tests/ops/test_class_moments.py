@@ -15,7 +15,9 @@ def moments64(x, labels, num_classes):
     """Differentiable, in float64, class by class."""
     x = x.double().flatten(2) if x.dim() == 4 else x.double().unsqueeze(2)
     mean = [x[labels == k].mean((0, 2)) for k in range(num_classes) if (labels == k).any()]
-    var = [x[labels == k].var((0, 2), correction=0) for k in range(num_classes) if (labels == k).any()]
+    var = [
+        x[labels == k].var((0, 2), correction=0) for k in range(num_classes) if (labels == k).any()
+    ]
     return torch.stack(mean), torch.stack(var)
 
 

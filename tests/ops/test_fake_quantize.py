@@ -187,10 +187,26 @@ def test_empty(shape):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, s: ops.fake_quantize_minmax(x.double(), 4), TypeError, "x: expected torch.float"),
-        (lambda x, s: ops.fake_quantize_minmax(x, 17), ValueError, "bits: expected 1 to 16, got 17"),
-        (lambda x, s: ops.fake_quantize_minmax(x, 4, 2), ValueError, "axis: expected -2 to 1, got 2"),
-        (lambda x, s: ops.fake_quantize_range(x, s, x, 4), ValueError, "x_max: expected one element"),
+        (
+            lambda x, s: ops.fake_quantize_minmax(x.double(), 4),
+            TypeError,
+            "x: expected torch.float",
+        ),
+        (
+            lambda x, s: ops.fake_quantize_minmax(x, 17),
+            ValueError,
+            "bits: expected 1 to 16, got 17",
+        ),
+        (
+            lambda x, s: ops.fake_quantize_minmax(x, 4, 2),
+            ValueError,
+            "axis: expected -2 to 1, got 2",
+        ),
+        (
+            lambda x, s: ops.fake_quantize_range(x, s, x, 4),
+            ValueError,
+            "x_max: expected one element",
+        ),
         (lambda x, s: ops.fake_quantize_range(x, s, s, 4, 1), ValueError, "x_min: expected shape"),
         (lambda x, s: ops.fake_quantize(x, s, s, 5, 4), ValueError, "quant_max: expected 5 to"),
         (lambda x, s: ops.fake_quantize(x, s, s, 0, 4, ste="x"), ValueError, "ste: expected"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from backends import ISAS, QUICK, generator, on_isa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdda_fast import ops
@@ -102,7 +102,7 @@ def reference_shape(shape, out_channels, kernel, stride, padding, dilation):
     return (shape[0], *size, out_channels)
 
 
-@QUICK
+@settings(QUICK, max_examples=400)
 @given(args=convolutions())
 def test_conv2d_equals_the_reference_on_every_isa(args):
     expected = reference.packed_conv2d(*args)
@@ -144,7 +144,7 @@ def test_conv2d_of_layer_sizes(isa, threads, batch, size, channels, out_channels
 
 def numpy_conv(x, q, kernel, stride, padding, dilation, groups, zero_point, offset):
     """The definition in Python integers."""
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     out_channels, depth = len(q), channels // groups
     shape = reference_shape(x.shape, out_channels, kernel, stride, padding, dilation)
     acc = np.zeros(shape, object)
@@ -191,7 +191,9 @@ def test_conv2d_against_python_integers(isa, groups, limit):
 def linears(draw):
     g = generator(draw(SEED))
     bits = draw(BITS)
-    rows, depth, features = (draw(st.integers(low, high)) for low, high in ((0, 70), (1, 90), (1, 90)))
+    rows, depth, features = (
+        draw(st.integers(low, high)) for low, high in ((0, 70), (1, 90), (1, 90))
+    )
     if draw(st.booleans()):
         x = torch.randint(0, 256, (rows, depth), generator=g, dtype=torch.uint8)
         zero_point = draw(st.integers(0, 255))

@@ -1,0 +1,244 @@
+"""From a fake-quantised torch.fx network to a packed integer graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from .. import ops
+from ..data.preprocessing import Preprocessing
+from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear, set_observing
+from ..quantization.prepare import is_global_average_pool, node_kind
+from . import fold
+from .fold import Codes
+from .fuse import Group, find_groups
+from .graph import Graph, Node
+from .integer import Dequantize, DequantizeSums, PackedConv2d, PackedLinear, Quantize, SumPool
+from .runtime import PackedModel
+from .schema import Op
+from .shapes import annotate
+from .translate import MAX_POOLS, RESHAPES, bypassed, describe, geometry, translate
+
+
+def pack(
+    qmodel: fx.GraphModule,
+    example_input: torch.Tensor,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
+) -> PackedModel:
+    """Lowers a fake-quantised network to integers.
+
+    Args:
+        qmodel: from `prepare(..., placement="full_integer")`, its activation ranges observed; not
+            changed.
+        example_input: float32 [N, C, H, W], images as the network will get them.
+        preprocessing: how an image file becomes an input; travels with the model.
+        class_names: one per logit; travel with the model.
+
+    Returns:
+        A PackedModel. What has no integer form between two quantisers runs in float32 there; see
+        PackedModel.summary for what does.
+
+    Raises:
+        ValueError: not a prepared network, another placement, ranges that were never observed, a
+            node that cannot be packed, or sums that could overflow.
+    """
+    if not isinstance(qmodel, fx.GraphModule) or not any(
+        isinstance(m, QuantConv2d | QuantLinear) for m in qmodel.modules()
+    ):
+        raise ValueError("pack needs the GraphModule that prepare or quantize returns")
+    if example_input.ndim != 4 or not len(example_input):
+        raise ValueError(f"example_input must be [N, C, H, W], got {tuple(example_input.shape)}")
+    graph_module = copy.deepcopy(qmodel).cpu().float().eval()
+    set_observing(graph_module, False)
+    example = example_input[:1].detach().cpu().float()
+    return _Lowering(graph_module, example).run(preprocessing, class_names)
+
+
+class _Value(NamedTuple):
+    """Where a torch.fx value lives: its index in the graph, its kind, what its codes mean."""
+
+    index: int
+    kind: str
+    codes: Codes | None = None
+
+
+class _Lowering:
+    def __init__(self, graph_module: fx.GraphModule, example: torch.Tensor) -> None:
+        self.graph_module = graph_module
+        self.codes = {
+            name: fold.activation_codes(name, module)
+            for name, module in graph_module.named_modules()
+            if isinstance(module, ActivationQuantizer)
+        }
+        self.fixed_size = annotate(graph_module, example)
+        self.example = example
+        self._remove_bypassed()
+        self.groups = find_groups(graph_module)
+        self.nodes: list[Node] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.values: dict[fx.Node, _Value] = {}
+        self.floats: dict[tuple[int, int], int] = {}
+
+    def _remove_bypassed(self) -> None:
+        for node in list(self.graph_module.graph.nodes):
+            if bypassed(self.graph_module, node):
+                node.replace_all_uses_with(node.args[0])
+                self.graph_module.graph.erase_node(node)
+
+    def run(
+        self, preprocessing: Preprocessing | None, class_names: Sequence[str] | None
+    ) -> PackedModel:
+        inner = {node for group in self.groups.values() for node in group.inner}
+        output = None
+        for node in self.graph_module.graph.nodes:
+            if node.op == "output":
+                if not isinstance(node.args[0], fx.Node) or "shape" not in node.args[0].meta:
+                    raise ValueError("the network must return one tensor")
+                output = self._float(node.args[0])
+                count = node.args[0].meta["shape"][-1]
+            elif node not in inner and "constant" not in node.meta:
+                self.values[node] = self._lower(node)
+        if class_names is not None and len(class_names) != count:
+            raise ValueError(f"{len(class_names)} class names for {count} logits")
+        graph = Graph(
+            in_channels=self.example.shape[1],
+            image_size=tuple(self.example.shape[2:]),
+            fixed_size=self.fixed_size,
+            nodes=tuple(self.nodes),
+            output=output,
+        )
+        model = PackedModel(graph, self.tensors, preprocessing, class_names)
+        model(self.example)  # what cannot run is refused here, not by the user's first image
+        return model
+
+    def _lower(self, node: fx.Node) -> _Value:
+        if node.op == "placeholder":
+            return _Value(0, "float")
+        if node in self.groups:
+            return self._layer(self.groups[node])
+        kind = node_kind(self.graph_module, node)
+        if kind is ActivationQuantizer:
+            codes = self.codes[node.target]
+            op = Quantize(scale=codes.scale, zero_point=codes.paper_zero_point, bits=codes.bits)
+            index = self._emit(node.target, op, [self._float(node.args[0])])
+            return _Value(index, "codes", codes)
+        source = self.values.get(node.args[0]) if node.args else None
+        if source is not None and source.kind != "float":
+            integer = self._integer(node, kind, source)
+            if integer is not None:
+                return integer
+        return self._glue(node)
+
+    def _integer(self, node: fx.Node, kind: object, source: _Value) -> _Value | None:
+        """Ops that codes and sums go through as they are, else None."""
+        name = _name(node)
+        if source.kind == "codes" and (kind in MAX_POOLS or kind in RESHAPES):
+            index = self._emit(name, translate(self.graph_module, node).op, [source.index])
+            return source._replace(index=index)
+        if source.kind == "codes" and is_global_average_pool(self.graph_module, node):
+            return _Value(self._emit(name, SumPool(), [source.index]), "sums", source.codes)
+        if source.kind == "sums" and kind in RESHAPES and len(node.meta["shape"]) == 2:
+            return source
+        return None
+
+    def _glue(self, node: fx.Node) -> _Value:
+        op, inputs, tensors = translate(self.graph_module, node)
+        index = self._emit(_name(node), op, [self._float(n) for n in inputs], tensors)
+        return _Value(index, op.makes)
+
+    def _layer(self, group: Group) -> _Value:
+        layer = self.graph_module.get_submodule(group.layer.target)
+        name = group.layer.target
+        source = self.values[group.layer.args[0]]
+        if source.codes is None:
+            raise ValueError(
+                f"{describe(self.graph_module, group.layer)}: its input is not quantised; pack "
+                "needs a model prepared with placement='full_integer'"
+            )
+        made = self.codes[group.quantizer.target] if group.quantizer else None
+        inputs, residual, residual_scale = [source.index], None, None
+        if group.residual is not None:
+            added = self.values[group.residual]
+            residual = added.codes if added.kind == "codes" else None
+            inputs.append(added.index if residual else self._float(group.residual))
+            residual_scale = (made.scale if made else 1.0) / (residual.scale if residual else 1.0)
+
+        q, offset, step = fold.weight_codes(name, layer)
+        norm = self.graph_module.get_submodule(group.norm.target) if group.norm else None
+        multiplier, bias = fold.epilogue(layer, norm, step, source.codes, made, residual)
+        tensors = {
+            "weight": ops.pack_weight(q, layer.weight_bits),
+            "weight_offset": fold.smallest_integers(offset),
+            "multiplier": multiplier,
+            "bias": bias,
+        }
+        epilogue = {
+            "weight_bits": layer.weight_bits,
+            "x_zero_point": source.codes.zero_point,
+            "residual_scale": residual_scale,
+            "output_bits": made.bits if made else None,
+            "output_range": made.code_range(group.clip) if made else None,
+        }
+        make = self._conv if isinstance(layer, QuantConv2d) else self._linear
+        op = make(layer, epilogue)
+        return _Value(self._emit(name, op, inputs, tensors), "codes" if made else "float", made)
+
+    @staticmethod
+    def _conv(layer: QuantConv2d, epilogue: dict) -> PackedConv2d:
+        return PackedConv2d(
+            in_channels=layer.in_channels,
+            out_channels=layer.out_channels,
+            kernel_size=layer.kernel_size,
+            groups=layer.groups,
+            **geometry(layer),
+            **epilogue,
+        )
+
+    @staticmethod
+    def _linear(layer: QuantLinear, epilogue: dict) -> PackedLinear:
+        return PackedLinear(
+            in_features=layer.in_features, out_features=layer.out_features, **epilogue
+        )
+
+    def _float(self, node: fx.Node) -> int:
+        """Index of a node's value as floats."""
+        value = self.values[node]
+        if value.codes is None:
+            return value.index
+        spatial = value.kind == "sums" and len(node.meta["shape"]) == 4
+        key = (value.index, spatial)
+        if key not in self.floats:
+            meaning = {"scale": value.codes.scale, "zero_point": value.codes.zero_point}
+            if value.kind == "sums":
+                op: Op = DequantizeSums(**meaning, spatial=spatial)
+            else:
+                op = Dequantize(**meaning)
+            name = f"{self.nodes[value.index - 1].name}_float"
+            self.floats[key] = self._emit(name, op, [value.index])
+        return self.floats[key]
+
+    def _emit(
+        self,
+        name: str,
+        op: Op,
+        inputs: Sequence[int],
+        tensors: dict[str, torch.Tensor] | None = None,
+    ) -> int:
+        """Appends a node; returns the index of its value."""
+        used = {node.name for node in self.nodes}
+        unique, i = name, 1
+        while unique in used:  # a module that is called twice
+            unique, i = f"{name}_{i}", i + 1
+        self.nodes.append(Node(unique, op, tuple(inputs)))
+        for role, tensor in (tensors or {}).items():
+            self.tensors[f"{unique}.{role}"] = tensor.detach().contiguous()
+        return len(self.nodes)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if node.op == "call_module" else node.name

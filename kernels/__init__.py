@@ -1,0 +1,1 @@
+"""Triton kernels. `fdda_fast.ops` registers them for CUDA devices."""

@@ -1,0 +1,232 @@
+"""Packed networks compute what the fake-quantised ones do."""
+
+import pytest
+import torch
+from networks import (
+    NETWORKS,
+    agreement,
+    compare_forced,
+    conv_bn,
+    head,
+    images,
+    packed_network,
+    quantized,
+    randomize,
+)
+from torch import nn
+
+from fdda_fast.deploy import pack
+from fdda_fast.quantization.bits import Bits
+from fdda_fast.quantization.modules import set_observing
+from fdda_fast.quantization.prepare import prepare
+
+WIDTHS = {
+    **{f"w{b}a{b}": Bits(b, b) for b in range(2, 9)},
+    "w2a8": Bits(2, 8),
+    "w8a3": Bits(8, 3),
+    "f8l8": Bits(4, 4, first_last=8),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("width", ["w2a2", "w4a4", "w8a8", "f8l8"])
+def test_every_network(name, width):
+    qmodel, packed = packed_network(name, WIDTHS[width])
+    assert compare_forced(qmodel, packed, images(32)) < 1e-3
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["resnet", "inverted"])
+def test_every_width(name, width):
+    qmodel, packed = packed_network(name, WIDTHS[width])
+    assert compare_forced(qmodel, packed, images(32)) < 1e-3
+
+
+def test_overrides():
+    bits = Bits(4, 4, overrides={"0.0": (8, 8), "2.shortcut.0": (3, 7), "4.2": (5, 6)})
+    qmodel, packed = packed_network("resnet", bits)
+    assert packed.bits["0.0"] == (8, 8)
+    assert packed.bits["2.shortcut.0"] == (3, 7)
+    assert packed.bits["4.2"] == (5, 6)
+    assert compare_forced(qmodel, packed, images(32)) < 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_end_to_end(name):
+    # A code that flips on a tie moves later ones: agreement is a rate, not an identity.
+    qmodel, packed = packed_network(name, Bits(8, 8))
+    same, difference = agreement(qmodel, packed, images(500))
+    assert same >= 0.99
+    assert difference < 5e-3
+
+
+def test_fuses_whole_layers():
+    _, packed = packed_network("resnet")
+    ops = [(type(node.op).__name__, len(node.inputs)) for node in packed.graph.nodes]
+    convs = [("PackedConv2d", 1)] * 2  # stem and the first block's first
+    assert ops[:4] == [("Quantize", 1), *convs, ("PackedConv2d", 2)]
+    assert {op for op, _ in ops} == {"Quantize", "PackedConv2d", "SumPool", "PackedLinear"}
+    rows = packed.summary()
+    assert {row.domain for row in rows[1:]} == {"integer"}
+    # In a block that changes shape one branch is handed over in float.
+    floats = [n.name for n in packed.graph.nodes[:-1] if getattr(n.op, "output_bits", 0) is None]
+    assert floats == ["2.body.1.0"]
+
+
+def test_keep_float():
+    model = randomize(NETWORKS["resnet"]())
+    qmodel = quantized(model, keep_float=("0.0", "1.body.1.0", "4.2"))
+    packed = pack(qmodel, images(1))
+    domains = {row.name: row.domain for row in packed.summary()}
+    assert domains["0.0"] == domains["4.2"] == "float"
+    assert compare_forced(qmodel, packed, images(16)) < 1e-3
+
+
+def test_sizes_and_batches():
+    qmodel, packed = packed_network("resnet")
+    for size, batch in ((9, 1), (24, 3), (33, 2)):
+        compare_forced(qmodel, packed, images(batch, size))
+    noncontiguous = images(4).flip(0).transpose(2, 3)
+    compare_forced(qmodel, packed, noncontiguous)
+    channels_last = images(4).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(packed(channels_last), packed(images(4)))
+    assert packed(images(4)[:0]).shape == (0, 10)
+
+
+def test_batch_does_not_matter():
+    _, packed = packed_network("inverted")
+    x = images(6)
+    assert torch.equal(packed(x), torch.cat([packed(image[None]) for image in x]))
+
+
+def test_size_written_into_the_graph():
+    _, packed = packed_network("shuffle")
+    assert packed.graph.fixed_size
+    with pytest.raises(ValueError, match=r"images of \(16, 16\) pixels only"):
+        packed(images(1, 24))
+
+
+def test_grey_images_and_one_channel():
+    model = randomize(nn.Sequential(conv_bn(1, 7, 5), conv_bn(7, 1, 3), conv_bn(1, 9), head(9)))
+    qmodel = quantized(model, channels=1)
+    packed = pack(qmodel, images(1, channels=1))
+    assert compare_forced(qmodel, packed, images(16, channels=1)) < 1e-3
+
+
+def test_shared_layer():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.shared, self.head = conv_bn(3, 8), nn.Conv2d(8, 8, 3, 1, 1), head(8)
+
+        def forward(self, x):
+            x = torch.relu(self.shared(self.conv(x)))
+            return self.head(torch.relu(self.shared(x)) + x + 0.5)
+
+    qmodel = quantized(randomize(Twice()))
+    packed = pack(qmodel, images(1))
+    assert compare_forced(qmodel, packed, images(16)) < 1e-3
+
+
+def test_dead_and_tiny_ranges():
+    # A ReLU that never fires: its quantiser's range is [0, 0].
+    model = randomize(NETWORKS["resnet"]())
+    model[0][1].bias.data.fill_(-100)
+    qmodel = quantized(model)
+    compare_forced(qmodel, pack(qmodel, images(1)), images(16))
+    model[0][1].bias.data.zero_()
+    model[0][1].weight.data.mul_(1e-6)
+    qmodel = quantized(model)
+    compare_forced(qmodel, pack(qmodel, images(1)), images(16))
+
+
+def test_model_is_not_changed():
+    qmodel = quantized(randomize(NETWORKS["resnet"]()))
+    before = {name: value.clone() for name, value in qmodel.state_dict().items()}
+    code = qmodel.code
+    set_observing(qmodel, True)
+    pack(qmodel, images(1))
+    assert qmodel.code == code
+    for name, value in qmodel.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(conv_bn(3, 4), head(4)), {"placement": "paper"}, "full_integer"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), head(4)),
+            {},
+            r"node '1' \(Softplus\) has no packed form",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 2, padding="same"), nn.ReLU(), head(4)),
+            {},
+            "not symmetric",
+        ),
+        (
+            nn.Sequential(conv_bn(3, 4), nn.Flatten(0), nn.Unflatten(0, (-1, 4)), nn.Linear(4, 3)),
+            {},
+            "first dimension is not the batch",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+            {},
+            "running statistics",
+        ),
+    ],
+)
+def test_refuses(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        pack(quantized(model.eval(), **options), images(1))
+
+
+def test_refuses_active_dropout():
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = conv_bn(3, 4), head(4)
+
+        def forward(self, x):
+            return self.head(nn.functional.dropout(self.conv(x), 0.1))
+
+    with pytest.raises(ValueError, match="active in eval mode"):
+        pack(quantized(Drops().eval()), images(1))
+
+
+def test_refuses_several_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x), x
+
+    with pytest.raises(ValueError, match="must return one tensor"):
+        pack(quantized(Two()), images(1))
+
+
+def test_refuses_what_is_not_prepared_or_calibrated():
+    model = NETWORKS["resnet"]().eval()
+    with pytest.raises(ValueError, match="GraphModule that prepare"):
+        pack(model, images(1))
+    with pytest.raises(ValueError, match="never observed"):
+        pack(prepare(model, Bits()), images(1))
+    with pytest.raises(ValueError, match="example_input must be"):
+        pack(quantized(model), images(1)[0])
+
+
+def test_refuses_weights_that_are_not_finite():
+    model = randomize(NETWORKS["resnet"]())
+    qmodel = quantized(model)
+    qmodel.get_parameter("1.body.0.0.weight").data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"1\.body\.0\.0: weights hold"):
+        pack(qmodel, images(1))
+
+
+def test_refuses_overflow():
+    model = nn.Sequential(nn.Conv2d(3, 300, 1), nn.Conv2d(300, 2, 15, padding=7), head(2))
+    with pytest.raises(ValueError, match="could overflow int32"):
+        pack(quantized(model.eval()), images(1))
