@@ -12,7 +12,8 @@ struct S16 {
   using Weight = int16_t;
   static constexpr int64_t kColumns = 64;
   static constexpr bool kReadsInput = false;
-  static constexpr int kChannels = 4;  // per pass over a row
+  static constexpr int kRows = 3;
+  static constexpr int kChannels = 4;
 
   // A panel holds 16 rows of weights.
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
@@ -51,26 +52,41 @@ struct S16 {
     return sum;
   }
 
-  static void gemm(const Tile<S16>& t) {
+  // Sums of ROWS rows times kChannels channels in one pass: each load serves several products.
+  template <int ROWS>
+  static void multiply(const Tile<S16>& t, int64_t first, int64_t n) {
     const int64_t size = t.depth_blocks * kBlockDepth;
-    for (int64_t n = 0; n < t.columns; n += kChannels) {
-      const Weight* __restrict w = t.panels + n * size;
-      const int64_t count = min64(kChannels, t.columns - n);
-      for (int64_t r = 0; r < t.num_rows; ++r) {
-        const Input* __restrict x = t.rows + r * t.row_stride;
-        int32_t acc[kChannels] = {};
-        for (int64_t k = 0; k < size; ++k) acc[0] += int32_t{x[k]} * w[k];
-        for (int64_t k = 0; k < size; ++k) acc[1] += int32_t{x[k]} * w[size + k];
-        for (int64_t k = 0; k < size; ++k) acc[2] += int32_t{x[k]} * w[2 * size + k];
-        for (int64_t k = 0; k < size; ++k) acc[3] += int32_t{x[k]} * w[3 * size + k];
-        const int64_t channel = t.first_channel + n;
-        const int64_t index = (t.first_row + r) * t.conv->out_channels + channel;
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t offset =
-              t.row_sums ? t.conv->weight_offset[channel + j] * t.row_sums[r] : 0;
-          store_output(t.conv->epilogue, index + j, channel + j, acc[j] + offset);
+    const Weight* __restrict w = t.panels + n * size;
+    const Input* __restrict x = t.rows + first * t.row_stride;
+    const int64_t stride = t.row_stride;
+    int32_t acc[ROWS][kChannels] = {};
+    for (int64_t k = 0; k < size; ++k) {
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kChannels; ++j) {
+          acc[r][j] += int32_t{x[r * stride + k]} * w[j * size + k];
         }
       }
+    }
+    const int64_t channel = t.first_channel + n;
+    const int64_t count = min64(kChannels, t.columns - n);
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t row = first + r;
+      const int64_t index = (t.first_row + row) * t.conv->out_channels + channel;
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t offset =
+            t.row_sums ? t.conv->weight_offset[channel + j] * t.row_sums[row] : 0;
+        store_output(t.conv->epilogue, index + j, channel + j, acc[r][j] + offset);
+      }
+    }
+  }
+
+  static void gemm(const Tile<S16>& t) {
+    for (int64_t n = 0; n < t.columns; n += kChannels) {
+      int64_t r = 0;
+      for (; r + kRows <= t.num_rows; r += kRows) multiply<kRows>(t, r, n);
+      for (; r < t.num_rows; ++r) multiply<1>(t, r, n);
     }
   }
 };

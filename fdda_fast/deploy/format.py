@@ -28,6 +28,7 @@ from .runtime import PackedModel
 
 FORMAT = "fdda-packed"
 VERSION = "1"
+_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float32)
 _KEYS = ("format", "version", "graph", "preprocessing", "class_names")
 
 
@@ -69,6 +70,9 @@ def _parse(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Packed
     missing = [key for key in (*_KEYS, "sha256") if key not in metadata]
     if missing:
         raise ValueError(f"metadata without {missing}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"tensor {name!r}: no packed model holds {tensor.dtype}")
     if _checksum(tensors, metadata) != metadata["sha256"]:
         raise ValueError("the checksum does not match, the file is damaged")
     preprocessing = _load("preprocessing", metadata)

@@ -21,7 +21,15 @@ from .integer import Dequantize, DequantizeSums, PackedConv2d, PackedLinear, Qua
 from .runtime import PackedModel
 from .schema import Op
 from .shapes import annotate
-from .translate import MAX_POOLS, RESHAPES, bypassed, describe, geometry, translate
+from .translate import (
+    MAX_POOLS,
+    RESHAPES,
+    bypassed,
+    check_in_place,
+    describe,
+    geometry,
+    translate,
+)
 
 
 def pack(
@@ -78,6 +86,7 @@ class _Lowering:
         self.fixed_size = annotate(graph_module, example)
         self.example = example
         self._remove_bypassed()
+        check_in_place(graph_module)
         self.groups = find_groups(graph_module)
         self.nodes: list[Node] = []
         self.tensors: dict[str, torch.Tensor] = {}

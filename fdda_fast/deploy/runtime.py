@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +81,9 @@ class PackedModel(nn.Module):
             )
         if self.class_names is None:
             return
-        if not all(isinstance(name, str) for name in self.class_names):
-            raise ValueError("class_names must be strings")
+        # They come from files and go to terminals: no control characters.
+        if not all(isinstance(name, str) and name.isprintable() for name in self.class_names):
+            raise ValueError("class_names must be printable strings")
         last = self.graph.nodes[self.graph.output - 1].op if self.graph.output else None
         if isinstance(last, PackedLinear) and last.out_features != len(self.class_names):
             raise ValueError(f"{len(self.class_names)} class names for {last.out_features} outputs")
@@ -110,7 +112,7 @@ class PackedModel(nn.Module):
         """
         return self.execute(images)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def execute(self, images: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
         """Runs the graph; `observe` sees (node, tensors, inputs, output) of every node."""
         self._check_images(images)
@@ -183,7 +185,7 @@ class PackedModel(nn.Module):
         stored = (self.tensors[f"{node.name}.{role}"] for role in node.op.tensors())
         return sum(t.numel() * t.element_size() for t in stored)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes a .fdda file, see `deploy.format`."""
         from .format import save_packed
 

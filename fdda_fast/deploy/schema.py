@@ -42,9 +42,15 @@ def _whole(value: Any, low: int, high: int) -> int:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"expected a finite number, got {value!r}")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a number, got {value!r}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
 
 
 def _wholes(value: Any, low: int, high: int, lengths: Sequence[int]) -> tuple[int, ...]:

@@ -75,6 +75,34 @@ def bypassed(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return kind in IDENTITIES
 
 
+def check_in_place(graph_module: fx.GraphModule) -> None:
+    """Raises Unsupported where a tensor is read after another node has overwritten it.
+
+    Packed nodes never overwrite what they read.
+    """
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    for node in order:
+        if not _overwrites(graph_module, node):
+            continue
+        later = [user for user in node.args[0].users if order[user] > order[node]]
+        if later:
+            raise Unsupported(
+                f"{describe(graph_module, node)} works in place on a tensor that "
+                f"{describe(graph_module, later[0])} reads afterwards"
+            )
+
+
+def _overwrites(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        return bool(getattr(graph_module.get_submodule(node.target), "inplace", False))
+    name = getattr(node.target, "__name__", node.target)
+    named = name.endswith("_") and not name.startswith("_")
+    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    return bool(named or augmented or node.kwargs.get("inplace", False))
+
+
 def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     """(low, high) of a node that only clips, else None."""
     kind = node_kind(graph_module, node)
@@ -331,7 +359,9 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys(ADDS, _binary("add")),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _binary("sub")),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _binary("mul")),
-    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _binary("div")),
+    **dict.fromkeys(
+        (operator.truediv, operator.itruediv, torch.div, "div", "div_"), _binary("div")
+    ),
     **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d), _batch_norm),
     **dict.fromkeys(MAX_POOLS, _max_pool),
     **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d), _avg_pool),

@@ -151,6 +151,7 @@ def test_model_is_not_changed():
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -193,6 +194,26 @@ def test_refuses_active_dropout():
 
     with pytest.raises(ValueError, match="active in eval mode"):
         pack(quantized(Drops().eval()), images(1))
+
+
+def test_in_place_operations():
+    class InPlace(nn.Module):
+        def __init__(self, late):
+            super().__init__()
+            self.conv, self.head, self.late = nn.Conv2d(3, 4, 1), head(4), late
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = nn.functional.relu(y, inplace=True)
+            if self.late:
+                z = z + y
+            z += 1
+            return self.head(z)
+
+    qmodel = quantized(InPlace(late=False).eval())
+    compare_forced(qmodel, pack(qmodel, images(1)), images(4))
+    with pytest.raises(ValueError, match="works in place on a tensor that node 'add' "):
+        pack(quantized(InPlace(late=True).eval()), images(1))
 
 
 def test_refuses_several_outputs():
