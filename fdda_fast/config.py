@@ -20,6 +20,7 @@ else:
     import tomli as tomllib
 
 PRESETS = ("fast", "reference")
+RANGES = ("mse", "minmax", "reference")
 _EPOCH = 200  # steps, in the paper's settings
 _Config = TypeVar("_Config", bound="_Section")
 
@@ -113,10 +114,10 @@ class QuantizeConfig(_Section):
             trained along the way.
         seed: decides every draw of the fine-tuning.
         placement, keep_float: see `fdda_fast.quantization.prepare`.
-        reference_ranges: the paper's activation ranges, a moving average from zero over the first
-            `range_steps` generator steps' images, however untrained the generator then is;
-            otherwise the ranges are taken just before fine-tuning, from `range_steps` batches of
-            calibration and synthetic images.
+        ranges: of the activations. `mse`: taken just before fine-tuning from `range_steps` batches
+            like those of the steps, then shrunk to the least squared error; `minmax`: the same
+            without shrinking; `reference`: the paper's, a moving average from zero over the first
+            `range_steps` generator steps' images, however untrained the generator then is.
         real_batch, synthetic_batch: images per fine-tuning step; either may be 0.
         real_crop, synthetic_crop: area range of the random resized crop.
         flip: mirror half of the images.
@@ -131,7 +132,7 @@ class QuantizeConfig(_Section):
     seed: int = 0
     placement: str = "full_integer"
     keep_float: tuple[str, ...] = ()
-    reference_ranges: bool = False
+    ranges: str = "mse"
     range_steps: int = 20
     real_batch: int = 16
     synthetic_batch: int = 16
@@ -152,6 +153,7 @@ class QuantizeConfig(_Section):
         self._require(
             "real_batch", self.real_batch + self.synthetic_batch > 0, "> 0 where synthetic_batch is"
         )
+        self._require("ranges", self.ranges in RANGES, f"one of {RANGES}")
         self._require("range_steps", self.range_steps >= 1, ">= 1")
         for name in ("real_crop", "synthetic_crop"):
             low, high = getattr(self, name)
@@ -166,7 +168,7 @@ class QuantizeConfig(_Section):
             steps=350 * _EPOCH,
             warmup_steps=50 * _EPOCH,
             placement="paper",
-            reference_ranges=True,
+            ranges="reference",
             range_steps=4 * _EPOCH,
             real_crop=(0.08, 1.0),
             lr=1e-6,

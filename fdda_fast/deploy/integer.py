@@ -198,19 +198,6 @@ class _Packed(Op):
             return ValueType("float")
         return ValueType("codes", self.output_bits)
 
-    def _finish(self, y: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        # The kernels compare numbers of elements only.
-        if residual is not None and residual.shape != y.shape:
-            raise ValueError(
-                f"adds a tensor of shape {tuple(to_nchw(residual).shape)} to one of shape "
-                f"{tuple(to_nchw(y).shape)}"
-            )
-        return y if self.output_bits is not None else to_nchw(y)
-
-
-def _residual(x: torch.Tensor | None) -> torch.Tensor | None:
-    return x if x is None or x.dtype == torch.uint8 else to_nhwc(x).contiguous()
-
 
 @record
 class PackedConv2d(_Packed):
@@ -253,7 +240,8 @@ class PackedConv2d(_Packed):
                 f"expected codes with {self.in_channels} channels, got shape "
                 f"{tuple(to_nchw(x).shape)}"
             )
-        residual = _residual(residual)
+        if residual is not None and residual.dtype != torch.uint8:
+            residual = to_nhwc(residual).contiguous()
         y = ops.packed_conv2d(
             x,
             tensors["weight"],
@@ -272,7 +260,7 @@ class PackedConv2d(_Packed):
             self.residual_scale or 0.0,
             self.output_range,
         )
-        return self._finish(y, residual)
+        return y if self.output_bits is not None else to_nchw(y)
 
 
 @record
@@ -307,7 +295,7 @@ class PackedLinear(_Packed):
             self._check_sums(count)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"expected [N, {self.in_features}] codes, got shape {tuple(x.shape)}")
-        y = ops.packed_linear(
+        return ops.packed_linear(
             x,
             tensors["weight"],
             self.weight_bits,
@@ -320,7 +308,6 @@ class PackedLinear(_Packed):
             self.residual_scale or 0.0,
             self.output_range,
         )
-        return self._finish(y, residual)
 
     def _check_sums(self, count: int) -> None:
         if count * MAX_CODE * self.in_features * MAX_OFFSET >= 2**62:

@@ -11,7 +11,7 @@ from torch import fx
 
 from .. import ops
 from ..data.preprocessing import Preprocessing
-from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear, set_observing
+from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from ..quantization.prepare import is_global_average_pool, node_kind
 from . import fold
 from .fold import Codes
@@ -62,7 +62,6 @@ def pack(
     if example_input.ndim != 4 or not len(example_input):
         raise ValueError(f"example_input must be [N, C, H, W], got {tuple(example_input.shape)}")
     graph_module = copy.deepcopy(qmodel).cpu().float().eval()
-    set_observing(graph_module, False)
     example = example_input[:1].detach().cpu().float()
     return _Lowering(graph_module, example).run(preprocessing, class_names)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from ..training import (
     run_steps,
 )
 from .bits import Bits
-from .modules import set_observing
+from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -64,9 +64,21 @@ class Finetuner:
     @torch.no_grad()
     def observe(self, images: torch.Tensor) -> None:
         """Moves the activation ranges by one batch."""
-        set_observing(self.student, True)
-        self.student(images)
-        set_observing(self.student, False)
+        with quantizer_mode(self.student, "observe"):
+            self.student(images)
+
+    @torch.no_grad()
+    def set_ranges(self, batches: Iterable[torch.Tensor]) -> None:
+        """Takes the activation ranges from `batches`, each read once or twice."""
+        batches = list(batches)
+        for images in batches:
+            self.observe(images)
+        if self.config.ranges == "mse":
+            with quantizer_mode(self.student, "measure"):
+                for images in batches:
+                    self.student(images)
+            for quantizer in activation_quantizers(self.student):
+                quantizer.shrink_range()
 
     def batch(self, index: int, synthetic: Batch | None) -> Batch:
         """Real images and the given synthetic ones, both freshly cropped and mirrored."""
@@ -121,13 +133,13 @@ class _Together:
 
     def step(self, index: int) -> Metrics:
         config = self.config
-        images, labels, metrics = self.trainer.step(index)
         start = config.warmup_steps
-        if config.reference_ranges:
-            if index < config.range_steps:
-                self.tuner.observe(images)
-        elif start - config.range_steps <= index < start:
-            self.tuner.observe(self.tuner.batch(index, (images, labels))[0])
+        if index == start and config.ranges != "reference":
+            source = _synthetic_source(self.trainer.generator, config)
+            self.tuner.set_ranges(_range_batches(self.tuner, source))
+        images, labels, metrics = self.trainer.step(index)
+        if index < config.range_steps and config.ranges == "reference":
+            self.tuner.observe(images)
         if index < start:
             return metrics
         synthetic = (images[: config.synthetic_batch], labels[: config.synthetic_batch])
@@ -186,11 +198,11 @@ def quantize(
         bits,
         placement=config.placement,
         keep_float=config.keep_float,
-        from_zero=config.reference_ranges and config.steps > 0,
+        from_zero=config.ranges == "reference" and config.steps > 0,
     )
     tuner = Finetuner(student, model, (images, labels), config)
     if config.steps == 0:
-        tuner.observe(images)
+        tuner.set_ranges([images])
         return student
     step: Callable[[int], Metrics]
     with frozen(model):
@@ -200,8 +212,7 @@ def quantize(
             step, state, total = both.step, both, config.warmup_steps + config.steps
         else:
             source = _synthetic_source(generator, config)
-            for index in range(config.range_steps):
-                tuner.observe(tuner.batch(config.steps + index, source(config.steps + index))[0])
+            tuner.set_ranges(_range_batches(tuner, source))
             step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
         run_steps(
             step,
@@ -213,6 +224,15 @@ def quantize(
             progress=progress,
         )
     return student
+
+
+def _range_batches(
+    tuner: Finetuner, source: Callable[[int], Batch | None]
+) -> Iterator[torch.Tensor]:
+    """Batches like those of the fine-tuning steps, but none of these."""
+    first = tuner.config.steps
+    for index in range(first, first + tuner.config.range_steps):
+        yield tuner.batch(index, source(index))[0]
 
 
 def _synthetic_source(

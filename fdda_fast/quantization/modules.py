@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -54,34 +57,44 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, bits: int) -> QuantConv2d | Qu
 class ActivationQuantizer(nn.Module):
     """Per-tensor fake quantisation of an activation.
 
-    While `observing`, every forward moves the range: an exponential moving average of the
-    batch's min and max with factor `MOMENTUM`. It starts from zero (`from_zero`, the paper's
-    way) or from the first batch seen.
+    `mode` says what a forward does: "quantize"; "observe", which first moves the range by an
+    exponential moving average of the batch's min and max with factor `MOMENTUM`; "measure", which
+    passes x on unchanged and adds up the squared error that each of the `SHRINKS` of the range
+    would cause, for `shrink_range` to choose from.
 
     Args:
         bits: 2..8.
         include_zero: widen the range to hold 0, so that zero padding is exact in integers.
-        from_zero: start the moving average from 0 instead of the first batch.
+        from_zero: start the moving average from 0 (the paper's way) instead of the first batch.
 
     Attributes:
         x_min, x_max: the range, float32 scalars. observed: batches seen, int64 scalar.
-        observing: whether forward moves the range.
     """
 
     MOMENTUM = 0.9
+    SHRINKS = tuple(i / 20 for i in range(20, 4, -1))
 
     def __init__(self, bits: int, *, include_zero: bool, from_zero: bool) -> None:
         super().__init__()
         self.bits = bits
         self.include_zero = include_zero
         self.from_zero = from_zero
-        self.observing = False
+        self.mode = "quantize"
         self.register_buffer("x_min", torch.zeros(()))
         self.register_buffer("x_max", torch.zeros(()))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
+        self._errors = [0.0] * len(self.SHRINKS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mode == "measure":
+            self._measure(x)
+            return x
+        if self.mode == "observe":
+            self._observe(x)
+        return ops.fake_quantize_range(x, self.x_min, self.x_max, self.bits)
 
     @torch.no_grad()
-    def observe(self, x: torch.Tensor) -> None:
+    def _observe(self, x: torch.Tensor) -> None:
         x_min, x_max = torch.aminmax(x.detach())
         if self.include_zero:
             x_min, x_max = x_min.clamp(max=0), x_max.clamp(min=0)
@@ -90,17 +103,35 @@ class ActivationQuantizer(nn.Module):
         self.x_max.mul_(keep).add_(x_max.float(), alpha=1 - keep)
         self.observed += 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.observing:
-            self.observe(x)
-        return ops.fake_quantize_range(x, self.x_min, self.x_max, self.bits)
+    @torch.no_grad()
+    def _measure(self, x: torch.Tensor) -> None:
+        for index, shrink in enumerate(self.SHRINKS):
+            y = ops.fake_quantize_range(x, shrink * self.x_min, shrink * self.x_max, self.bits)
+            self._errors[index] += float(F.mse_loss(y, x))
+
+    def shrink_range(self) -> None:
+        """Takes the shrink with the least error measured, and forgets the measurements."""
+        shrink = self.SHRINKS[self._errors.index(min(self._errors))]
+        self.x_min *= shrink
+        self.x_max *= shrink
+        self._errors = [0.0] * len(self.SHRINKS)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.x_min.item():.4g}, {self.x_max.item():.4g}]"
 
 
-def set_observing(model: nn.Module, observing: bool) -> None:
-    """Starts or stops range updates in every ActivationQuantizer of `model`."""
-    for module in model.modules():
-        if isinstance(module, ActivationQuantizer):
-            module.observing = observing
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    return [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+
+
+@contextmanager
+def quantizer_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Sets the mode of every ActivationQuantizer of `model` for the length of the block."""
+    quantizers = activation_quantizers(model)
+    for quantizer in quantizers:
+        quantizer.mode = mode
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.mode = "quantize"

@@ -10,7 +10,7 @@ from fdda_fast.deploy import pack
 from fdda_fast.deploy.integer import PackedConv2d, PackedLinear, Quantize, to_nchw
 from fdda_fast.models.small import SmallResNet
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.modules import ActivationQuantizer, set_observing
+from fdda_fast.quantization.modules import ActivationQuantizer, quantizer_mode
 from fdda_fast.quantization.prepare import prepare
 
 SIZE = 16
@@ -81,6 +81,32 @@ class PreAct(nn.Module):
     def forward(self, x):
         y = self.conv1(F.relu(self.norm1(x)))
         return operator.add(self.conv2(F.relu(self.norm2(y))), x)
+
+
+class Branches(nn.Module):
+    """Outputs of layers that are read in several places, once before and once behind a ReLU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = conv_bn(channels, channels, activation=None)
+        self.conv2 = conv_bn(channels, channels, activation=None)
+
+    def forward(self, x):
+        y = self.conv1(x)
+        z = self.conv2(F.relu(y))
+        return F.relu(self.conv1(y + x) + y) + z
+
+
+class PooledSum(nn.Module):
+    """Pooled features that a layer and an addition read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = conv_bn(3, CLASSES), nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.conv(x), (1, 1)).flatten(1)
+        return self.fc(x) + x
 
 
 class Excite(nn.Module):
@@ -157,6 +183,8 @@ NETWORKS = {
         nn.Conv2d(20, 10, 3, 2), head(10)
     ),
     "preact": lambda: nn.Sequential(nn.Conv2d(3, 12, 3), PreAct(12), PreAct(12), head(12)),
+    "branches": lambda: nn.Sequential(conv_bn(3, 12), Branches(12), head(12)),
+    "pooled_sum": PooledSum,
     "excite": lambda: nn.Sequential(conv_bn(3, 16, activation=nn.Hardswish), Excite(16), head(16)),
     "shuffle": lambda: nn.Sequential(conv_bn(3, 16), Shuffle(16), Shuffle(16), head(16)),
     "normalised": Normalised,
@@ -195,10 +223,9 @@ def images(count, size=SIZE, channels=3, seed=1):
 def quantized(model, bits=None, size=SIZE, channels=3, **options):
     """`model` prepared, its ranges observed on random images."""
     qmodel = prepare(model, bits or Bits(4, 4), **options)
-    set_observing(qmodel, True)
-    for seed in range(3):
-        qmodel(images(8, size, channels, seed=100 + seed))
-    set_observing(qmodel, False)
+    with quantizer_mode(qmodel, "observe"):
+        for seed in range(3):
+            qmodel(images(8, size, channels, seed=100 + seed))
     return qmodel
 
 

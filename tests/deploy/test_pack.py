@@ -17,7 +17,7 @@ from torch import nn
 
 from fdda_fast.deploy import pack
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.modules import set_observing
+from fdda_fast.quantization.modules import quantizer_mode
 from fdda_fast.quantization.prepare import prepare
 
 WIDTHS = {
@@ -140,12 +140,26 @@ def test_dead_and_tiny_ranges():
     compare_forced(qmodel, pack(qmodel, images(1)), images(16))
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, lambda: nn.Hardtanh(-0.5, 0.7)])
+def test_range_wider_than_the_activation(activation):
+    model = randomize(nn.Sequential(conv_bn(3, 8, activation=activation), head(8)))
+    model[0][1].bias.data.add_(3)
+    qmodel = quantized(model)
+    for module in qmodel.modules():
+        if hasattr(module, "x_min"):
+            module.x_min.fill_(-4)
+            module.x_max.fill_(9)
+    packed = pack(qmodel, images(1))
+    assert compare_forced(qmodel, packed, images(16)) < 1e-3
+
+
 def test_model_is_not_changed():
     qmodel = quantized(randomize(NETWORKS["resnet"]()))
     before = {name: value.clone() for name, value in qmodel.state_dict().items()}
     code = qmodel.code
-    set_observing(qmodel, True)
-    pack(qmodel, images(1))
+    with quantizer_mode(qmodel, "observe"):
+        packed = pack(qmodel, images(1))
+    assert torch.equal(packed(images(4)), pack(qmodel, images(1))(images(4)))
     assert qmodel.code == code
     for name, value in qmodel.state_dict().items():
         assert torch.equal(value, before[name]), name

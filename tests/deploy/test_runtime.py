@@ -9,6 +9,8 @@ from torch import nn
 
 from fdda_fast.data.preprocessing import Preprocessing
 from fdda_fast.deploy import PackedModel, pack
+from fdda_fast.deploy.glue import Unary
+from fdda_fast.deploy.graph import Graph, Node
 from fdda_fast.deploy.integer import SumPool
 from fdda_fast.quantization.bits import Bits
 
@@ -113,6 +115,14 @@ def test_frees_tensors_after_their_last_use(packed):
     freed = [value for values in dead for value in values]
     assert sorted(freed) == list(range(len(packed.graph.nodes)))
     assert len(freed) == len(set(freed))
+
+
+def test_output_that_a_later_node_reads():
+    nodes = (Node("a", Unary(function="relu"), (0,)), Node("b", Unary(function="tanh"), (1,)))
+    model = PackedModel(Graph(3, (16, 16), False, nodes, output=1), {})
+    x = images(1)
+    assert torch.equal(model(x), x.relu())
+    assert model.summary()[1].input_shape == (1, 3, 16, 16)
 
 
 def test_threads_do_not_matter(packed):
