@@ -68,6 +68,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `| head` is no error; typer leaves quietly
+            raise
         except _USER_ERRORS as error:
             raise typer.Exit(_complain(error)) from error
         except KeyboardInterrupt as error:
@@ -171,8 +173,6 @@ def _open_inputs(
     per_class: int,
     seed: int,
 ) -> _Inputs:
-    if ":" in model:
-        sys.path.append(os.getcwd())  # an installed script does not look there
     if weights is not None and not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such weights file")
     teacher_table = teacher_record(model, weights, num_classes)
@@ -273,6 +273,8 @@ def _root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for module:factory; an installed script does not look there
     if version:
         print(f"fdda-fast {environment()['fdda_fast']}")
         raise typer.Exit
@@ -452,7 +454,7 @@ def quantize(
         )
         run.begin()
         calibration.save_record(run.path / "calibration.csv")
-        save_quantized(run, student, widths)
+        save_quantized(run, student)
     print(run.result)
 
 
@@ -493,8 +495,7 @@ def pack_command(
     if out.is_dir():
         raise IsADirectoryError(f"{out}: is a folder; --out names a file")
     packed.save(out)
-    _print_table(_summary(packed))
-    print(f"{out}: {out.stat().st_size} bytes")
+    _print_table(f"{out}: {out.stat().st_size:,} bytes", _summary(packed))
 
 
 def _summary(packed: PackedModel) -> Table:
@@ -511,10 +512,10 @@ def _summary(packed: PackedModel) -> Table:
     return table
 
 
-def _print_table(table: Table) -> None:
-    console = Console()
-    # A log file has no width; 80 columns would fold every row.
-    console.print(table, width=None if console.is_terminal else 120)
+def _print_table(title: str, table: Table) -> None:
+    # What is not a terminal has no width; the usual guess of 80 columns would fold rows.
+    print(title)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 @app.command()
@@ -531,9 +532,10 @@ def evaluate(
 ) -> None:
     """Top-1 accuracy on the test split, and agreement with the FP32 teacher."""
     _use_threads(threads)
+    if not target.exists():
+        raise FileNotFoundError(f"{target}: no such run folder or file")
     networks: dict[str, Any] = {}
     if target.is_dir():
-        sys.path.append(os.getcwd())  # the teacher may be the user's own module:factory
         config = read_config(target, "quantize")
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         names = config.get("class_names")
@@ -553,7 +555,7 @@ def evaluate(
     source = _test_source(data, preprocessing, names)
     predicted = {n: evaluation.predictions(f, source, limit) for n, f in networks.items()}
     labels = source.labels[evaluation.rows(source, limit)]
-    table = Table(title=f"{escape(source.name)}, {len(labels)} test images")
+    table = Table()
     table.add_column("network")
     for column in ("top-1 %", *(f"agrees with {n} %" for n in networks if n != "packed")):
         table.add_column(column, justify="right")
@@ -561,7 +563,7 @@ def evaluate(
         others = [v for n, v in predicted.items() if n != "packed"]
         shares = [evaluation.share_equal(values, other) for other in (labels, *others)]
         table.add_row(name, *(f"{100 * share:.2f}" for share in shares))
-    _print_table(table)
+    _print_table(f"{source.name}, {len(labels)} test images", table)
 
 
 def _test_source(
@@ -656,6 +658,6 @@ def demo(
         raise ValueError(f"--dataset must be one of {list(demo_stage.RECIPES)}, got {dataset!r}")
     out = out or Path(f"fdda-demo-{dataset}")
     result = demo_stage.run_demo(demo_stage.RECIPES[dataset], out, parse_bits(bits))
-    _print_table(demo_stage.table(result))
+    _print_table(f"{result.recipe.model}, {result.images} test images", demo_stage.table(result))
     for line in demo_stage.remarks(result):
         print(line)

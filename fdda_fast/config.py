@@ -118,11 +118,14 @@ class QuantizeConfig(_Section):
             like those of the steps, then shrunk to the least squared error; `minmax`: the same
             without shrinking; `reference`: the paper's, a moving average from zero over the first
             `range_steps` generator steps' images, however untrained the generator then is.
+        correct_batch_norms: also take the shift that quantisation causes out of the student's
+            BatchNorm statistics, see `fdda_fast.quantization.correction`.
         real_batch, synthetic_batch: images per fine-tuning step; either may be 0.
         real_crop, synthetic_crop: area range of the random resized crop.
         flip: mirror half of the images.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
             cosine that the rate follows; None: `steps`.
+        max_grad_norm: gradients are scaled down to this norm; None: as they are.
         temperature, distillation_weight: see `fdda_fast.losses.distillation`.
         synthesis: how the generator is trained when none is given.
     """
@@ -134,6 +137,7 @@ class QuantizeConfig(_Section):
     keep_float: tuple[str, ...] = ()
     ranges: str = "mse"
     range_steps: int = 20
+    correct_batch_norms: bool = True
     real_batch: int = 16
     synthetic_batch: int = 16
     real_crop: tuple[float, float] = (0.5, 1.0)
@@ -143,6 +147,7 @@ class QuantizeConfig(_Section):
     momentum: float = 0.9
     weight_decay: float = 1e-4
     cosine_steps: int | None = None
+    max_grad_norm: float | None = 1000.0
     temperature: float = 20.0
     distillation_weight: float = 20.0
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
@@ -170,9 +175,11 @@ class QuantizeConfig(_Section):
             placement="paper",
             ranges="reference",
             range_steps=4 * _EPOCH,
+            correct_batch_norms=False,
             real_crop=(0.08, 1.0),
             lr=1e-6,
             cosine_steps=20_000,
+            max_grad_norm=None,
             synthesis=SynthesisConfig.reference(),
         )
 

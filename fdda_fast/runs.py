@@ -1,10 +1,12 @@
 """Run folders: what a command was asked to do, how far it got and what came out.
 
-config.toml             every setting; on resume they must be the same
-environment.toml        versions, instruction set, threads
-metrics.csv             one row per training step
-checkpoint.safetensors  only while training is unfinished
-...                     results; the one in RESULTS is written last and marks the end
+A folder holds:
+
+    config.toml             every setting; on resume they must be the same
+    environment.toml        versions, instruction set, threads
+    metrics.csv             one row per training step
+    checkpoint.safetensors  only while training is unfinished
+    ...                     results; the one in RESULTS is written last and marks the end
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 from torch import fx, nn
 
@@ -48,6 +51,10 @@ RESULTS = {
     "synthesize": "gallery.png",
     "quantize": "quantized.safetensors",
     "demo": "results.csv",
+}
+# What the readers of a run rely on.
+_REQUIRED = {
+    "quantize": ("teacher.model", "data.source", "preprocessing", "bits.weight", "quantize.steps")
 }
 _FORMAT = "fdda-fast run 1"
 _STUDENT_FORMAT = "fdda-fast quantized 1"
@@ -195,13 +202,16 @@ def display(title: str) -> Iterator[Progress]:
         return
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}", markup=False),
+        # Metrics get the width that is left, and are cut first where there is none.
+        TextColumn(
+            "{task.fields[metrics]}", markup=False, table_column=Column(ratio=1, no_wrap=True)
+        ),
     )
-    with RichProgress(*columns, console=console) as bar:
+    with RichProgress(*columns, console=console, expand=True) as bar:
 
         def show(done: int, total: int, metrics: Metrics) -> None:
             if not bar.tasks:  # a resumed run must not take earlier steps for speed
@@ -274,7 +284,18 @@ def read_config(run_dir: str | Path, command: str | None = None) -> dict[str, An
         raise ValueError(f"{run_dir}: not a run folder (config.toml is no {_FORMAT!r})")
     if command is not None and config["command"] != command:
         raise ValueError(f"{run_dir}: holds a {config['command']!r} run, not a {command!r} run")
+    missing = [name for name in _REQUIRED.get(command, ()) if not _has(config, name)]
+    if missing:
+        raise ValueError(f"{run_dir}: damaged config.toml, without {missing}")
     return config
+
+
+def _has(config: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not isinstance(config, Mapping) or name not in config:
+            return False
+        config = config[name]
+    return True
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str:
@@ -318,8 +339,9 @@ def load_recorded_teacher(record: Mapping[str, Any]) -> nn.Module:
     return teacher
 
 
-def save_quantized(run: RunFolder, student: fx.GraphModule, bits: Bits) -> None:
-    save_tensors(run.result, student.state_dict(), {"format": _STUDENT_FORMAT, "bits": str(bits)})
+def save_quantized(run: RunFolder, student: fx.GraphModule) -> None:
+    # One entry only: safetensors shuffles metadata, and equal runs are to give equal files.
+    save_tensors(run.result, student.state_dict(), {"format": _STUDENT_FORMAT})
 
 
 def load_quantized(run_dir: str | Path, teacher: nn.Module | None = None) -> fx.GraphModule:
@@ -338,12 +360,9 @@ def load_quantized(run_dir: str | Path, teacher: nn.Module | None = None) -> fx.
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != _STUDENT_FORMAT:
         raise ValueError(f"{path}: not a quantised network ({_STUDENT_FORMAT!r})")
-    try:
-        bits = from_dict(Bits(), config["bits"], "bits")
-        settings = from_dict(QuantizeConfig(), config["quantize"], "quantize")
-        teacher = teacher or load_recorded_teacher(config["teacher"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{run_dir}: damaged config.toml ({error!r})") from error
+    bits = from_dict(Bits(), config["bits"], "bits")
+    settings = from_dict(QuantizeConfig(), config["quantize"], "quantize")
+    teacher = teacher or load_recorded_teacher(config["teacher"])
     student = prepare(teacher, bits, placement=settings.placement, keep_float=settings.keep_float)
     try:
         student.load_state_dict(tensors)

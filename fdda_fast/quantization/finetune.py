@@ -26,10 +26,12 @@ from ..training import (
     run_steps,
 )
 from .bits import Bits
+from .correction import correct_batch_norms
 from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+_CORRECTION_IMAGES = 256
 _REAL_STREAM, _SYNTHETIC_STREAM, _LABEL_STREAM = 30, 31, 32
 
 
@@ -68,8 +70,8 @@ class Finetuner:
             self.student(images)
 
     @torch.no_grad()
-    def set_ranges(self, batches: Iterable[torch.Tensor]) -> None:
-        """Takes the activation ranges from `batches`, each read once or twice."""
+    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
+        """Takes the activation ranges from `batches`, then corrects the batch norms on them."""
         batches = list(batches)
         for images in batches:
             self.observe(images)
@@ -79,6 +81,8 @@ class Finetuner:
                     self.student(images)
             for quantizer in activation_quantizers(self.student):
                 quantizer.shrink_range()
+        if self.config.correct_batch_norms:
+            correct_batch_norms(self.student, self.teacher, torch.cat(batches)[:_CORRECTION_IMAGES])
 
     def batch(self, index: int, synthetic: Batch | None) -> Batch:
         """Real images and the given synthetic ones, both freshly cropped and mirrored."""
@@ -110,6 +114,8 @@ class Finetuner:
         )
         self.optimizer.zero_grad()
         loss.backward()
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
         self.optimizer.step()
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"student_loss": float(loss.detach()), "agreement": float(agreement)}
@@ -136,7 +142,7 @@ class _Together:
         start = config.warmup_steps
         if index == start and config.ranges != "reference":
             source = _synthetic_source(self.trainer.generator, config)
-            self.tuner.set_ranges(_range_batches(self.tuner, source))
+            self.tuner.calibrate(_range_batches(self.tuner, source))
         images, labels, metrics = self.trainer.step(index)
         if index < config.range_steps and config.ranges == "reference":
             self.tuner.observe(images)
@@ -202,7 +208,8 @@ def quantize(
     )
     tuner = Finetuner(student, model, (images, labels), config)
     if config.steps == 0:
-        tuner.set_ranges([images])
+        with frozen(model):
+            tuner.calibrate([images])
         return student
     step: Callable[[int], Metrics]
     with frozen(model):
@@ -212,7 +219,7 @@ def quantize(
             step, state, total = both.step, both, config.warmup_steps + config.steps
         else:
             source = _synthetic_source(generator, config)
-            tuner.set_ranges(_range_batches(tuner, source))
+            tuner.calibrate(_range_batches(tuner, source))
             step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
         run_steps(
             step,

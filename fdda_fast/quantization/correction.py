@@ -1,0 +1,48 @@
+"""BatchNorm correction: takes the quantisation's shift and scale out of a student's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..statistics import Moments, tapped
+
+_EPS = 1e-5
+
+
+@torch.no_grad()
+def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Tensor) -> None:
+    """Moves the student's running statistics by what quantisation does to its BN inputs.
+
+    With the moments of teacher and student on the same images, running_mean grows by the
+    difference of the means and running_var by the ratio of the variances. Layer by layer in one
+    forward: a layer is corrected before its output goes on, so later layers see the result.
+    Rounding errors of a weight add up wherever its input has a mean (worst in the first layer);
+    this removes them without training.
+
+    Args:
+        student: fake-quantised, with the same BatchNorm2d layers in the same order as `teacher`.
+        images: float32 [N, C, H, W], all in one batch.
+    """
+    group = torch.zeros(len(images), dtype=torch.int64)
+    with tapped(teacher) as taps:
+        taps.begin(group, 1)
+        teacher(images)
+    expected: Iterator[Moments] = iter(taps.moments)
+
+    def correct(module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        mean, var = next(expected)
+        got_mean, got_var, _ = ops.class_moments(inputs[0], group, 1)
+        module.running_mean += (got_mean - mean)[0]
+        module.running_var *= ((got_var + _EPS) / (var + _EPS))[0]
+
+    layers = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
+    handles = [layer.register_forward_pre_hook(correct) for layer in layers]
+    try:
+        student(images)
+    finally:
+        for handle in handles:
+            handle.remove()

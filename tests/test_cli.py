@@ -1,0 +1,497 @@
+"""Every command on small cases, every kind of bad input, interruption and resuming."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from fdda_fast.cli import app, parse_bits
+from fdda_fast.deploy import load_packed
+from fdda_fast.quantization.bits import Bits
+from fdda_fast.runs import load_quantized
+
+FACTORY = """
+import torch
+from torch import nn
+
+
+def make(num_classes=3):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+    )
+
+
+def images_only():
+    return 3
+"""
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+OWN = ["--model", "tiny_cli_model:make", "--weights", "tiny.safetensors", "--data", "tree",
+       "--image-size", "16", "--resize", "16"]  # fmt: skip
+DIGITS = ["--model", "digits-resnet8", "--data", "digits"]
+TRAIN = ["--bits", "W4A4", "--steps", "3", "--warmup-steps", "2"]
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def tree_of(folder):
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns
+        for p in folder.rglob("*")
+        if "__pycache__" not in p.parts
+    }
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a user's own model, its weights, an image tree, and damaged files."""
+    place = tmp_path_factory.mktemp("cli")
+    (place / "tiny_cli_model.py").write_text(FACTORY)
+    rng = torch.Generator().manual_seed(0)
+    pixels, labels = [], []
+    for label, (name, colour) in enumerate(COLOURS.items()):
+        for index in range(8):
+            noise = torch.randint(-30, 31, (16, 16, 3), generator=rng)
+            array = (torch.tensor(colour) + noise).to(torch.uint8)
+            folder = place / "tree" / ("train" if index < 4 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.numpy()).save(folder / f"{index}.png")
+            pixels.append(array.permute(2, 0, 1) / 255 * 4 - 2)
+            labels.append(label)
+    save_file(trained(torch.stack(pixels), torch.tensor(labels)), place / "tiny.safetensors")
+
+    whole = (place / "tiny.safetensors").read_bytes()
+    (place / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (place / "flipped.pt").write_bytes(bytes(reversed(whole)))
+    save_file({"other": torch.zeros(2)}, place / "other.safetensors")
+    (place / "empty").mkdir()
+    (place / "broken" / "a").mkdir(parents=True)
+    (place / "broken" / "a" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n rest is missing")
+    (place / "occupied").mkdir()
+    (place / "occupied" / "thesis.tex").write_text("mine")
+    for name, text in {
+        "bad": "steps = ", "unknown": "stepps = 3", "type": 'steps = "3"', "range": "lr = -1.0",
+        "table": "synthesis = 3", "list": 'keep_float = ["no.such.layer"]', "float": "flip = 1",
+        "bits": "[bits]\nweight = 11", "pair": "[bits.overrides]\nconv1 = 4", "dir": 'ranges = "x"',
+    }.items():  # fmt: skip
+        (place / f"{name}.toml").write_text(text)
+    return place
+
+
+def trained(images, labels):
+    """A few steps tell three colours apart."""
+    scope = {}
+    exec(FACTORY, scope)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = scope["make"]()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.fixture(scope="session")
+def results(place):
+    """Runs that several tests read."""
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        succeed("synthesize", *OWN, "--steps", 2, "--num-images", 7, "--out", "synthetic")
+        succeed("quantize", *OWN, *TRAIN, "--per-class", 2, "--out", "quantized")
+        succeed("pack", "quantized")
+    finally:
+        os.chdir(before)
+    packed = (place / "quantized" / "model.fdda").read_bytes()
+    (place / "truncated.fdda").write_bytes(packed[:-100])
+    (place / "flipped.fdda").write_bytes(packed[:-9] + bytes([packed[-9] ^ 1]) + packed[-8:])
+    (place / "text.fdda").write_text("hello")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def inside(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def test_centers(tmp_path):
+    out = tmp_path / "run"
+    told = succeed("centers", *OWN, "--per-class", 2, "--out", out)
+    assert "3 of 3 classes" in told
+    assert {p.name for p in out.iterdir()} == {
+        "calibration.csv", "centers.safetensors", "config.toml", "environment.toml"
+    }  # fmt: skip
+    assert "finished already" in succeed(
+        "centers", *OWN, "--per-class", 2, "--out", out, "--resume"
+    )
+
+
+def test_synthesize(results):
+    out = results / "synthetic"
+    assert len(list((out / "images").rglob("*.png"))) == 7
+    with Image.open(out / "gallery.png") as image:
+        assert image.height > 3 * 16
+    assert len((out / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_synthesize_goes_on_with_the_images(results):
+    out = results / "synthetic"
+    lost = out / "images" / "1" / "00000001.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    (out / "gallery.png").unlink()
+    succeed("synthesize", *OWN, "--steps", 2, "--num-images", 7, "--out", out, "--resume")
+    assert lost.read_bytes() == content
+
+
+def test_quantize(results):
+    out = results / "quantized"
+    student = load_quantized(out)
+    assert student(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 5
+    assert len((out / "calibration.csv").read_text().splitlines()) == 1 + 6
+
+
+def test_quantize_with_a_finished_generator(results, tmp_path):
+    generator = results / "synthetic" / "generator.safetensors"
+    options = ["--bits", "W3A3F8L8", "--steps", 2, "--generator", generator]
+    succeed("quantize", *OWN, *options, "--out", tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_quantize_ranges_only(tmp_path):
+    succeed("quantize", *DIGITS, "--bits", "W4A4", "--ptq", "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+    load_quantized(tmp_path / "run")
+
+
+def test_settings_file(tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text("ranges = 'minmax'\n[bits.overrides]\nconv1 = [8, 8]\n[synthesis]\nlr = 0.01\n")
+    options = ["--bits", "W4A4", "--ptq", "--config", file, "--seed", 5]
+    succeed("quantize", *DIGITS, *options, "--out", tmp_path / "run")
+    written = (tmp_path / "run" / "config.toml").read_text()
+    assert "lr = 0.01" in written
+    assert written.count("seed = 5") == 3
+    assert load_quantized(tmp_path / "run").conv1.weight_bits == 8
+
+
+def test_pack(results, tmp_path):
+    told = succeed("pack", results / "quantized", "--out", tmp_path / "deep" / "m.fdda")
+    assert "PackedConv2d" in told
+    assert f"{(tmp_path / 'deep' / 'm.fdda').stat().st_size:,} bytes" in told
+    images = torch.randn(4, 3, 16, 16)
+    packed = load_packed(tmp_path / "deep" / "m.fdda")
+    assert packed.class_names == sorted(COLOURS)
+    torch.testing.assert_close(packed(images), load_quantized(results / "quantized")(images))
+
+
+def test_evaluate_a_run(results):
+    told = succeed("evaluate", results / "quantized")
+    assert "tree, 12 test images" in told
+    for name in ("FP32", "fake-quantised", "packed"):
+        assert f"│ {name}" in told
+
+
+def test_evaluate_a_packed_file(results):
+    model = results / "quantized" / "model.fdda"
+    assert "5 test images" in succeed("evaluate", model, "--data", "tree", "--limit", 5)
+
+
+def test_run(results):
+    model = results / "quantized" / "model.fdda"
+    told = succeed("run", model, "tree/test/red", "tree/test/blue/5.png", "--top", 9)
+    lines = [line.split("\t") for line in told.splitlines()]
+    assert [line[0] for line in lines] == [
+        *(f"tree/test/red/{i}.png" for i in (4, 5, 6, 7)), "tree/test/blue/5.png"
+    ]  # fmt: skip
+    for line in lines:
+        assert set(line[1::2]) == set(COLOURS)
+        assert sum(map(float, line[2::2])) == pytest.approx(1, abs=1e-3)
+
+
+def test_info_version_help():
+    told = succeed("info")
+    assert "isas_supported" in told
+    assert f"threads: {torch.get_num_threads()}" in told
+    assert succeed("--version").startswith("fdda-fast ")
+    assert "synthesize" in succeed()
+    assert "--per-class" in succeed("quantize", "--help")
+
+
+def test_demo(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from fdda_fast import demo
+
+    short = replace(demo.RECIPES["digits"], generator_steps=2, steps=2)
+    monkeypatch.setitem(demo.RECIPES, "digits", short)
+    told = succeed("demo", "--out", tmp_path / "run", "--bits", "W4A4")
+    assert "packed integers" in told
+    assert str(tmp_path / "run" / "gallery.png") in told
+
+
+def test_bits_notation():
+    assert parse_bits("W4A4") == Bits(4, 4)
+    assert parse_bits("w2a4f8l8") == Bits(2, 4, 8)
+    assert parse_bits(str(Bits(3, 5, 8))) == Bits(3, 5, 8)
+
+
+def own(**changes):
+    """OWN with options replaced or, by None, left out."""
+    options = dict(zip(OWN[::2], OWN[1::2], strict=True))
+    options |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    return [str(x) for pair in options.items() if pair[1] is not None for x in pair]
+
+
+BAD_INPUTS = {
+    "unknown model": own(model="resnet1999", weights=None),
+    "model without weights": own(weights=None),
+    "missing weights": own(weights="nothing.safetensors"),
+    "weights are a folder": own(weights="tree"),
+    "weights do not fit": own(weights="other.safetensors"),
+    "truncated weights": own(weights="truncated.safetensors"),
+    "damaged state dict": own(weights="flipped.pt"),
+    "unknown module": own(model="no_such_module:make"),
+    "unknown factory": own(model="tiny_cli_model:build"),
+    "factory of something else": own(model="tiny_cli_model:images_only"),
+    "factory without classes": own(model="tiny_cli_model:images_only", num_classes=3),
+    "unknown data set": own(data="imagenet"),
+    "folder without images": own(data="empty"),
+    "unreadable image": own(data="broken"),
+    "too many images per class": own(per_class=5),
+    "no image per class": own(per_class=0),
+    "image size": own(image_size=0),
+    "resize below image size": own(resize=8),
+    "mean is no number": own(mean="grey"),
+    "two channels": own(mean="0.5,0.5", std="0.5,0.5"),
+    "wrong channels": own(mean="0.5", std="0.5"),
+    "more classes than logits": own(model="digits-resnet8", num_classes=2, weights=None),
+    "negative seed": own(seed=-1),
+    "seed is no number": own(seed="x"),
+    "no threads": own(threads=0),
+    "unknown option": own(colour="red"),
+    "out is a file": own(out="tiny.safetensors"),
+    "out below a file": own(out="tiny.safetensors/run"),
+    "out is not a run": own(out="occupied"),
+    "no out": own(out=None),
+}
+
+
+@pytest.mark.parametrize("command", ["centers", "synthesize", "quantize"])
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_of_every_stage(place, command, case):
+    arguments = list(BAD_INPUTS[case])
+    if "--out" not in arguments and case != "no out":
+        arguments += ["--out", "new"]
+    refused(place, command, *arguments, *(TRAIN if command == "quantize" else []))
+
+
+def refused(place, *arguments):
+    """Exit code 2, one readable line, nothing written."""
+    before = tree_of(place)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in lines[0]
+    assert tree_of(place) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "nothing.toml"], "no such file"),
+        (["--config", "empty"], "no such file"),
+        (["--config", "bad.toml"], "not valid TOML"),
+        (["--config", "unknown.toml"], "unknown setting 'stepps'"),
+        (["--config", "type.toml"], "must be int"),
+        (["--config", "range.toml"], "lr must be > 0"),
+        (["--config", "table.toml"], "wrong type"),
+        (["--config", "list.toml"], "no.such.layer"),
+        (["--config", "float.toml"], "must be bool"),
+        (["--config", "bits.toml"], "bits.weight must be"),
+        (["--config", "pair.toml"], "wrong type"),
+        (["--config", "dir.toml"], "ranges must be"),
+        (["--preset", "quick"], "preset must be one of"),
+        (["--generator", "nothing.safetensors"], "no such file"),
+        (["--generator", "tiny.safetensors"], "not a generator file"),
+        (["--generator", "truncated.safetensors"], "not a valid safetensors file"),
+        (["--ptq"], "--ptq takes no"),
+        (["--bits", "W9A4"], "2..8"),
+        (["--bits", "W4A1"], "2..8"),
+        (["--bits", "four"], "must look like"),
+        (["--bits", "W4A4F8L4"], "must look like"),
+        (["--steps", "0"], "--steps"),
+        (["--warmup-steps", "-1"], "--warmup-steps"),
+    ],
+)
+def test_bad_input_of_quantize(place, options, message):
+    assert message in refused(place, "quantize", *OWN, *TRAIN, "--out", "new", *options)
+
+
+def test_generator_of_another_teacher(results):
+    generator = results / "synthetic" / "generator.safetensors"
+    told = refused(results, "quantize", *DIGITS, *TRAIN, "--out", "new", "--generator", generator)
+    assert "the teacher reads 10 classes" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["synthesize", *OWN, "--out", "new", "--num-images", 0], "--num-images"),
+        (["synthesize", *OWN, "--out", "new", "--config", "unknown.toml"], "unknown setting"),
+        (["synthesize", *OWN, "--out", "synthetic"], "finished run"),
+        (["synthesize", *OWN, "--out", "quantized", "--resume"], "holds a 'quantize' run"),
+        (["quantize", *OWN, *TRAIN, "--out", "quantized"], "finished run"),
+        (["quantize", *OWN, *TRAIN, "--out", "quantized", "--resume"], "per_class was 2, now 1"),
+        (["pack", "nothing"], "no such run folder"),
+        (["pack", "tree"], "not a run folder"),
+        (["pack", "tiny.safetensors"], "no such run folder"),
+        (["pack", "synthetic"], "not a 'quantize' run"),
+        (["pack", "quantized", "--out", "tree"], "is a folder"),
+        (["pack", "quantized", "--out", "tiny.safetensors/x"], ""),
+        (["pack"], "argument"),
+        (["pack", "quantized", "--threads", "x"], "--threads"),
+        (["evaluate", "nothing"], "no such"),
+        (["evaluate", "text.fdda", "--data", "digits"], "not a valid safetensors"),
+        (["evaluate", "tree"], "not a run folder"),
+        (["evaluate", "synthetic"], "not a 'quantize' run"),
+        (["evaluate", "quantized", "--data", "digits"], "the network wants"),
+        (["evaluate", "quantized", "--data", "nothing"], "existing folder"),
+        (["evaluate", "quantized", "--limit", 0], "limit must be >= 1"),
+        (["evaluate", "quantized", "--packed", "text.fdda"], "not a valid safetensors"),
+        (["evaluate", "quantized/model.fdda"], "--data"),
+        (["run", "nothing.fdda", "tree"], "no such file"),
+        (["run", "truncated.fdda", "tree"], "not a valid safetensors"),
+        (["run", "flipped.fdda", "tree"], "damaged"),
+        (["run", "text.fdda", "tree"], "not a valid safetensors"),
+        (["run", "tiny.safetensors", "tree"], "not a packed model"),
+        (["run", "quantized/model.fdda", "nothing.png"], "no such file or folder"),
+        (["run", "quantized/model.fdda", "empty"], "no image files"),
+        (["run", "quantized/model.fdda", "broken"], "not a readable image"),
+        (["run", "quantized/model.fdda", "occupied/thesis.tex"], "not a readable image"),
+        (["run", "quantized/model.fdda", "tree", "--top", 0], "--top"),
+        (["run", "quantized/model.fdda"], "argument"),
+        (["demo", "--dataset", "mnist"], "--dataset must be one of"),
+        (["demo", "--out", "occupied"], "not a run folder"),
+        (["demo", "--out", "tiny.safetensors"], "is a file"),
+        (["demo", "--out", "quantized"], "holds a 'quantize' run"),
+        (["demo", "--out", "new", "--bits", "W1A1"], "2..8"),
+        (["demo", "--out", "new", "--bits", "3"], "must look like"),
+        (["demo", "--threads", "0"], "--threads"),
+        (["demo", "digits"], "unexpected"),
+        (["info", "--all"], "--all"),
+        (["quantise"], "No such command"),
+    ],
+)
+def test_bad_input_of_other_commands(results, arguments, message):
+    assert message in refused(results, *arguments)
+
+
+def test_run_whose_files_were_changed(results, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(results / "quantized", tmp_path / "copy")
+    config = (copy / "config.toml").read_text()
+    weights = copy / "quantized.safetensors"
+    for text, message in [
+        (config.replace("[bits", "[widths"), "damaged config.toml"),
+        (config.replace("[preprocessing]", "[other]"), "damaged config.toml"),
+        (config.replace("[teacher]", "[pupil]"), "damaged config.toml"),
+        (config.replace('weights_sha256 = "', 'weights_sha256 = "0'), "has changed"),
+    ]:
+        (copy / "config.toml").write_text(text)
+        assert message in refused(results, "pack", copy)
+        assert message in refused(results, "evaluate", copy)
+    (copy / "config.toml").write_text(config)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    refused(results, "pack", copy)
+    shutil.copy(results / "other.safetensors", weights)
+    assert "not a quantised network" in refused(results, "pack", copy)
+
+
+def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("fdda_fast.cli.collect_centers", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("centers", *OWN, "--out", tmp_path / "run")
+
+
+def test_interrupted_and_resumed(tmp_path):
+    options = ["quantize", *OWN, "--bits", "W4A4", "--steps", "60", "--warmup-steps", "20",
+               "--threads", "1"]  # fmt: skip
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fdda_fast", *options, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.csv").is_file() and len((out / "metrics.csv").read_text()) > 600:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert str(out / "checkpoint.safetensors") in told
+    assert "--resume" in told
+    assert not (out / "quantized.safetensors").exists()
+
+    assert "--resume" in run(*options, "--out", out).stderr
+    told = run(*options, "--seed", 1, "--out", out, "--resume")
+    assert told.exit_code == 2
+    assert "seed was 0, now 1" in told.stderr
+    damaged = (out / "checkpoint.safetensors").read_bytes()
+    (out / "checkpoint.safetensors").write_bytes(damaged[:-5])
+    assert run(*options, "--out", out, "--resume").exit_code == 2
+    (out / "checkpoint.safetensors").write_bytes(damaged)
+    with (out / "metrics.csv").open("a") as file:
+        file.write("70,1,1,1,1,1,1,1,1\n")  # of steps that the checkpoint does not hold
+
+    threads = torch.get_num_threads()
+    try:
+        succeed(*options, "--out", out, "--resume")
+        succeed(*options, "--out", tmp_path / "undisturbed")
+    finally:
+        torch.set_num_threads(threads)
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "undisturbed").iterdir()}
+    for name in ("quantized.safetensors", "metrics.csv", "calibration.csv", "config.toml"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_interrupted_before_anything_is_written(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fdda_fast.cli.open_source", interrupted)
+    result = run("centers", *OWN, "--out", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert not (tmp_path / "run").exists()
