@@ -34,10 +34,10 @@ def test_files(result):
 
 
 def test_figures(result):
-    fp32, minmax, mse, fdda, packed = result.lines
+    fp32, minmax, calibrated, fdda, packed = result.lines
     assert fp32.top1 > 0.97
     assert fp32.agreement == 1
-    assert min(minmax.top1, mse.top1) > 0.8
+    assert min(minmax.top1, calibrated.top1) > 0.8
     assert abs(packed.top1 - fdda.top1) < 0.01
     assert result.same > 0.99 * result.images
     assert fp32.file_bytes > 4 * packed.file_bytes
