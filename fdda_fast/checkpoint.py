@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +11,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+_METADATA = "fdda_fast"
+
 
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes to a temporary name beside `path`, then renames: no half-written file is ever seen."""
+    """Writes to a temporary name beside `path`, then renames: no half-written file is ever seen.
+
+    The metadata go into one JSON entry: safetensors orders several entries at random, and equal
+    contents should give equal files.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(contiguous, temporary, dict(metadata))
+        save_file(contiguous, temporary, {_METADATA: json.dumps(dict(metadata), sort_keys=True)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,6 +49,17 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()  # the file itself cannot be iterated over
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            return {name: file.get_tensor(name) for name in names}, _metadata(file.metadata())
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a valid safetensors file ({error})") from error
+
+
+def _metadata(entries: dict[str, str] | None) -> dict[str, str]:
+    """What save_tensors was given, or a foreign file's own entries."""
+    entries = entries or {}
+    if set(entries) != {_METADATA}:
+        return entries
+    metadata = json.loads(entries[_METADATA])
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata entry {_METADATA!r} is not an object")
+    return {str(name): str(value) for name, value in metadata.items()}

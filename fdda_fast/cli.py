@@ -226,11 +226,8 @@ def _settings(
     config, bits = preset(name), bits or Bits()
     if file is not None:
         values = read_toml(file)
-        try:
-            bits = from_dict(bits, values.pop("bits", {}), "bits")
-            config = from_dict(config, values, str(file))
-        except (TypeError, AttributeError) as error:  # a list of the wrong things, no table
-            raise ValueError(f"{file}: a value of the wrong type ({error})") from error
+        bits = from_dict(bits, values.pop("bits", {}), "bits")
+        config = from_dict(config, values, str(file))
     if seed is not None:
         config = config.replace(seed=seed, synthesis=config.synthesis.replace(seed=seed))
     return config, bits

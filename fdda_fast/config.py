@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -86,7 +88,9 @@ class SynthesisConfig(_Section):
         for name in ("steps", "seed", "any_class_steps"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("lr", self.lr > 0, "> 0")
-        self._require("betas", len(self.betas) == 2, "two numbers")
+        for name in ("betas", "distortion_std"):
+            self._require(name, len(getattr(self, name)) == 2, "two numbers")
+        self._require("betas", all(0 <= b < 1 for b in self.betas), "in [0, 1)")
 
     @classmethod
     def reference(cls) -> SynthesisConfig:
@@ -125,7 +129,7 @@ class QuantizeConfig(_Section):
         flip: mirror half of the images.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
             cosine that the rate follows; None: `steps`.
-        max_grad_norm: gradients are scaled down to this norm; None: as they are.
+        max_grad_norm: gradients are scaled down to this norm where theirs is larger.
         temperature, distillation_weight: see `fdda_fast.losses.distillation`.
         synthesis: how the generator is trained when none is given.
     """
@@ -147,7 +151,7 @@ class QuantizeConfig(_Section):
     momentum: float = 0.9
     weight_decay: float = 1e-4
     cosine_steps: int | None = None
-    max_grad_norm: float | None = 1000.0
+    max_grad_norm: float = 1000.0
     temperature: float = 20.0
     distillation_weight: float = 20.0
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
@@ -163,8 +167,13 @@ class QuantizeConfig(_Section):
         for name in ("real_crop", "synthetic_crop"):
             low, high = getattr(self, name)
             self._require(name, 0 < low <= high <= 1, "(low, high) with 0 < low <= high <= 1")
-        for name in ("lr", "temperature"):
+        for name in ("lr", "temperature", "max_grad_norm"):
             self._require(name, getattr(self, name) > 0, "> 0")
+        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self._require("weight_decay", self.weight_decay >= 0, ">= 0")
+        self._require(
+            "cosine_steps", self.cosine_steps is None or self.cosine_steps >= 1, ">= 1 where given"
+        )
 
     @classmethod
     def reference(cls) -> QuantizeConfig:
@@ -179,7 +188,7 @@ class QuantizeConfig(_Section):
             real_crop=(0.08, 1.0),
             lr=1e-6,
             cosine_steps=20_000,
-            max_grad_norm=None,
+            max_grad_norm=math.inf,
             synthesis=SynthesisConfig.reference(),
         )
 
@@ -205,7 +214,7 @@ def to_dict(section: Any) -> dict[str, Any]:
             pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
             return {name: plain(v) for name, v in pairs if v is not None}
         if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
+            return {k: plain(v) for k, v in value.items() if v is not None}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
@@ -219,34 +228,44 @@ def from_dict(base: _Config | Bits, values: Mapping[str, Any], where: str = "con
     Raises:
         ValueError: an unknown field, a value of another type, or one out of range.
     """
-    known = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    changes: dict[str, Any] = {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a table of settings, got {values!r}")
+    hints = get_type_hints(type(base))
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {min(unknown)!r}; known: {sorted(hints)}")
+    changes = {}
     for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{where}: unknown setting {name!r}; known: {sorted(known)}")
-        current, label = known[name], f"{where}.{name}"
+        current, label = getattr(base, name), f"{where}.{name}"
         if dataclasses.is_dataclass(current):
             changes[name] = from_dict(current, value, label)
-        elif isinstance(current, bool) or isinstance(value, bool):
-            changes[name] = _typed(label, value, bool)
-        elif isinstance(current, float):
-            changes[name] = float(_typed(label, value, (int, float)))
-        elif isinstance(current, tuple):
-            changes[name] = tuple(_typed(label, value, (list, tuple)))
-        elif isinstance(current, Mapping):
-            items = _typed(label, value, Mapping).items()
-            changes[name] = {k: tuple(v) for k, v in items}
         else:
-            changes[name] = _typed(label, value, int if current is None else type(current))
+            changes[name] = _typed(hints[name], value, label)
     return dataclasses.replace(base, **changes)
 
 
-def _typed(label: str, value: Any, types: Any) -> Any:
-    if not isinstance(value, types):
-        wanted = types if isinstance(types, tuple) else (types,)
-        names = " or ".join(t.__name__ for t in wanted)
-        raise ValueError(f"{label} must be {names}, got {value!r}")
-    return value
+def _typed(hint: Any, value: Any, label: str) -> Any:
+    """`value` as the type `hint`, one of those that the settings use."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):  # X | None, and None is never written
+        return _typed(arguments[0], value, label)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{label} must be a list, got {value!r}")
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) != len(value):
+            raise ValueError(f"{label} must have {len(kinds)} values, got {value!r}")
+        return tuple(
+            _typed(k, v, f"{label}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{label} must be a table, got {value!r}")
+        return {name: _typed(arguments[1], v, f"{label}.{name}") for name, v in value.items()}
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{label} must be {hint.__name__}, got {value!r}")
+    return hint(value)
 
 
 def write_toml(path: str | Path, values: Mapping[str, Any]) -> None:

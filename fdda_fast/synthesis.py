@@ -167,7 +167,7 @@ def fingerprint(config: object, *tensors: torch.Tensor) -> str:
     """Names settings and inputs, so that a checkpoint is not continued under others."""
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -202,7 +202,9 @@ def train_generator(
             lambda index: trainer.step(index)[2],
             config.steps,
             trainer,
-            fingerprint=fingerprint(config, *centers.mean, *centers.var, *model.parameters()),
+            fingerprint=fingerprint(
+                config, *centers.mean, *centers.var, *model.state_dict().values()
+            ),
             checkpoint=Path(checkpoint) if checkpoint is not None else None,
             resume=resume,
             progress=progress,

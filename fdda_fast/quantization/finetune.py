@@ -113,12 +113,13 @@ class Finetuner:
             logits, teacher_logits, labels, config.temperature, config.distillation_weight
         )
         self.optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"fine-tuning diverged at step {index}: lower the learning rate")
         loss.backward()
-        if config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
         self.optimizer.step()
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
-        return {"student_loss": float(loss.detach()), "agreement": float(agreement)}
+        return {"student_loss": loss.item(), "agreement": float(agreement)}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -199,6 +200,13 @@ def quantize(
         check_labelled_images("calibration images", images, labels, 1 << 31)
         num_classes = model(images[:1]).shape[1]
     check_labelled_images("calibration images", images, labels, num_classes)
+    if generator is not None:
+        made = (generator.num_classes, generator.image_shape)
+        if made != (num_classes, tuple(images.shape[1:])):
+            raise ValueError(
+                f"generator makes {made[0]} classes of {list(made[1])} images, the model and the "
+                f"calibration images have {num_classes} of {list(images.shape[1:])}"
+            )
     student = prepare(
         model,
         bits,
@@ -225,7 +233,13 @@ def quantize(
             step,
             total,
             state,
-            fingerprint=fingerprint((bits, config), images, labels, *model.parameters()),
+            fingerprint=fingerprint(
+                (bits, config),
+                images,
+                labels,
+                *model.state_dict().values(),
+                *(generator.state_dict().values() if generator is not None else ()),
+            ),
             checkpoint=Path(checkpoint) if checkpoint is not None else None,
             resume=resume,
             progress=progress,

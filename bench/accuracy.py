@@ -1,0 +1,138 @@
+"""Accuracy on Fashion-MNIST from one real image per class: `python bench/accuracy.py`.
+
+Compares, with the shipped ResNet-20, `full_integer` placement and all layers at the named bits,
+on the test set of 10,000: min-max quantisation on the calibration images; fine-tuning on these
+images alone; the same plus the images of a generator trained without L_C and L_D (zero-shot
+data); FDDA. The same number of steps and images per step for all three that are tuned.
+
+Every result is kept as a row of the CSV file and not computed again, so the work can be stopped,
+resumed, and split by seed over processes (each with a --results file of its own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fdda_fast as fdda
+from fdda_fast.data import draw, open_source
+from fdda_fast.evaluation import accuracy
+from fdda_fast.models import load_teacher
+
+COLUMNS = {"W4A4": fdda.Bits(4, 4), "W3A3": fdda.Bits(3, 3), "W2A4": fdda.Bits(2, 4)}
+METHODS = {
+    "minmax": "min-max on the calibration images",
+    "real": "tuned on the calibration images",
+    "zero-shot": "... and a generator without L_C, L_D",
+    "fdda": "FDDA",
+}
+RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
+Row = tuple[int, str, str]
+
+
+def read_results(path: Path) -> dict[Row, tuple[float, float]]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            (int(r["seed"]), r["method"], r["bits"]): (float(r["top1"]), float(r["seconds"]))
+            for r in csv.DictReader(file)
+        }
+
+
+def append_result(path: Path, row: Row, top1: float, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(["seed", "method", "bits", "top1", "seconds"])
+        writer.writerow([*row, f"{top1:.4f}", f"{seconds:.1f}"])
+
+
+def quantize_config(method: str, seed: int) -> fdda.QuantizeConfig:
+    config = fdda.QuantizeConfig(seed=seed)
+    if method == "minmax":
+        return config.replace(steps=0, ranges="minmax", correct_batch_norms=False)
+    if method == "real":
+        return config.replace(
+            real_batch=config.real_batch + config.synthetic_batch, synthetic_batch=0
+        )
+    return config
+
+
+def synthesis_config(method: str, seed: int) -> fdda.SynthesisConfig:
+    config = fdda.SynthesisConfig(seed=seed)
+    if method == "zero-shot":
+        return config.replace(distorted_weight=0.0, centralized_weight=0.0)
+    return config
+
+
+def run_seed(seed: int, path: Path, console: Console) -> None:
+    teacher = load_teacher("fashion-mnist-resnet20")
+    test = open_source("fashion-mnist", "test")
+    few = draw(open_source("fashion-mnist", "train"), 1, seed)
+    calibration = (few.images, few.labels)
+    for method in METHODS:
+        missing = [b for b in COLUMNS if (seed, method, b) not in read_results(path)]
+        if not missing:
+            continue
+        generator, synthesis_seconds = None, 0.0
+        if method in ("zero-shot", "fdda"):
+            start = time.monotonic()
+            centers = fdda.collect_centers(teacher, *calibration, test.num_classes)
+            config = synthesis_config(method, seed)
+            generator = fdda.train_generator(teacher, centers, config)
+            synthesis_seconds = time.monotonic() - start
+        for bits in missing:
+            start = time.monotonic()
+            config = quantize_config(method, seed)
+            student = fdda.quantize(teacher, calibration, COLUMNS[bits], config, generator)
+            seconds = time.monotonic() - start + synthesis_seconds
+            top1 = accuracy(student, test)
+            append_result(path, (seed, method, bits), top1, seconds)
+            console.print(f"seed {seed} {method:9} {bits}: {100 * top1:.2f} %, {seconds:.0f} s")
+
+
+def print_table(path: Path, seeds: list[int], fp32: float, console: Console) -> None:
+    results = read_results(path)
+    table = Table(title=f"Fashion-MNIST, ResNet-20, FP32 {100 * fp32:.2f} %, seeds {seeds}")
+    table.add_column("method")
+    for bits in COLUMNS:
+        table.add_column(f"{bits} top-1 %", justify="right")
+    table.add_column("seconds per run", justify="right")
+    for method, label in METHODS.items():
+        cells, times = [], []
+        for bits in COLUMNS:
+            rows = [results[(seed, method, bits)] for seed in seeds]
+            top1 = [100 * accuracy for accuracy, _ in rows]
+            spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+            cells.append(f"{statistics.mean(top1):.2f}{spread}")
+            times += [seconds for _, seconds in rows]
+        table.add_row(label, *cells, f"{statistics.median(times):.0f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    console = Console()
+    for seed in args.seeds:
+        run_seed(seed, args.results, console)
+    fp32 = accuracy(load_teacher("fashion-mnist-resnet20"), open_source("fashion-mnist", "test"))
+    print_table(args.results, args.seeds, fp32, console)
+
+
+if __name__ == "__main__":
+    main()
