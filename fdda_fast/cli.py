@@ -646,7 +646,7 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; default fdda-demo-DATASET.")
     ] = None,
-    bits: Annotated[str, typer.Option(help="W3A3, or W3A3F8L8 ...")] = demo_stage.BITS,
+    bits: Annotated[str, typer.Option(help="W2A3, or W4A4F8L8 ...")] = demo_stage.BITS,
     threads: Threads = None,
 ) -> None:
     """From a shipped teacher to integers, with a table of what every stage costs and gains."""

@@ -62,23 +62,23 @@ class SynthesisConfig(_Section):
         clamp_variance: keep the variance targets of L_D at or above zero.
     """
 
-    steps: int = 2000
+    steps: int = 1200
     seed: int = 0
     batch_size: int = 16
     classes_per_step: int = 4
     images_per_class: int = 4
     joint_pass: bool = True
     any_class_steps: int = 100
-    lr: float = 1e-3
+    lr: float = 1e-2
     betas: tuple[float, float] = (0.5, 0.999)
-    lr_milestones: tuple[int, ...] = (1000, 1500)
+    lr_milestones: tuple[int, ...] = (900,)
     lr_decay: float = 0.1
     ce_weight: float = 0.5
-    bns_weight: float = 0.2
+    bns_weight: float = 3.0
     class_ce_weight: float = 0.5
-    distorted_weight: float = 0.9
-    centralized_weight: float = 0.01
-    distortion_std: tuple[float, float] = (0.5, 1.0)
+    distorted_weight: float = 5.0
+    centralized_weight: float = 1.0
+    distortion_std: tuple[float, float] = (0.1, 0.1)
     whiten: bool = True
     clamp_variance: bool = True
 
@@ -101,7 +101,12 @@ class SynthesisConfig(_Section):
             images_per_class=16,
             joint_pass=False,
             any_class_steps=5 * _EPOCH,
+            lr=1e-3,
             lr_milestones=(100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
+            bns_weight=0.2,
+            distorted_weight=0.9,
+            centralized_weight=0.01,
+            distortion_std=(0.5, 1.0),
             whiten=False,
             clamp_variance=False,
         )
@@ -127,6 +132,8 @@ class QuantizeConfig(_Section):
         real_batch, synthetic_batch: images per fine-tuning step; either may be 0.
         real_crop, synthetic_crop: area range of the random resized crop.
         flip: mirror half of the images.
+        range_lr: the rate at which Adam learns the logarithm of the activation ranges; 0: they
+            stay as taken.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
             cosine that the rate follows; None: `steps`.
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
@@ -134,8 +141,8 @@ class QuantizeConfig(_Section):
         synthesis: how the generator is trained when none is given.
     """
 
-    steps: int = 2000
-    warmup_steps: int = 1000
+    steps: int = 600
+    warmup_steps: int = 1200
     seed: int = 0
     placement: str = "full_integer"
     keep_float: tuple[str, ...] = ()
@@ -144,10 +151,11 @@ class QuantizeConfig(_Section):
     correct_batch_norms: bool = True
     real_batch: int = 16
     synthetic_batch: int = 16
-    real_crop: tuple[float, float] = (0.5, 1.0)
-    synthetic_crop: tuple[float, float] = (0.5, 1.0)
+    real_crop: tuple[float, float] = (0.8, 1.0)
+    synthetic_crop: tuple[float, float] = (0.8, 1.0)
     flip: bool = True
-    lr: float = 1e-4
+    lr: float = 2e-5
+    range_lr: float = 5e-3
     momentum: float = 0.9
     weight_decay: float = 1e-4
     cosine_steps: int | None = None
@@ -169,6 +177,7 @@ class QuantizeConfig(_Section):
             self._require(name, 0 < low <= high <= 1, "(low, high) with 0 < low <= high <= 1")
         for name in ("lr", "temperature", "max_grad_norm"):
             self._require(name, getattr(self, name) > 0, "> 0")
+        self._require("range_lr", self.range_lr >= 0, ">= 0")
         self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self._require("weight_decay", self.weight_decay >= 0, ">= 0")
         self._require(
@@ -186,7 +195,9 @@ class QuantizeConfig(_Section):
             range_steps=4 * _EPOCH,
             correct_batch_norms=False,
             real_crop=(0.08, 1.0),
+            synthetic_crop=(0.5, 1.0),
             lr=1e-6,
+            range_lr=0.0,
             cosine_steps=20_000,
             max_grad_norm=math.inf,
             synthesis=SynthesisConfig.reference(),

@@ -23,7 +23,7 @@ from .runs import RunFolder, display
 from .statistics import collect_centers
 from .synthesis import train_generator
 
-BITS = "W3A3"
+BITS = "W2A3"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recipe:
     Args:
         dataset, model: shipped ones.
         per_class: calibration images.
-        generator_steps, steps, lr: of the generator; of the fine-tuning, and its rate.
+        generator_steps, steps: of the generator and of the fine-tuning.
     """
 
     dataset: str
@@ -41,13 +41,12 @@ class Recipe:
     per_class: int
     generator_steps: int
     steps: int
-    lr: float
     seed: int = 0
 
 
 RECIPES = {
-    "digits": Recipe("digits", "digits-resnet8", 1, 1000, 600, 1e-5),
-    "fashion-mnist": Recipe("fashion-mnist", "fashion-mnist-resnet20", 1, 500, 500, 1e-5),
+    "digits": Recipe("digits", "digits-resnet8", 1, 1200, 600),
+    "fashion-mnist": Recipe("fashion-mnist", "fashion-mnist-resnet20", 1, 1200, 600),
 }
 
 
@@ -97,16 +96,13 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
     calibration.save_record(out / "calibration.csv")
     centers.save(out / "centers.safetensors")
 
-    milestones = (recipe.generator_steps // 2, 3 * recipe.generator_steps // 4)
-    synthesis = SynthesisConfig(
-        steps=recipe.generator_steps, lr_milestones=milestones, seed=recipe.seed
-    )
+    synthesis = SynthesisConfig(steps=recipe.generator_steps, seed=recipe.seed)
     with display("generator") as progress:
         generator = train_generator(teacher, centers, synthesis, progress=progress)
     generator.save(out / "generator.safetensors")
     save_gallery(out / "gallery.png", generator, source.preprocessing, source.class_names)
 
-    config = QuantizeConfig(steps=recipe.steps, lr=recipe.lr, flip=source.flip, seed=recipe.seed)
+    config = QuantizeConfig(steps=recipe.steps, flip=source.flip, seed=recipe.seed)
     # With and without this package's own calibration, so that the table does not credit the
     # training with what calibration alone does.
     calibrated = quantize(teacher, (images, labels), bits, config.replace(steps=0))

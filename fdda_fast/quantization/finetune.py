@@ -55,13 +55,18 @@ class Finetuner:
         self.teacher = teacher
         self.images, self.labels = calibration
         self.config = config
+        quantizers = activation_quantizers(student)
+        ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
+        known = {id(parameter) for parameter in ranges}
+        self.weights = [p for p in student.parameters() if id(p) not in known]
         self.optimizer = torch.optim.SGD(
-            student.parameters(),
+            self.weights,
             config.lr,
             config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
+        self.range_optimizer = torch.optim.Adam(ranges, config.range_lr)
 
     @torch.no_grad()
     def observe(self, images: torch.Tensor) -> None:
@@ -105,31 +110,43 @@ class Finetuner:
         config = self.config
         images, labels = self.batch(index, synthetic)
         phase = index / (config.cosine_steps or config.steps)
-        self.optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * phase))
+        factor = 0.5 * (1 + math.cos(math.pi * phase))
+        self.optimizer.param_groups[0]["lr"] = config.lr * factor
+        self.range_optimizer.param_groups[0]["lr"] = config.range_lr * factor
         with torch.no_grad():
             teacher_logits = self.teacher(images)
         logits = self.student(images)
         loss = distillation(
             logits, teacher_logits, labels, config.temperature, config.distillation_weight
         )
-        self.optimizer.zero_grad()
+        self.student.zero_grad()
         if not math.isfinite(loss.item()):
             raise ValueError(f"fine-tuning diverged at step {index}: lower the learning rate")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.student.parameters(), config.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
         self.optimizer.step()
+        self.range_optimizer.step()
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"student_loss": loss.item(), "agreement": float(agreement)}
+
+    @torch.no_grad()
+    def finish(self) -> fx.GraphModule:
+        """The student, its learned ranges made final."""
+        for quantizer in activation_quantizers(self.student):
+            quantizer.keep_learned_range()
+        return self.student
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {
             **prefixed("student", self.student.state_dict()),
             **prefixed("student_optimizer", optimizer_tensors(self.optimizer)),
+            **prefixed("range_optimizer", optimizer_tensors(self.range_optimizer)),
         }
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         self.student.load_state_dict(below("student", tensors))
         load_optimizer_tensors(self.optimizer, below("student_optimizer", tensors))
+        load_optimizer_tensors(self.range_optimizer, below("range_optimizer", tensors))
 
 
 class _Together:
@@ -218,7 +235,7 @@ def quantize(
     if config.steps == 0:
         with frozen(model):
             tuner.calibrate([images])
-        return student
+        return tuner.finish()
     step: Callable[[int], Metrics]
     with frozen(model):
         if generator is None and config.synthetic_batch:
@@ -244,7 +261,7 @@ def quantize(
             resume=resume,
             progress=progress,
         )
-    return student
+    return tuner.finish()
 
 
 def _range_batches(

@@ -54,6 +54,28 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, bits: int) -> QuantConv2d | Qu
     return quantized
 
 
+class _LearnedRange(torch.autograd.Function):
+    """Fake quantisation with a gradient for its range (after LSQ, Esser et al., ICLR 2020).
+
+    A clipped value moves the end that clips it; every other one contributes its rounding error,
+    which grows with the step. The straight-through gradient of x is zero where x is clipped.
+    """
+
+    @staticmethod
+    def forward(ctx, x, low, high, bits):
+        y = ops.fake_quantize_range(x, low, high, bits)
+        ctx.save_for_backward(x, y, low, high)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, low, high = ctx.saved_tensors
+        above, below = x > high, x < low
+        inside = grad * ~(above | below)
+        stretch = (inside * (y - x)).sum() / (high - low)
+        return inside, (grad * below).sum() - stretch, (grad * above).sum() + stretch, None
+
+
 class ActivationQuantizer(nn.Module):
     """Per-tensor fake quantisation of an activation.
 
@@ -69,6 +91,8 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         x_min, x_max: the range, float32 scalars. observed: batches seen, int64 scalar.
+        log_range: logarithm of a factor on both ends. Where it requires a gradient, the range is
+            being learned, and clipped values pass none on; else the gradient of x is the identity.
     """
 
     MOMENTUM = 0.9
@@ -83,6 +107,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("x_min", torch.zeros(()))
         self.register_buffer("x_max", torch.zeros(()))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
+        self.log_range = nn.Parameter(torch.zeros(()), requires_grad=False)
         self._errors = [0.0] * len(self.SHRINKS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,6 +116,9 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.mode == "observe":
             self._observe(x)
+        if self.log_range.requires_grad:
+            factor = self.log_range.exp()
+            return _LearnedRange.apply(x, self.x_min * factor, self.x_max * factor, self.bits)
         return ops.fake_quantize_range(x, self.x_min, self.x_max, self.bits)
 
     @torch.no_grad()
@@ -109,11 +137,19 @@ class ActivationQuantizer(nn.Module):
             y = ops.fake_quantize_range(x, shrink * self.x_min, shrink * self.x_max, self.bits)
             self._errors[index] += float(F.mse_loss(y, x))
 
+    def _scale_range(self, factor: float | torch.Tensor) -> None:
+        self.x_min *= factor
+        self.x_max *= factor
+
+    def keep_learned_range(self) -> None:
+        """Ends the learning of the range."""
+        self.log_range.requires_grad_(False)
+        self._scale_range(self.log_range.exp())
+        self.log_range.zero_()
+
     def shrink_range(self) -> None:
         """Takes the shrink with the least error measured, and forgets the measurements."""
-        shrink = self.SHRINKS[self._errors.index(min(self._errors))]
-        self.x_min *= shrink
-        self.x_max *= shrink
+        self._scale_range(self.SHRINKS[self._errors.index(min(self._errors))])
         self._errors = [0.0] * len(self.SHRINKS)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,80 @@
+"""Kernels against what a user would write without them: `make bench`.
+
+One group per operator and shape; the first thing to read is the ratio of the medians in a group.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fdda_fast.ops as ops
+
+# (channels, size, kernel): 3x3 and 1x1 layers of ResNet-18 at 224 px.
+CONVOLUTIONS = [(64, 56, 3), (128, 28, 3), (256, 14, 3), (512, 7, 3), (64, 56, 1)]
+ACTIVATION = (32, 64, 56, 56)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("channels", "size", "kernel"), CONVOLUTIONS)
+@pytest.mark.parametrize("provider", ["fp32", "w4a4"])
+def test_convolution(benchmark, provider, channels, size, kernel):
+    benchmark.group = f"conv {kernel}x{kernel}, {channels} channels, {size}x{size}"
+    padding = kernel // 2
+    if provider == "fp32":
+        x = torch.randn(1, channels, size, size).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, kernel, kernel)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        run = torch.inference_mode()(lambda: F.conv2d(x, weight, padding=padding))
+    else:
+        codes = torch.randint(-8, 8, (channels, channels * kernel**2), dtype=torch.int8)
+        weight = ops.pack_weight(codes, 4)
+        x = torch.randint(0, 16, (1, size, size, channels), dtype=torch.uint8)
+        parameters = (
+            torch.zeros(channels, dtype=torch.int64),
+            torch.full((channels,), 1e-3),
+            torch.zeros(channels),
+        )
+        geometry = ([kernel] * 2, [1, 1], [padding] * 2, [1, 1], 1)
+
+        def run():
+            return ops.packed_conv2d(
+                x, weight, 4, channels, *geometry, 0, *parameters, output_range=(0, 15)
+            )
+
+    benchmark.extra_info["gmac"] = channels**2 * kernel**2 * size**2 / 1e9
+    benchmark(run)
+
+
+@pytest.mark.parametrize("provider", ["copy", "torch", "fdda_fast"])
+def test_fake_quantize(benchmark, provider):
+    benchmark.group = f"fake quantisation, known range, {list(ACTIVATION)}"
+    x = torch.rand(ACTIVATION)
+    out = torch.empty_like(x)
+    low, high = torch.tensor(0.0), torch.tensor(1.0)
+    runs = {
+        "copy": lambda: out.copy_(x),
+        "torch": lambda: torch.fake_quantize_per_tensor_affine(x, 1 / 15, 0, 0, 15),
+        "fdda_fast": lambda: ops.fake_quantize_range(x, low, high, 4),
+    }
+    benchmark(runs[provider])
+
+
+@pytest.mark.parametrize("provider", ["mean and var", "fdda_fast"])
+def test_class_moments(benchmark, provider):
+    benchmark.group = f"moments of 8 classes, {list(ACTIVATION)}"
+    x, labels = torch.randn(ACTIVATION), torch.arange(ACTIVATION[0]) % 8
+
+    def plain():
+        parts = [x[labels == label] for label in range(8)]
+        return [(p.mean((0, 2, 3)), p.var((0, 2, 3), correction=0)) for p in parts]
+
+    benchmark(plain if provider == "mean and var" else lambda: ops.class_moments(x, labels, 8))
