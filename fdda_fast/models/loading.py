@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pickle
 from pathlib import Path
 
 import torch
@@ -75,7 +74,10 @@ def _call(spec: str, factory, arguments: dict) -> nn.Module:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise ValueError(f"model factory {spec!r} does not take {arguments}: {error}") from error
-    model = factory(**arguments)
+    try:
+        model = factory(**arguments)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"model factory {spec!r} failed: {error!r}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model factory {spec!r} returned {type(model).__name__}, not a Module")
     return model.eval()
@@ -95,10 +97,12 @@ def _with_weights(model: nn.Module, path: Path) -> nn.Module:
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch.load has no error of its own for foreign files
         raise ValueError(f"{path}: not a PyTorch weights file ({error})") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path}: does not hold a state dict of tensors")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

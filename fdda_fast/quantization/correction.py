@@ -17,9 +17,11 @@ _EPS = 1e-5
 def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Tensor) -> None:
     """Moves the student's running statistics by what quantisation does to its BN inputs.
 
-    With the moments of teacher and student on the same images, running_mean grows by the
-    difference of the means and running_var by the ratio of the variances. Layer by layer in one
-    forward: a layer is corrected before its output goes on, so later layers see the result.
+    With the moments (m_t, v_t) of the teacher's BN input and (m_s, v_s) of the student's on the
+    same images, running_var grows by r = v_s / v_t and running_mean becomes
+    m_s + sqrt(r) * (running_mean - m_t): the normalised outputs then have the same mean and
+    variance as the teacher's, also on images whose moments are not the running ones. Layer by
+    layer in one forward: a layer is corrected before its output goes on, so later layers see the result.
     Rounding errors of a weight add up wherever its input has a mean (worst in the first layer);
     this removes them without training.
 
@@ -36,8 +38,9 @@ def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Te
     def correct(module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
         mean, var = next(expected)
         got_mean, got_var, _ = ops.class_moments(inputs[0], group, 1)
-        module.running_mean += (got_mean - mean)[0]
-        module.running_var *= ((got_var + _EPS) / (var + _EPS))[0]
+        ratio = ((got_var + _EPS) / (var + _EPS))[0]
+        module.running_mean.copy_(got_mean[0] + ratio.sqrt() * (module.running_mean - mean[0]))
+        module.running_var *= ratio
 
     layers = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
     handles = [layer.register_forward_pre_hook(correct) for layer in layers]

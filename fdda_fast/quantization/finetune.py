@@ -66,7 +66,8 @@ class Finetuner:
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
-        self.range_optimizer = torch.optim.Adam(ranges, config.range_lr)
+        # As a group, since there may be no ranges at all.
+        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr)
 
     @torch.no_grad()
     def observe(self, images: torch.Tensor) -> None:
@@ -131,7 +132,9 @@ class Finetuner:
 
     @torch.no_grad()
     def finish(self) -> fx.GraphModule:
-        """The student, its learned ranges made final."""
+        """The student, its learned ranges made final; ValueError where the last step diverged."""
+        if not all(bool(p.isfinite().all()) for p in self.student.parameters()):
+            raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
         for quantizer in activation_quantizers(self.student):
             quantizer.keep_learned_range()
         return self.student

@@ -72,7 +72,7 @@ class _LearnedRange(torch.autograd.Function):
         x, y, low, high = ctx.saved_tensors
         above, below = x > high, x < low
         inside = grad * ~(above | below)
-        stretch = (inside * (y - x)).sum() / (high - low)
+        stretch = (inside * (y - x)).sum() / (high - low).clamp(min=1e-8)
         return inside, (grad * below).sum() - stretch, (grad * above).sum() + stretch, None
 
 

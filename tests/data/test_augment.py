@@ -1,0 +1,126 @@
+"""Random resized crops against a bilinear resampling in float64 numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fdda_fast.data.augment import random_resized_crop
+
+
+def images(count=6, channels=2, size=(7, 9)):
+    return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def boxes(count, area, flip, seed):
+    """Relative (left, top, width, height, mirrored) of every crop, from the same draws."""
+    share, ratio, x, y, mirror = torch.rand(5, count, generator=rng(seed)).double().numpy()
+    share = area[0] + (area[1] - area[0]) * share
+    root = np.sqrt((4 / 3) ** (2 * ratio - 1))
+    width = np.minimum(np.sqrt(share) * root, 1)
+    height = np.minimum(np.sqrt(share) / root, 1)
+    return np.stack(
+        [(1 - width) * x, (1 - height) * y, width, height, (mirror < 0.5) & flip], axis=1
+    )
+
+
+def resample(image, left, top, width, height, mirrored):
+    """The box at full size; pixel centres lie at half integers, borders are repeated."""
+    rows, cols = image.shape[1:]
+    result = np.empty_like(image)
+    for i in range(rows):
+        for j in range(cols):
+            u = (cols - 1 - j if mirrored else j) + 0.5
+            x = np.clip((left + width * u / cols) * cols - 0.5, 0, cols - 1)
+            y = np.clip((top + height * (i + 0.5) / rows) * rows - 0.5, 0, rows - 1)
+            x0, y0 = int(x), int(y)
+            x1, y1 = min(x0 + 1, cols - 1), min(y0 + 1, rows - 1)
+            fx, fy = x - x0, y - y0
+            upper = image[:, y0, x0] * (1 - fx) + image[:, y0, x1] * fx
+            lower = image[:, y1, x0] * (1 - fx) + image[:, y1, x1] * fx
+            result[:, i, j] = upper * (1 - fy) + lower * fy
+    return result
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("area", [(0.08, 1.0), (0.5, 1.0), (0.25, 0.25), (1.0, 1.0)])
+def test_against_numpy(area, flip):
+    x = images()
+    result = random_resized_crop(x, area, flip, rng(3))
+    assert result.shape == x.shape
+    for image, box, got in zip(x.double().numpy(), boxes(6, area, flip, 3), result, strict=True):
+        np.testing.assert_allclose(got, resample(image, *box), atol=1e-4)
+
+
+def test_the_boxes_of_the_above():
+    for area in ((0.08, 1.0), (0.3, 0.6)):
+        left, top, width, height, mirrored = boxes(4000, area, True, 0).T
+        assert (left >= 0).all()
+        assert (top >= 0).all()
+        assert (left + width <= 1 + 1e-12).all()
+        assert (top + height <= 1 + 1e-12).all()
+        assert mirrored.mean() == pytest.approx(0.5, abs=0.05)
+        inside = (width < 1) & (height < 1)
+        share = (width * height)[inside]
+        assert area[0] <= share.min() < area[0] + 0.02
+        assert area[1] - 0.1 < share.max() <= area[1]
+        log_ratio = np.log(width / height)[inside]
+        assert np.abs(log_ratio).max() <= math.log(4 / 3) + 1e-9
+        assert np.abs(log_ratio).max() > 0.9 * math.log(4 / 3)
+
+
+def test_deterministic_and_image_by_image():
+    x = images()
+    result = random_resized_crop(x, (0.3, 1.0), True, rng(5))
+    assert torch.equal(result, random_resized_crop(x, (0.3, 1.0), True, rng(5)))
+    assert not torch.equal(result, random_resized_crop(x, (0.3, 1.0), True, rng(6)))
+    other = x.clone()
+    other[2] += 1
+    changed = random_resized_crop(other, (0.3, 1.0), True, rng(5)) != result
+    assert changed.flatten(1).any(1).tolist() == [False, False, True, False, False, False]
+
+
+def test_values_stay_within_the_images_range():
+    x = images(40)
+    result = random_resized_crop(x, (0.08, 1.0), True, rng())
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    assert (result >= low - 1e-5).all()
+    assert (result <= high + 1e-5).all()
+    constant = torch.full((5, 1, 6, 6), 3.5)
+    torch.testing.assert_close(random_resized_crop(constant, (0.1, 1.0), True, rng()), constant)
+
+
+def test_full_area_of_an_image_that_is_equal_along_the_rows():
+    """Whatever the ratio, one side of a box with the full area is the full side."""
+    x = images(8)
+    x = x.mean(3, keepdim=True).expand(8, 2, 7, 9).contiguous()
+    result = random_resized_crop(x, (1.0, 1.0), False, rng())
+    full = boxes(8, (1.0, 1.0), False, 0)[:, 3] >= 1
+    assert 0 < full.sum() < 8
+    torch.testing.assert_close(result[full], x[full], atol=1e-5, rtol=0)
+    assert not torch.isclose(result[~full], x[~full], atol=1e-3).all()
+
+
+def test_flip_mirrors_about_half():
+    ramp = torch.arange(8.0).expand(200, 1, 8, 8)
+    result = random_resized_crop(ramp, (0.5, 1.0), True, rng())
+    slope = result[:, 0, :, -1] - result[:, 0, :, 0]
+    falling = (slope < 0).all(1)
+    assert ((slope > 0).all(1) | falling).all()
+    assert 70 < falling.sum() < 130
+    never = random_resized_crop(ramp, (0.5, 1.0), False, rng())
+    assert (never[:, 0, :, -1] > never[:, 0, :, 0]).all()
+    # With and without: the same boxes.
+    torch.testing.assert_close(result[falling].flip(3), never[falling], atol=1e-4, rtol=0)
+
+
+def test_gradients_and_dtypes():
+    x = images().requires_grad_()
+    random_resized_crop(x, (0.5, 1.0), True, rng()).sum().backward()
+    assert x.grad.sum().item() == pytest.approx(x.numel(), rel=1e-4)
+    assert random_resized_crop(images().double(), (0.5, 1), True, rng()).dtype == torch.float64
