@@ -21,9 +21,9 @@ def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Te
     same images, running_var grows by r = v_s / v_t and running_mean becomes
     m_s + sqrt(r) * (running_mean - m_t): the normalised outputs then have the same mean and
     variance as the teacher's, also on images whose moments are not the running ones. Layer by
-    layer in one forward: a layer is corrected before its output goes on, so later layers see the result.
-    Rounding errors of a weight add up wherever its input has a mean (worst in the first layer);
-    this removes them without training.
+    layer in one forward: a layer is corrected before its output goes on, so later layers see the
+    result. Rounding errors of a weight add up wherever its input has a mean (worst in the first
+    layer); this removes them without training.
 
     Args:
         student: fake-quantised, with the same BatchNorm2d layers in the same order as `teacher`.
