@@ -165,13 +165,33 @@ def open_source(
         )
     if _idx_file(root, split, "images") is not None:
         return _idx_folder(root.name, root, split)
-    for name in _FOLDER_NAMES[split]:
-        if (root / name).is_dir():
-            root = root / name
-            break
+    root = _split_folder(root, split)
     resize = resize if resize is not None else round(image_size * 256 / 224)
     preprocessing = Preprocessing(image_size, resize, tuple(mean), tuple(std))
     return FolderSource(Path(spec).name, root, preprocessing)
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """`root/train`, `root/val` or `root/test`; `root` itself where it has none of them."""
+    folders = {
+        name: next((root / n for n in names if (root / n).is_dir()), None)
+        for name, names in _FOLDER_NAMES.items()
+    }
+    present = [folder for folder in folders.values() if folder is not None]
+    if not present:
+        return root
+    if folders[split] is None:
+        raise ValueError(
+            f"{root} has {present[0].name}/ but no {'/ or '.join(_FOLDER_NAMES[split])}/"
+        )
+    # Labels are the ranks of the class folders' names, so these must be the same in both.
+    classes = [{d.name for d in folder.iterdir() if d.is_dir()} for folder in present]
+    if len(classes) == 2 and classes[0] != classes[1]:
+        raise ValueError(
+            f"{root}: {present[0].name}/ and {present[1].name}/ have different classes: "
+            f"{sorted(classes[0] ^ classes[1])[:5]}"
+        )
+    return folders[split]
 
 
 def _digits(split: str) -> ArraySource:

@@ -124,7 +124,8 @@ class Finetuner:
         if not math.isfinite(loss.item()):
             raise ValueError(f"fine-tuning diverged at step {index}: lower the learning rate")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
+        if math.isfinite(config.max_grad_norm):
+            nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
         self.optimizer.step()
         self.range_optimizer.step()
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()

@@ -219,3 +219,25 @@ def test_trees_that_are_none(tmp_path):
 def test_unknown_names(spec, split, message):
     with pytest.raises(ValueError, match=message):
         open_source(spec, split)
+
+
+def class_folders(root, split, names):
+    for name in names:
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "0.png")
+
+
+def test_splits_with_different_classes_are_refused(tmp_path):
+    class_folders(tmp_path, "train", ["ant", "bee", "cat"])
+    class_folders(tmp_path, "val", ["ant", "cat"])
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=r"different classes: \['bee'\]"):
+            open_source(str(tmp_path), split, image_size=8)
+
+
+def test_a_missing_split_is_named(tmp_path):
+    class_folders(tmp_path, "train", ["ant", "bee"])
+    assert open_source(str(tmp_path), "train", image_size=8).class_names == ("ant", "bee")
+    with pytest.raises(ValueError, match=r"has train/ but no val/ or test/"):
+        open_source(str(tmp_path), "test", image_size=8)
