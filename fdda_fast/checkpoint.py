@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,26 +10,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import written_whole
+
 _METADATA = "fdda_fast"
 
 
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes to a temporary name beside `path`, then renames: no half-written file is ever seen.
+    """Writes the whole file or none.
 
     The metadata go into one JSON entry: safetensors orders several entries at random, and equal
     contents should give equal files.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    try:
-        save_file(contiguous, temporary, {_METADATA: json.dumps(dict(metadata), sort_keys=True)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    entry = {_METADATA: json.dumps(dict(metadata), sort_keys=True)}
+    with written_whole(path) as temporary:
+        save_file(contiguous, temporary, entry)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from .files import written_whole
 from .quantization.bits import Bits
 
 if sys.version_info >= (3, 11):
@@ -128,7 +128,8 @@ class QuantizeConfig(_Section):
             without shrinking; `reference`: the paper's, a moving average from zero over the first
             `range_steps` generator steps' images, however untrained the generator then is.
         correct_batch_norms: also take the shift that quantisation causes out of the student's
-            BatchNorm statistics, see `fdda_fast.quantization.correction`.
+            BatchNorm statistics, see `fdda_fast.quantization.correction`; never with `reference`
+            ranges.
         real_batch, synthetic_batch: images per fine-tuning step; either may be 0.
         real_crop, synthetic_crop: area range of the random resized crop.
         flip: mirror half of the images.
@@ -280,11 +281,9 @@ def _typed(hint: Any, value: Any, label: str) -> Any:
 
 
 def write_toml(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Writes to a temporary name, then renames."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes the whole file or none."""
+    with written_whole(path) as temporary:
+        temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

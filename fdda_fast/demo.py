@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from .checkpoint import save_tensors
 from .config import QuantizeConfig, SynthesisConfig
 from .data import draw, open_source
 from .deploy import load_packed, pack
+from .files import written_whole
 from .gallery import save_gallery
 from .models import load_teacher
 from .quantization.bits import Bits
@@ -144,12 +144,13 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
 
 
 def _write_results(path: Path, lines: tuple[Line, ...]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["network", "top1", "agreement", "file_bytes", "seconds"])
         rows.writerows([x.network, x.top1, x.agreement, x.file_bytes, x.seconds] for x in lines)
-    os.replace(temporary, path)
 
 
 def table(result: DemoResult) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .data.preprocessing import Preprocessing
+from .files import written_whole
 from .generator import Generator, sample
 
 _CELL, _GAP, _LABEL_WIDTH = 64, 4, 96
@@ -45,13 +45,8 @@ def save_gallery(
         for column in range(per_class):
             cell = _cell(pixels[row * per_class + column])
             sheet.paste(cell, (_LABEL_WIDTH + column * pitch, top))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         sheet.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _cell(pixels: torch.Tensor) -> Image.Image:

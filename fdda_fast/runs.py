@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import platform
 import sys
 import time
@@ -40,6 +39,7 @@ from torch import fx, nn
 
 from .checkpoint import load_tensors, save_tensors
 from .config import QuantizeConfig, from_dict, read_toml, to_dict, write_toml
+from .files import written_whole
 from .models import load_teacher
 from .ops import backend_info
 from .quantization.bits import Bits
@@ -179,10 +179,11 @@ class MetricsFile:
             self._columns = header
         self._columns = [*self._columns, *(n for n in metrics if n not in self._columns)]
         padded = [row + [""] * (len(self._columns) - len(row)) for row in rows]
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            written_whole(self._path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file, lineterminator="\n").writerows([self._columns, *padded])
-        os.replace(temporary, self._path)
         # Line by line, so that whoever kills the process leaves whole rows behind.
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.writer(self._file, lineterminator="\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from .data.preprocessing import Preprocessing
+from .files import written_whole
 from .generator import Generator, sample
 from .training import Progress
 
@@ -67,9 +67,5 @@ def synthesize(
 
 def _write_png(path: Path, pixels: torch.Tensor) -> None:
     array = pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

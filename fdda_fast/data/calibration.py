@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..files import written_whole
 from ..seeding import stream
 from .sources import ImageSource
 
@@ -31,13 +31,13 @@ class Calibration:
 
     def save_record(self, path: str | Path) -> None:
         """Writes label, index and file of every image as CSV."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            written_whole(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             rows = csv.writer(file)
             rows.writerow(["label", "index", "file"])
             rows.writerows(zip(self.labels.tolist(), self.indices, self.files, strict=True))
-        os.replace(temporary, path)
 
 
 def draw(source: ImageSource, per_class: int, seed: int) -> Calibration:
