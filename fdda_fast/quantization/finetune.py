@@ -157,6 +157,12 @@ class _Together:
     """Generator and student trained in one loop, as FDDA does (sections 3.3 and 4.1)."""
 
     def __init__(self, tuner: Finetuner, trainer: GeneratorTrainer) -> None:
+        if tuner.config.synthetic_batch > trainer.config.batch_size:
+            raise ValueError(
+                f"QuantizeConfig.synthetic_batch must be <= synthesis.batch_size "
+                f"({trainer.config.batch_size}) where the generator is trained along, "
+                f"got {tuner.config.synthetic_batch}"
+            )
         self.tuner, self.trainer, self.config = tuner, trainer, tuner.config
 
     def step(self, index: int) -> Metrics:

@@ -443,3 +443,9 @@ def test_divergence_in_the_last_step_is_reported(teacher, calibration):
     config = REAL.replace(steps=1, lr=1e38, max_grad_norm=math.inf)
     with pytest.raises(ValueError, match="diverged"):
         quantize(teacher, calibration, Bits(), config)
+
+
+def test_more_synthetic_images_than_the_generator_makes(teacher, calibration):
+    config = ALONG.replace(synthetic_batch=SYNTHESIS.batch_size + 1)
+    with pytest.raises(ValueError, match=r"synthetic_batch must be <= synthesis.batch_size \(6\)"):
+        quantize(teacher, calibration, Bits(), config)
