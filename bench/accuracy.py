@@ -3,7 +3,8 @@
 Compares, with the shipped ResNet-20, `full_integer` placement and all layers at the named bits,
 on the test set of 10,000: min-max quantisation on the calibration images; fine-tuning on these
 images alone; the same plus the images of a generator trained without L_C and L_D (zero-shot
-data); FDDA. The same number of steps and images per step for all three that are tuned.
+data); FDDA. The same number of steps and images per step for all three that are tuned. The
+settings were chosen with seed 0, which is therefore not among the default seeds.
 
 Every result is kept as a row of the CSV file and not computed again, so the work can be stopped,
 resumed, and split by seed over processes (each with a --results file of its own).
@@ -122,7 +123,7 @@ def print_table(path: Path, seeds: list[int], fp32: float, console: Console) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
