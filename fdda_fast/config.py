@@ -65,7 +65,7 @@ class SynthesisConfig(_Section):
     steps: int = 1200
     seed: int = 0
     batch_size: int = 16
-    classes_per_step: int = 4
+    classes_per_step: int = 8
     images_per_class: int = 4
     joint_pass: bool = True
     any_class_steps: int = 100
@@ -76,9 +76,9 @@ class SynthesisConfig(_Section):
     ce_weight: float = 0.5
     bns_weight: float = 3.0
     class_ce_weight: float = 0.5
-    distorted_weight: float = 5.0
-    centralized_weight: float = 1.0
-    distortion_std: tuple[float, float] = (0.1, 0.1)
+    distorted_weight: float = 1.0
+    centralized_weight: float = 0.1
+    distortion_std: tuple[float, float] = (0.2, 0.2)
     whiten: bool = True
     clamp_variance: bool = True
 
