@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .files import written_whole
 
@@ -28,7 +28,8 @@ def save_tensors(
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     entry = {_METADATA: json.dumps(dict(metadata), sort_keys=True)}
     with written_whole(path) as temporary:
-        save_file(contiguous, temporary, entry)
+        # Not save_file, which makes the file readable by its owner alone.
+        temporary.write_bytes(save(contiguous, entry))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -55,17 +55,20 @@ def test_replacing_a_file(tmp_path):
     save_tensors(path, {"x": torch.zeros(2)}, {})
     save_tensors(path, {"x": torch.ones(2)}, {})
     assert load_tensors(path)[0]["x"].tolist() == [1, 1]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "f"
     save_tensors(path, {"x": torch.zeros(2)}, {"n": "1"})
 
-    def full(tensors, target, metadata):
-        target.write_bytes(b"half of it")
+    def full(target, data):
+        with target.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         save_tensors(path, {"x": torch.ones(2)}, {"n": "2"})
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
