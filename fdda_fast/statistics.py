@@ -16,7 +16,7 @@ from . import ops
 from .checkpoint import load_tensors, save_tensors
 
 _FORMAT = "fdda-fast centers 1"
-_EPS = 1e-5  # as in BatchNorm2d: a dead channel must not dominate
+EPS = 1e-5  # as in BatchNorm2d: a dead channel must not dominate
 
 
 class Moments(NamedTuple):
@@ -68,7 +68,7 @@ def whitened(moments: Sequence[Moments], running: Sequence[Moments]) -> list[Mom
         running: per layer (m, v), each [1, C_l].
     """
     return [
-        Moments((mean - m) / (v + _EPS).sqrt(), var / (v + _EPS))
+        Moments((mean - m) / (v + EPS).sqrt(), var / (v + EPS))
         for (mean, var), (m, v) in zip(moments, running, strict=True)
     ]
 

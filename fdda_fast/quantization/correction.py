@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..statistics import Moments, tapped
-
-_EPS = 1e-5
+from ..statistics import EPS, Moments, tapped
 
 
 @torch.no_grad()
@@ -38,7 +36,7 @@ def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Te
     def correct(module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
         mean, var = next(expected)
         got_mean, got_var, _ = ops.class_moments(inputs[0], group, 1)
-        ratio = ((got_var + _EPS) / (var + _EPS))[0]
+        ratio = ((got_var + EPS) / (var + EPS))[0]
         module.running_mean.copy_(got_mean[0] + ratio.sqrt() * (module.running_mean - mean[0]))
         module.running_var *= ratio
 
