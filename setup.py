@@ -132,6 +132,7 @@ def extension_arguments() -> dict:
 setup(
     packages=[
         "fdda_fast",
+        "fdda_fast.cli",
         "fdda_fast.data",
         "fdda_fast.models",
         "fdda_fast.quantization",

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from fdda_fast.cli import app, parse_bits
+from fdda_fast.cli import app
+from fdda_fast.cli.options import parse_bits
 from fdda_fast.deploy import load_packed
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.runs import load_quantized
@@ -439,7 +440,7 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fdda_fast.cli.collect_centers", broken)
+    monkeypatch.setattr("fdda_fast.cli.train.collect_centers", broken)
     with pytest.raises(ZeroDivisionError):
         run("centers", *OWN, "--out", tmp_path / "run")
 
@@ -491,7 +492,7 @@ def test_interrupted_before_anything_is_written(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fdda_fast.cli.open_source", interrupted)
+    monkeypatch.setattr("fdda_fast.cli.options.open_source", interrupted)
     result = run("centers", *OWN, "--out", tmp_path / "run")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert not (tmp_path / "run").exists()

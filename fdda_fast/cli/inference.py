@@ -1,0 +1,212 @@
+"""Commands on a quantised network: pack, evaluate, run; and info and demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from rich.markup import escape
+from rich.table import Table
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .. import demo as demo_stage
+from .. import evaluation
+from ..data import ImageSource, Preprocessing, open_source
+from ..deploy import PackedModel, load_packed, pack
+from ..ops import backend_info
+from ..runs import environment, load_quantized, load_recorded_teacher, read_config
+from .app import app, print_table
+from .options import Threads, parse_bits, use_threads
+
+_BATCH = 32
+
+RunDir = Annotated[Path, typer.Argument(help="Folder of a finished `quantize` run.")]
+
+
+@app.command("pack")
+def pack_command(
+    run_dir: RunDir,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default RUN_DIR/model.fdda.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Lower a quantised network to integers and write it as one file."""
+    use_threads(threads)
+    config = read_config(run_dir, "quantize")
+    preprocessing = Preprocessing.from_dict(config["preprocessing"])
+    size = preprocessing.image_size
+    packed = pack(
+        load_quantized(run_dir),
+        torch.zeros(1, preprocessing.channels, size, size),
+        preprocessing,
+        config.get("class_names"),
+    )
+    out = out or run_dir / "model.fdda"
+    if out.is_dir():
+        raise IsADirectoryError(f"{out}: is a folder; --out names a file")
+    packed.save(out)
+    print_table(f"{out}: {out.stat().st_size:,} bytes", _summary(packed))
+
+
+def _summary(packed: PackedModel) -> Table:
+    table = Table()
+    for name in ("node", "op", "domain", "output"):
+        table.add_column(name)
+    for name in ("bits", "bytes", "MACs"):
+        table.add_column(name, justify="right")
+    for row in packed.summary():
+        shape = "x".join(map(str, row.output_shape[1:]))
+        width = "" if row.bits is None else str(row.bits)
+        numbers = (f"{row.weight_bytes}", f"{row.macs:,}" if row.macs else "")
+        table.add_row(escape(row.name), row.op, row.domain, shape, width, *numbers)
+    return table
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A `quantize` run folder or a .fdda file.")],
+    packed: Annotated[
+        Path | None, typer.Option(help="Packed model; default that in the run folder, if any.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set, test split; default that of the run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Test images to use, evenly spread.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Top-1 accuracy on the test split, and agreement with the FP32 teacher."""
+    use_threads(threads)
+    if not target.exists():
+        raise FileNotFoundError(f"{target}: no such run folder or file")
+    networks: dict[str, Any] = {}
+    if target.is_dir():
+        config = read_config(target, "quantize")
+        preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        names = config.get("class_names")
+        data = data or config["data"]["source"]
+        teacher = load_recorded_teacher(config["teacher"])
+        networks["FP32"] = teacher
+        networks["fake-quantised"] = load_quantized(target, teacher)
+        default = target / "model.fdda"
+        packed = packed or (default if default.is_file() else None)
+        if packed is not None:
+            networks["packed"] = load_packed(packed)
+    else:
+        if packed is not None or data is None:
+            raise ValueError("with a packed file, name the data set (--data) and nothing else")
+        model = networks["packed"] = load_packed(target)
+        preprocessing, names = model.preprocessing, model.class_names
+    source = _test_source(data, preprocessing, names)
+    predicted = {n: evaluation.predictions(f, source, limit) for n, f in networks.items()}
+    labels = source.labels[evaluation.rows(source, limit)]
+    table = Table()
+    table.add_column("network")
+    for column in ("top-1 %", *(f"agrees with {n} %" for n in networks if n != "packed")):
+        table.add_column(column, justify="right")
+    for name, values in predicted.items():
+        others = [v for n, v in predicted.items() if n != "packed"]
+        shares = [evaluation.share_equal(values, other) for other in (labels, *others)]
+        table.add_row(name, *(f"{100 * share:.2f}" for share in shares))
+    print_table(f"{source.name}, {len(labels)} test images", table)
+
+
+def _test_source(
+    data: str, preprocessing: Preprocessing | None, class_names: Sequence[str] | None
+) -> ImageSource:
+    """The test split, prepared as the network wants it."""
+    if preprocessing is None:
+        raise ValueError("the packed model does not say how images are to be prepared")
+    source = open_source(
+        data,
+        "test",
+        image_size=preprocessing.image_size,
+        resize=preprocessing.resize,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
+    if source.preprocessing != preprocessing:
+        raise ValueError(
+            f"{data} makes inputs as {source.preprocessing}, the network wants {preprocessing}"
+        )
+    if class_names is not None and tuple(class_names) != source.class_names:
+        raise ValueError(f"{data} does not have the classes that the network was made for")
+    return source
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="Packed model, .fdda.")],
+    paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 1,
+    threads: Threads = None,
+) -> None:
+    """Classify images: path, then class and probability, separated by tabs."""
+    use_threads(threads)
+    packed = load_packed(model)
+    if packed.preprocessing is None:
+        raise ValueError(f"{model}: does not say how images are to be prepared")
+    files = [file for path in paths for file in _image_files(path)]
+    for start in range(0, len(files), _BATCH):
+        batch = files[start : start + _BATCH]
+        images = torch.stack([_read_image(file, packed.preprocessing) for file in batch])
+        probabilities = packed(images).softmax(1)
+        best = probabilities.topk(min(top, probabilities.shape[1]))
+        for file, values, classes in zip(batch, best.values, best.indices, strict=True):
+            cells = [str(file)]
+            for value, label in zip(values.tolist(), classes.tolist(), strict=True):
+                name = packed.class_names[label] if packed.class_names else str(label)
+                cells += [name, f"{value:.4f}"]
+            print("\t".join(cells))
+
+
+def _image_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    files = [p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()]
+    if not files:
+        raise ValueError(f"{path}: no image files in it")
+    return sorted(files)
+
+
+def _read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
+    try:
+        with Image.open(path) as image:
+            return preprocessing(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all three
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+@app.command()
+def info() -> None:
+    """Versions, instruction sets and threads in use."""
+    for name, value in {**environment(), **backend_info()}.items():
+        print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+@app.command()
+def demo(
+    dataset: Annotated[
+        str, typer.Option(help=f"One of {', '.join(demo_stage.RECIPES)}.")
+    ] = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default fdda-demo-DATASET.")
+    ] = None,
+    bits: Annotated[str, typer.Option(help="W2A3, or W4A4F8L8 ...")] = demo_stage.BITS,
+    threads: Threads = None,
+) -> None:
+    """From a shipped teacher to integers, with a table of what every stage costs and gains."""
+    use_threads(threads)
+    if dataset not in demo_stage.RECIPES:
+        raise ValueError(f"--dataset must be one of {list(demo_stage.RECIPES)}, got {dataset!r}")
+    out = out or Path(f"fdda-demo-{dataset}")
+    result = demo_stage.run_demo(demo_stage.RECIPES[dataset], out, parse_bits(bits))
+    print_table(f"{result.recipe.model}, {result.images} test images", demo_stage.table(result))
+    for line in demo_stage.remarks(result):
+        print(line)

@@ -1,0 +1,218 @@
+"""Options that several commands take, and what they stand for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+from torch import nn
+
+from ..config import PRESETS, QuantizeConfig, from_dict, preset, read_toml
+from ..data import Calibration, ImageSource, draw, open_source
+from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from ..models import SHIPPED
+from ..quantization.bits import Bits
+from ..runs import load_recorded_teacher, teacher_record
+from ..statistics import frozen
+
+_MEAN, _STD = (",".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default PyTorch's choice.")]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets a command take dataclasses: each field becomes an option of the command."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    options: list[inspect.Parameter] = []
+
+    def add(name: str, default: Any, annotation: Any) -> None:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        options.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
+
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            add(name, parameter.default, hints[name])
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            add(field.name, default, types[field.name])
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        made = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**made, **values)
+
+    call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    call.__annotations__ = {option.name: option.annotation for option in options}
+    return call
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The teacher, its data and the calibration draw, with their record for config.toml."""
+
+    teacher: nn.Module
+    source: ImageSource
+    calibration: Calibration
+    num_classes: int
+    record: dict[str, Any]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """One per logit; None where the data set has fewer classes than the network."""
+        names = self.source.class_names
+        return names if len(names) == self.num_classes else None
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Which teacher, on which data."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"Teacher: {', '.join(sorted(SHIPPED))}, a torchvision name, or module:factory."
+        ),
+    ]
+    data: Annotated[
+        str,
+        typer.Option(help="digits, fashion-mnist, or a folder (class/image files, or IDX files)."),
+    ]
+    weights: Annotated[
+        Path | None, typer.Option(help="Teacher's weights: .safetensors or a PyTorch state dict.")
+    ] = None
+    num_classes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passed to the teacher's factory.", show_default=False),
+    ] = None
+    image_size: Annotated[int, typer.Option(help="For folders: side of the network's input.")] = 224
+    resize: Annotated[
+        int | None,
+        typer.Option(help="For folders: shorter side before the crop; default 8/7 of image size."),
+    ] = None
+    mean: Annotated[
+        str, typer.Option(help="For folders: mean per channel; one value reads images as grey.")
+    ] = _MEAN
+    std: Annotated[str, typer.Option(help="For folders: standard deviation per channel.")] = _STD
+    per_class: Annotated[int, typer.Option(help="Calibration images per class.")] = 1
+
+    def open(self, seed: int) -> Inputs:
+        """Loads the teacher and draws the calibration images."""
+        if self.weights is not None and not self.weights.is_file():
+            raise FileNotFoundError(f"{self.weights}: no such weights file")
+        teacher_table = teacher_record(self.model, self.weights, self.num_classes)
+        teacher = load_recorded_teacher(teacher_table)
+        source = open_source(
+            self.data,
+            "train",
+            image_size=self.image_size,
+            resize=self.resize,
+            mean=_numbers("--mean", self.mean),
+            std=_numbers("--std", self.std),
+        )
+        calibration = draw(source, self.per_class, seed)
+        num_classes = self._logits(teacher, calibration)
+        if source.num_classes > num_classes:
+            raise ValueError(
+                f"{source.name} has {source.num_classes} classes, {self.model} only {num_classes}"
+            )
+        inputs = Inputs(teacher, source, calibration, num_classes, {})
+        inputs.record.update(
+            teacher=teacher_table,
+            data={
+                "source": str(Path(self.data).resolve()) if Path(self.data).is_dir() else self.data,
+                "per_class": self.per_class,
+                "seed": seed,
+            },
+            preprocessing=source.preprocessing.to_dict(),
+            class_names=inputs.class_names,
+        )
+        return inputs
+
+    def _logits(self, teacher: nn.Module, calibration: Calibration) -> int:
+        """How many the teacher returns per image."""
+        with frozen(teacher), torch.no_grad():
+            try:
+                logits = teacher(calibration.images[:1])
+            except RuntimeError as error:
+                shape = tuple(calibration.images.shape[1:])
+                raise ValueError(
+                    f"{self.model} cannot take images of shape {shape}: {error}"
+                ) from error
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            raise ValueError(f"{self.model} must return one tensor of logits [N, K]")
+        return logits.shape[1]
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers with commas between, got {text!r}") from None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the run goes and what decides its draws."""
+
+    out: Annotated[Path, typer.Option(help="Run folder to write.")]
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the unfinished run in --out, if there is one."),
+    ] = False
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Decides every draw; default as in the settings (0).")
+    ] = None
+    threads: Threads = None
+
+
+@dataclass(frozen=True)
+class SettingsOptions:
+    """The settings that a training stage starts from."""
+
+    preset: Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")] = (
+        "fast"
+    )
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with the settings of QuantizeConfig that differ from the preset's; "
+            "table synthesis: the generator's, table bits: per-layer widths.",
+        ),
+    ] = None
+
+    def load(self, seed: int | None, bits: Bits | None = None) -> tuple[QuantizeConfig, Bits]:
+        """Preset, then the file, then the seed."""
+        settings, bits = preset(self.preset), bits or Bits()
+        if self.config is not None:
+            values = read_toml(self.config)
+            bits = from_dict(bits, values.pop("bits", {}), "bits")
+            settings = from_dict(settings, values, str(self.config))
+        if seed is not None:
+            settings = settings.replace(seed=seed, synthesis=settings.synthesis.replace(seed=seed))
+        return settings, bits
+
+
+def parse_bits(text: str) -> Bits:
+    """`W4A4`, or `W4A4F8L8` with the first and the last layer at 8 bits."""
+    match = re.fullmatch(r"W(\d+)A(\d+)(?: ?F(\d+)L(\d+))?", text.strip(), re.IGNORECASE)
+    if match is None or match[3] != match[4]:
+        raise ValueError(f"bits must look like W4A4 or W4A4F8L8 (first = last), got {text!r}")
+    return Bits(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
+
+
+def use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
