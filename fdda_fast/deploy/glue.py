@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .schema import (
+    Conv2dOp,
     Op,
     TensorSpec,
     ValueType,
@@ -192,20 +193,8 @@ class AdaptiveAvgPool2d(Op):
 
 
 @record
-class FloatConv2d(Op):
+class FloatConv2d(Conv2dOp):
     """A layer kept in float."""
-
-    in_channels: int = whole(1)
-    out_channels: int = whole(1)
-    kernel_size: tuple[int, int] = pair(1, 1024)
-    stride: tuple[int, int] = pair(1, 1024)
-    padding: tuple[int, int] = pair(0, 1024)
-    dilation: tuple[int, int] = pair(1, 1024)
-    groups: int = whole(1)
-
-    def check(self) -> None:
-        if self.in_channels % self.groups or self.out_channels % self.groups:
-            raise ValueError(f"FloatConv2d.groups: {self.groups} does not divide the channels")
 
     def tensors(self) -> dict[str, TensorSpec]:
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -213,10 +202,6 @@ class FloatConv2d(Op):
             "weight": TensorSpec(FLOAT32, shape),
             "bias": TensorSpec(FLOAT32, (self.out_channels,)),
         }
-
-    def macs(self, output_shape: Sequence[int]) -> int:
-        taps = self.kernel_size[0] * self.kernel_size[1] * self.in_channels // self.groups
-        return torch.Size(output_shape).numel() * taps
 
     def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)

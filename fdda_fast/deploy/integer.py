@@ -5,6 +5,7 @@ A code u in 0..2**bits - 1 stands for the value (u - zero_point) / scale. 4-d co
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +15,19 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..quantization.bits import MAX_BITS, MIN_BITS
-from .schema import Op, TensorSpec, ValueType, flag, number, optional, pair, record, whole, wholes
+from .schema import (
+    Conv2dOp,
+    Op,
+    TensorSpec,
+    ValueType,
+    flag,
+    number,
+    optional,
+    pair,
+    record,
+    whole,
+    wholes,
+)
 
 MAX_CODE = 2**MAX_BITS - 1
 # The kernels add up products of 8-bit numbers in int32.
@@ -153,6 +166,7 @@ class Reshape(Op):
         return to_nhwc(x).contiguous() if codes else x
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Packed(Op):
     """Common to layers on packed weights: what happens behind the integer sums.
 
@@ -162,6 +176,12 @@ class _Packed(Op):
     Tensors: weight, packed bit planes; weight_offset [O], added to the codes of a channel's
     weights; multiplier, bias, float32 [O].
     """
+
+    weight_bits: int = whole(MIN_BITS, MAX_BITS)
+    x_zero_point: int = whole(0, MAX_CODE)
+    residual_scale: float | None = optional(number())
+    output_bits: int | None = optional(whole(MIN_BITS, MAX_BITS))
+    output_range: tuple[int, int] | None = optional(pair(0, MAX_CODE))
 
     def rows_and_depth(self) -> tuple[int, int]:
         """Outputs, and weights per output."""
@@ -200,34 +220,11 @@ class _Packed(Op):
 
 
 @record
-class PackedConv2d(_Packed):
+class PackedConv2d(Conv2dOp, _Packed):
     reads = (("codes",),)
-    weight_bits: int = whole(MIN_BITS, MAX_BITS)
-    in_channels: int = whole(1)
-    out_channels: int = whole(1)
-    kernel_size: tuple[int, int] = pair(1, 1024)
-    stride: tuple[int, int] = pair(1, 1024)
-    padding: tuple[int, int] = pair(0, 1024)
-    dilation: tuple[int, int] = pair(1, 1024)
-    groups: int = whole(1)
-    x_zero_point: int = whole(0, MAX_CODE)
-    residual_scale: float | None = optional(number())
-    output_bits: int | None = optional(whole(MIN_BITS, MAX_BITS))
-    output_range: tuple[int, int] | None = optional(pair(0, MAX_CODE))
-
-    def check(self) -> None:
-        if self.in_channels % self.groups or self.out_channels % self.groups:
-            raise ValueError(
-                f"PackedConv2d.groups: {self.groups} does not divide {self.in_channels} and "
-                f"{self.out_channels} channels"
-            )
-        super().check()
 
     def rows_and_depth(self) -> tuple[int, int]:
-        return self.out_channels, math.prod(self.kernel_size) * self.in_channels // self.groups
-
-    def macs(self, output_shape: Sequence[int]) -> int:
-        return math.prod(output_shape) * self.rows_and_depth()[1]
+        return self.out_channels, self.depth
 
     def run(
         self,
@@ -266,13 +263,8 @@ class PackedConv2d(_Packed):
 @record
 class PackedLinear(_Packed):
     reads = (("codes", "sums"),)
-    weight_bits: int = whole(MIN_BITS, MAX_BITS)
     in_features: int = whole(1)
     out_features: int = whole(1)
-    x_zero_point: int = whole(0, MAX_CODE)
-    residual_scale: float | None = optional(number())
-    output_bits: int | None = optional(whole(MIN_BITS, MAX_BITS))
-    output_range: tuple[int, int] | None = optional(pair(0, MAX_CODE))
 
     def rows_and_depth(self) -> tuple[int, int]:
         return self.out_features, self.in_features

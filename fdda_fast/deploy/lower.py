@@ -198,14 +198,7 @@ class _Lowering:
 
     @staticmethod
     def _conv(layer: QuantConv2d, epilogue: dict) -> PackedConv2d:
-        return PackedConv2d(
-            in_channels=layer.in_channels,
-            out_channels=layer.out_channels,
-            kernel_size=layer.kernel_size,
-            groups=layer.groups,
-            **geometry(layer),
-            **epilogue,
-        )
+        return PackedConv2d(**geometry(layer), **epilogue)
 
     @staticmethod
     def _linear(layer: QuantLinear, epilogue: dict) -> PackedLinear:

@@ -150,6 +150,35 @@ class Op:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conv2dOp(Op):
+    """Base of the convolutions."""
+
+    in_channels: int = whole(1)
+    out_channels: int = whole(1)
+    kernel_size: tuple[int, int] = pair(1, 1024)
+    stride: tuple[int, int] = pair(1, 1024)
+    padding: tuple[int, int] = pair(0, 1024)
+    dilation: tuple[int, int] = pair(1, 1024)
+    groups: int = whole(1)
+
+    def check(self) -> None:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"{type(self).__name__}.groups: {self.groups} does not divide {self.in_channels} "
+                f"and {self.out_channels} channels"
+            )
+        super().check()
+
+    @property
+    def depth(self) -> int:
+        """Weights per output channel."""
+        return math.prod(self.kernel_size) * self.in_channels // self.groups
+
+    def macs(self, output_shape: Sequence[int]) -> int:
+        return math.prod(output_shape) * self.depth
+
+
 RECORDS: dict[str, type[Op]] = {}
 
 

@@ -127,8 +127,8 @@ def addends(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.No
     return a, b
 
 
-def geometry(layer: nn.Conv2d) -> dict[str, tuple[int, int]]:
-    """stride, padding, dilation as pairs. Raises ValueError for padding that is not symmetric."""
+def geometry(layer: nn.Conv2d) -> dict[str, Any]:
+    """The fields of Conv2dOp. Raises ValueError for padding that is not symmetric."""
     padding = layer.padding
     if layer.padding_mode != "zeros":
         raise ValueError(f"padding_mode={layer.padding_mode!r}")
@@ -139,7 +139,8 @@ def geometry(layer: nn.Conv2d) -> dict[str, tuple[int, int]]:
         if any(t % 2 for t in total):
             raise ValueError("padding='same' with an even kernel is not symmetric")
         padding = tuple(t // 2 for t in total)
-    return {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+    return {**{name: getattr(layer, name) for name in names}, "padding": padding}
 
 
 def _arguments(graph_module: fx.GraphModule, node: fx.Node, *names: str) -> dict[str, Any]:
@@ -328,13 +329,7 @@ def _bias(layer: nn.Conv2d | nn.Linear) -> torch.Tensor:
 
 def _conv(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
     layer = graph_module.get_submodule(node.target)
-    op = glue.FloatConv2d(
-        in_channels=layer.in_channels,
-        out_channels=layer.out_channels,
-        kernel_size=layer.kernel_size,
-        groups=layer.groups,
-        **geometry(layer),
-    )
+    op = glue.FloatConv2d(**geometry(layer))
     return Translation(op, (node.args[0],), {"weight": layer.weight, "bias": _bias(layer)})
 
 
