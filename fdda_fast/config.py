@@ -23,6 +23,7 @@ else:
 
 PRESETS = ("fast", "reference")
 RANGES = ("mse", "minmax", "reference")
+AUGMENTATIONS = ("shift", "crop")
 _EPOCH = 200  # steps, in the paper's settings
 _Config = TypeVar("_Config", bound="_Section")
 
@@ -131,14 +132,19 @@ class QuantizeConfig(_Section):
             BatchNorm statistics, see `fdda_fast.quantization.correction`; never with `reference`
             ranges.
         real_batch, synthetic_batch: images per fine-tuning step; either may be 0.
-        real_crop, synthetic_crop: area range of the random resized crop.
+        augmentation: of both, best the one that the teacher was trained with. `shift`: by up to
+            `max_shift` of the image's side; `crop`: random resized crops, as in the paper.
+        max_shift: 0..1. real_crop, synthetic_crop: range of the crop's share of the area.
         flip: mirror half of the images.
+        blend: share of the images that are blended with another of their batch.
         range_lr: the rate at which Adam learns the logarithm of the activation ranges; 0: they
             stay as taken.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
             cosine that the rate follows; None: `steps`.
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
-        temperature, distillation_weight: see `fdda_fast.losses.distillation`.
+        temperature, distillation_weight: of the divergence from the teacher, see
+            `fdda_fast.losses.distillation`. label_weight: of the cross entropy with the labels;
+            blended images have none, so with `blend` it must be 0.
         synthesis: how the generator is trained when none is given.
     """
 
@@ -152,10 +158,13 @@ class QuantizeConfig(_Section):
     correct_batch_norms: bool = True
     real_batch: int = 16
     synthetic_batch: int = 16
-    real_crop: tuple[float, float] = (0.8, 1.0)
-    synthetic_crop: tuple[float, float] = (0.8, 1.0)
+    augmentation: str = "shift"
+    max_shift: float = 1 / 14
+    real_crop: tuple[float, float] = (0.08, 1.0)
+    synthetic_crop: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
-    lr: float = 2e-5
+    blend: float = 1.0
+    lr: float = 5e-5
     range_lr: float = 5e-3
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -163,6 +172,7 @@ class QuantizeConfig(_Section):
     max_grad_norm: float = 1000.0
     temperature: float = 20.0
     distillation_weight: float = 20.0
+    label_weight: float = 0.0
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
 
     def __post_init__(self) -> None:
@@ -173,6 +183,10 @@ class QuantizeConfig(_Section):
         )
         self._require("ranges", self.ranges in RANGES, f"one of {RANGES}")
         self._require("range_steps", self.range_steps >= 1, ">= 1")
+        self._require("augmentation", self.augmentation in AUGMENTATIONS, f"one of {AUGMENTATIONS}")
+        for name in ("max_shift", "blend"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._require("label_weight", self.label_weight == 0 or self.blend == 0, "0 with blend > 0")
         for name in ("real_crop", "synthetic_crop"):
             low, high = getattr(self, name)
             self._require(name, 0 < low <= high <= 1, "(low, high) with 0 < low <= high <= 1")
@@ -195,8 +209,9 @@ class QuantizeConfig(_Section):
             ranges="reference",
             range_steps=4 * _EPOCH,
             correct_batch_norms=False,
-            real_crop=(0.08, 1.0),
-            synthetic_crop=(0.5, 1.0),
+            augmentation="crop",
+            blend=0.0,
+            label_weight=1.0,
             lr=1e-6,
             range_lr=0.0,
             cosine_steps=20_000,

@@ -65,24 +65,19 @@ def standard_normal_targets(like: Sequence[Moments], rng: torch.Generator) -> li
 
 
 def distillation(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    weight: float,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """weight * T^2 * KL(softmax(teacher/T) || softmax(student/T)) + cross entropy.
+    """T^2 * KL(softmax(teacher/T) || softmax(student/T)).
 
     Args:
         student_logits, teacher_logits: [N, K].
-        labels: int64 [N].
 
     Returns:
-        Scalar; the divergence is summed over classes and averaged over the batch.
+        Scalar, summed over classes and averaged over the batch.
     """
     divergence = F.kl_div(
         F.log_softmax(student_logits / temperature, 1),
         F.softmax(teacher_logits / temperature, 1),
         reduction="batchmean",
     )
-    return weight * temperature**2 * divergence + F.cross_entropy(student_logits, labels)
+    return temperature**2 * divergence

@@ -1,6 +1,6 @@
 """Data sets, the calibration draw and image augmentation."""
 
-from .augment import random_resized_crop
+from .augment import blended, random_resized_crop, random_shift
 from .calibration import Calibration, draw, from_record
 from .preprocessing import Preprocessing
 from .sources import ImageSource, open_source
@@ -9,8 +9,10 @@ __all__ = [
     "Calibration",
     "ImageSource",
     "Preprocessing",
+    "blended",
     "draw",
     "from_record",
     "open_source",
     "random_resized_crop",
+    "random_shift",
 ]

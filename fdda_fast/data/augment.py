@@ -1,4 +1,4 @@
-"""Random resized crops and mirroring of image batches (PyTorch's RandomResizedCrop, batched)."""
+"""Random changes to batches of images: shifts, resized crops, mirroring, blending."""
 
 from __future__ import annotations
 
@@ -10,10 +10,51 @@ import torch.nn.functional as F
 _LOG_RATIO = math.log(4 / 3)
 
 
+def random_shift(
+    images: torch.Tensor, max_shift: int, flip: bool, rng: torch.Generator
+) -> torch.Tensor:
+    """Moves every image by up to `max_shift` pixels each way, repeating the border.
+
+    Args:
+        images: [N, C, H, W].
+        flip: mirror half of the images.
+
+    Returns:
+        The shape of `images`.
+    """
+    n, _, h, w = images.shape
+    if flip:
+        mirrored = torch.rand(n, generator=rng) < 0.5
+        images = torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), images.flip(3), images)
+    padded = F.pad(images, (max_shift,) * 4, mode="replicate")
+    dy, dx = torch.randint(0, 2 * max_shift + 1, (2, n), generator=rng)
+    rows = (dy[:, None] + torch.arange(h)).view(n, h, 1)
+    cols = (dx[:, None] + torch.arange(w)).view(n, 1, w)
+    return padded[torch.arange(n).view(n, 1, 1), :, rows, cols].permute(0, 3, 1, 2)
+
+
+def blended(images: torch.Tensor, share: float, rng: torch.Generator) -> torch.Tensor:
+    """Mixes `share` of the images with another of the batch each (mixup, Zhang et al., ICLR 2018).
+
+    Args:
+        images: float [N, C, H, W].
+
+    Returns:
+        The shape of `images`; where one is mixed, w * itself + (1 - w) * other, w uniform.
+    """
+    n = len(images)
+    other = torch.randperm(n, generator=rng)
+    weight, chosen = torch.rand(2, n, generator=rng)
+    weight = torch.where(chosen < share, weight, 1.0).view(n, 1, 1, 1).to(images)
+    return weight * images + (1 - weight) * images[other.to(images.device)]
+
+
 def random_resized_crop(
     images: torch.Tensor, area: tuple[float, float], flip: bool, rng: torch.Generator
 ) -> torch.Tensor:
     """Cuts a random box out of every image and scales it back to full size, bilinearly.
+
+    PyTorch's RandomResizedCrop and RandomHorizontalFlip, a batch at a time.
 
     Args:
         images: float [N, C, H, W].

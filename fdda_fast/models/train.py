@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..data import ImageSource, open_source
+from ..data import ImageSource, open_source, random_shift
 from .small import SmallResNet, resnet8, resnet20
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -39,19 +39,6 @@ RECIPES = {
     "fashion-mnist": Recipe(resnet20, "fashion_mnist_resnet20.safetensors", epochs=24),
     "digits": Recipe(resnet8, "digits_resnet8.safetensors", epochs=60, max_shift=1),
 }
-
-
-def augment(images: torch.Tensor, max_shift: int, flip: bool, rng: torch.Generator) -> torch.Tensor:
-    """Shifts every image by up to `max_shift` pixels (border value repeated) and mirrors half."""
-    n, _, h, w = images.shape
-    if flip:
-        mirrored = torch.rand(n, generator=rng) < 0.5
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    padded = F.pad(images, (max_shift,) * 4, mode="replicate")
-    dy, dx = torch.randint(0, 2 * max_shift + 1, (2, n), generator=rng)
-    rows = (dy[:, None] + torch.arange(h)).view(n, 1, h, 1)
-    cols = (dx[:, None] + torch.arange(w)).view(n, 1, 1, w)
-    return padded[torch.arange(n).view(n, 1, 1, 1), 0, rows, cols]
 
 
 @torch.no_grad()
@@ -86,7 +73,7 @@ def train(dataset: str, recipe: Recipe) -> SmallResNet:
         model.train()
         order = torch.randperm(len(source), generator=rng)
         for rows in order[: steps_per_epoch * recipe.batch_size].split(recipe.batch_size):
-            batch = augment(images[rows], recipe.max_shift, source.flip, rng)
+            batch = random_shift(images[rows], recipe.max_shift, source.flip, rng)
             batch = batch.contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(model(batch), source.labels[rows])
             optimizer.zero_grad()

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from ..config import QuantizeConfig
-from ..data.augment import random_resized_crop
+from ..data.augment import blended, random_resized_crop, random_shift
 from ..generator import Generator, sample
 from ..losses import distillation
 from ..seeding import stream
@@ -32,7 +33,7 @@ from .prepare import prepare
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _CORRECTION_IMAGES = 256
-_REAL_STREAM, _SYNTHETIC_STREAM, _LABEL_STREAM = 30, 31, 32
+_REAL_STREAM, _SYNTHETIC_STREAM, _LABEL_STREAM, _BLEND_STREAM = 30, 31, 32, 33
 
 
 class Finetuner:
@@ -91,25 +92,35 @@ class Finetuner:
             correct_batch_norms(self.student, self.teacher, torch.cat(batches)[:_CORRECTION_IMAGES])
 
     def batch(self, index: int, synthetic: Batch | None) -> Batch:
-        """Real images and the given synthetic ones, both freshly cropped and mirrored."""
+        """Real images and the given synthetic ones, both freshly augmented."""
         config, parts = self.config, []
         if config.real_batch:
             rng = stream(config.seed, _REAL_STREAM, index)
             rows = torch.randint(len(self.images), (config.real_batch,), generator=rng)
-            real = random_resized_crop(self.images[rows], config.real_crop, config.flip, rng)
+            real = self._augmented(self.images[rows], config.real_crop, rng)
             parts.append((real, self.labels[rows]))
         if synthetic is not None:
             rng = stream(config.seed, _SYNTHETIC_STREAM, index)
             images, labels = synthetic
-            crops = random_resized_crop(images, config.synthetic_crop, config.flip, rng)
-            parts.append((crops, labels))
+            parts.append((self._augmented(images, config.synthetic_crop, rng), labels))
         images, labels = zip(*parts, strict=True)
         return torch.cat(images), torch.cat(labels)
+
+    def _augmented(
+        self, images: torch.Tensor, crop: tuple[float, float], rng: torch.Generator
+    ) -> torch.Tensor:
+        config = self.config
+        if config.augmentation == "crop":
+            return random_resized_crop(images, crop, config.flip, rng)
+        pixels = round(config.max_shift * min(images.shape[2:]))
+        return random_shift(images, pixels, config.flip, rng)
 
     def step(self, index: int, synthetic: Batch | None) -> Metrics:
         """Fine-tuning step `index`."""
         config = self.config
         images, labels = self.batch(index, synthetic)
+        if config.blend:
+            images = blended(images, config.blend, stream(config.seed, _BLEND_STREAM, index))
         phase = index / (config.cosine_steps or config.steps)
         factor = 0.5 * (1 + math.cos(math.pi * phase))
         self.optimizer.param_groups[0]["lr"] = config.lr * factor
@@ -117,9 +128,10 @@ class Finetuner:
         with torch.no_grad():
             teacher_logits = self.teacher(images)
         logits = self.student(images)
-        loss = distillation(
-            logits, teacher_logits, labels, config.temperature, config.distillation_weight
-        )
+        divergence = distillation(logits, teacher_logits, config.temperature)
+        loss = config.distillation_weight * divergence
+        if config.label_weight:
+            loss = loss + config.label_weight * F.cross_entropy(logits, labels)
         self.student.zero_grad()
         if not math.isfinite(loss.item()):
             raise ValueError(f"fine-tuning diverged at step {index}: lower the learning rate")

@@ -1,4 +1,4 @@
-"""Random resized crops against a bilinear resampling in float64 numpy."""
+"""Shifts and blends written out; resized crops against a bilinear resampling in numpy."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdda_fast.data.augment import random_resized_crop
+from fdda_fast.data.augment import blended, random_resized_crop, random_shift
 
 
 def images(count=6, channels=2, size=(7, 9)):
@@ -124,3 +124,53 @@ def test_gradients_and_dtypes():
     random_resized_crop(x, (0.5, 1.0), True, rng()).sum().backward()
     assert x.grad.sum().item() == pytest.approx(x.numel(), rel=1e-4)
     assert random_resized_crop(images().double(), (0.5, 1), True, rng()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_shift_against_indices(flip):
+    x = images(200)
+    result = random_shift(x, 2, flip, rng(4))
+    seen = set()
+    for image, got in zip(x, result, strict=True):
+        options = {
+            (dy, dx, mirrored): (image.flip(2) if mirrored else image)[
+                :, (torch.arange(7) + dy).clamp(0, 6)
+            ][:, :, (torch.arange(9) + dx).clamp(0, 8)]
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            for mirrored in {False, flip}
+        }
+        matching = [key for key, option in options.items() if torch.equal(option, got)]
+        assert len(matching) == 1
+        seen.add(matching[0])
+    assert len(seen) == 25 if not flip else len(seen) > 40
+    assert torch.equal(result, random_shift(x, 2, flip, rng(4)))
+
+
+def test_no_shift_is_the_image():
+    x = images()
+    assert torch.equal(random_shift(x, 0, False, rng()), x)
+
+
+def test_blended():
+    x = images(4000, 1, (2, 2))
+    result = blended(x, 0.25, rng(2))
+    changed = (result != x).flatten(1).any(1)
+    assert 0.2 < changed.float().mean() < 0.3
+    other = torch.randperm(4000, generator=rng(2))
+    w = ((result - x[other]) / (x - x[other])).flatten(1)[changed & (other != torch.arange(4000))]
+    torch.testing.assert_close(w, w.median(1, keepdim=True).values.expand_as(w), atol=0.05, rtol=0)
+    middle = w.median(1).values
+    assert 0.4 < middle.mean() < 0.6
+    assert 0 <= middle.min() < 0.02
+    assert 0.98 < middle.max() <= 1
+    assert torch.equal(blended(x, 0.0, rng()), x)
+
+
+def test_blended_keeps_dtype_and_gradient():
+    x = images().double().requires_grad_()
+    result = blended(x, 1.0, rng())
+    assert result.dtype == torch.float64
+    result.sum().backward()
+    # Each image gives all of itself away: the weights of an image add up over where it went.
+    assert x.grad.sum().item() == pytest.approx(x.numel())

@@ -225,7 +225,7 @@ def test_cosine_steps(teacher, calibration):
 
 
 def test_batches(teacher, calibration):
-    config = REAL.replace(flip=False, real_crop=(1.0, 1.0), synthetic_crop=(1.0, 1.0))
+    config = REAL.replace(flip=False, max_shift=0.0)
     tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
     synthetic = torch.full((3, 1, 8, 8), 7.5), torch.tensor([9, 8, 7])
     images, labels = tuner.batch(0, synthetic)
