@@ -123,7 +123,7 @@ class InputOptions:
             std=_numbers("--std", self.std),
         )
         calibration = draw(source, self.per_class, seed)
-        num_classes = self._logits(teacher, calibration)
+        num_classes = self._count_logits(teacher, calibration)
         if source.num_classes > num_classes:
             raise ValueError(
                 f"{source.name} has {source.num_classes} classes, {self.model} only {num_classes}"
@@ -141,7 +141,7 @@ class InputOptions:
         )
         return inputs
 
-    def _logits(self, teacher: nn.Module, calibration: Calibration) -> int:
+    def _count_logits(self, teacher: nn.Module, calibration: Calibration) -> int:
         """How many the teacher returns per image."""
         with frozen(teacher), torch.no_grad():
             try:

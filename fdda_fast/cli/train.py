@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ from ..gallery import save_gallery
 from ..generator import Generator
 from ..quantization.finetune import quantize as quantize_stage
 from ..runs import RunFolder, digest, display, save_quantized
-from ..statistics import collect_centers
+from ..statistics import BNSCenters, collect_centers
 from ..synthesis import train_generator
 from ..writing import synthesize as write_images
 from .app import app
@@ -42,10 +42,26 @@ def _interruptible(run: RunFolder) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _already_finished(run: RunFolder) -> bool:
+def _open_run(to: RunOptions, stage: str, record: dict[str, Any]) -> RunFolder:
+    """The folder of the run; ends the command where it is finished already."""
+    run = RunFolder(to.out, stage, record, resume=to.resume)
     if run.finished:
         print(f"{run.path} is finished already")
-    return run.finished
+        raise typer.Exit
+    return run
+
+
+def _begin(run: RunFolder, inputs: Inputs) -> None:
+    """Makes the run folder, with what any command puts there first."""
+    run.begin()
+    inputs.calibration.save_record(run.path / "calibration.csv")
+
+
+def _collect_centers(inputs: Inputs) -> BNSCenters:
+    calibration = inputs.calibration
+    return collect_centers(
+        inputs.teacher, calibration.images, calibration.labels, inputs.num_classes
+    )
 
 
 @app.command()
@@ -54,18 +70,12 @@ def centers(where: InputOptions, to: RunOptions) -> None:
     """Draw calibration images and collect the BNS center of every class."""
     use_threads(to.threads)
     inputs = where.open(to.seed or 0)
-    run = RunFolder(to.out, "centers", inputs.record, resume=to.resume)
-    if _already_finished(run):
-        return
-    calibration = inputs.calibration
-    result = collect_centers(
-        inputs.teacher, calibration.images, calibration.labels, inputs.num_classes
-    )
-    run.begin()
-    calibration.save_record(run.path / "calibration.csv")
+    run = _open_run(to, "centers", inputs.record)
+    result = _collect_centers(inputs)
+    _begin(run, inputs)
     result.save(run.result)
     print(
-        f"{len(calibration.labels)} images, {result.num_layers} BN layers; "
+        f"{len(inputs.calibration.labels)} images, {result.num_layers} BN layers; "
         f"{int(result.reliable.sum())} of {result.num_classes} classes have a reliable center"
     )
     print(run.result)
@@ -87,18 +97,13 @@ def synthesize(
         config = config.replace(steps=steps)
     inputs = where.open(config.seed)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
-    run = RunFolder(to.out, "synthesize", record, resume=to.resume)
-    if _already_finished(run):
-        return
-    calibration = inputs.calibration
+    run = _open_run(to, "synthesize", record)
     generator_file = run.path / "generator.safetensors"
     with _interruptible(run):
         if generator_file.is_file():
             generator = Generator.load(generator_file)
         else:
-            collected = collect_centers(
-                inputs.teacher, calibration.images, calibration.labels, inputs.num_classes
-            )
+            collected = _collect_centers(inputs)
             with run.following("generator") as progress:
                 generator = train_generator(
                     inputs.teacher,
@@ -108,8 +113,7 @@ def synthesize(
                     resume=to.resume,
                     progress=progress,
                 )
-            run.begin()
-            calibration.save_record(run.path / "calibration.csv")
+            _begin(run, inputs)
             generator.save(generator_file)
         preprocessing = inputs.source.preprocessing
         with display("images") as progress:
@@ -161,14 +165,11 @@ def quantize(
     if generator is not None:
         loaded = _fitting_generator(generator, inputs)
         record["generator"] = {"file": str(generator.resolve()), "sha256": digest(generator)}
-    run = RunFolder(to.out, "quantize", record, resume=to.resume)
-    if _already_finished(run):
-        return
-    calibration = inputs.calibration
+    run = _open_run(to, "quantize", record)
     with _interruptible(run), run.following("quantize") as progress:
         student = quantize_stage(
             inputs.teacher,
-            (calibration.images, calibration.labels),
+            (inputs.calibration.images, inputs.calibration.labels),
             widths,
             config,
             loaded,
@@ -176,8 +177,7 @@ def quantize(
             resume=to.resume,
             progress=progress,
         )
-        run.begin()
-        calibration.save_record(run.path / "calibration.csv")
+        _begin(run, inputs)
         save_quantized(run, student)
     print(run.result)
 
