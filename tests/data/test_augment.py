@@ -158,9 +158,13 @@ def test_blended():
     changed = (result != x).flatten(1).any(1)
     assert 0.2 < changed.float().mean() < 0.3
     other = torch.randperm(4000, generator=rng(2))
-    w = ((result - x[other]) / (x - x[other])).flatten(1)[changed & (other != torch.arange(4000))]
+    both = changed & (other != torch.arange(4000))
+    w = ((result - x[other]) / (x - x[other])).flatten(1)[both]
     torch.testing.assert_close(w, w.median(1, keepdim=True).values.expand_as(w), atol=0.05, rtol=0)
     middle = w.median(1).values
+    share = middle.view(-1, 1, 1, 1)
+    rebuilt = share * x[both] + (1 - share) * x[other][both]
+    torch.testing.assert_close(result[both], rebuilt, atol=1e-4, rtol=0)
     assert 0.4 < middle.mean() < 0.6
     assert 0 <= middle.min() < 0.02
     assert 0.98 < middle.max() <= 1

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from fdda_fast.config import QuantizeConfig, SynthesisConfig
-from fdda_fast.data import draw, open_source
+from fdda_fast.data import (
+    blended,
+    draw,
+    open_source,
+    random_resized_crop,
+    random_shift,
+)
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.finetune import Finetuner, quantize
 from fdda_fast.quantization.modules import activation_quantizers, quantizer_mode
 from fdda_fast.quantization.prepare import prepare
+from fdda_fast.seeding import stream
 from fdda_fast.statistics import collect_centers
 from fdda_fast.synthesis import GeneratorTrainer
 
@@ -239,6 +246,47 @@ def test_batches(teacher, calibration):
     assert drawn == set(range(10))
     alone = Finetuner(prepare(teacher, Bits()), teacher, calibration, ALONG.replace(real_batch=0))
     assert torch.equal(alone.batch(0, synthetic)[1], synthetic[1])
+
+
+@pytest.mark.parametrize("augmentation", ["shift", "crop"])
+def test_augmentation_of_real_and_synthetic_images(teacher, calibration, augmentation):
+    config = ALONG.replace(
+        augmentation=augmentation, max_shift=0.3, real_crop=(0.3, 0.4), synthetic_crop=(0.8, 0.9)
+    )
+    tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
+    synthetic = torch.randn(6, 1, 8, 8), torch.arange(6)
+    got = tuner.batch(2, synthetic)[0]
+    rng = stream(0, 30, 2)
+    rows = torch.randint(len(calibration[0]), (5,), generator=rng)
+    sources = (calibration[0][rows], rng), (synthetic[0], stream(0, 31, 2))
+    if augmentation == "shift":  # by 0.3 of 8 pixels, rounded
+        expected = [random_shift(images, 2, True, rng) for images, rng in sources]
+    else:
+        expected = [
+            random_resized_crop(images, area, True, rng)
+            for (images, rng), area in zip(sources, [(0.3, 0.4), (0.8, 0.9)], strict=True)
+        ]
+    assert torch.equal(got, torch.cat(expected))
+
+
+def test_steps_see_blended_images(teacher, calibration):
+    tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, REAL.replace(blend=0.7))
+    tuner.calibrate([calibration[0]])
+    seen = []
+    tuner.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tuner.step(1, None)
+    images = tuner.batch(1, None)[0]
+    assert torch.equal(seen[0], blended(images, 0.7, stream(0, 33, 1)))
+    assert not torch.equal(seen[0], images)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"augmentation": "cutout"}, {"max_shift": 1.5}, {"blend": -0.1}, {"label_weight": 1.0}],
+)
+def test_refused_augmentation(change):
+    with pytest.raises(ValueError, match=f"QuantizeConfig.{next(iter(change))} must be"):
+        QuantizeConfig(**change)
 
 
 def test_reference_ranges_follow_the_generators_images(teacher, calibration):
