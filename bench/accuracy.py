@@ -61,7 +61,7 @@ def append_result(path: Path, row: Row, top1: float, seconds: float) -> None:
 def quantize_config(method: str, seed: int) -> fdda.QuantizeConfig:
     config = fdda.QuantizeConfig(seed=seed)
     if method == "minmax":
-        return config.replace(steps=0, ranges="minmax", correct_batch_norms=False)
+        return config.plain_minmax()
     if method == "real":
         return config.replace(
             real_batch=config.real_batch + config.synthetic_batch, synthetic_batch=0

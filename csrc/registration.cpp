@@ -242,6 +242,19 @@ Tensor quantize(const Tensor& x, double scale, double zero_point, int64_t bits) 
   return out;
 }
 
+Tensor requantize_codes(const Tensor& x_in, double x_scale, int64_t x_zero_point, double scale,
+                        double zero_point, int64_t bits) {
+  check_bits(bits);
+  check_dtype(x_in, ScalarType::Byte, "x");
+  const Tensor x = torch::stable::contiguous(x_in);
+  Tensor out = torch::stable::empty_like(x);
+  active_kernels().requantize_codes({x.const_data_ptr<uint8_t>(), x.numel(),
+                                     static_cast<float>(x_scale), static_cast<float>(x_zero_point),
+                                     static_cast<float>(scale), static_cast<float>(zero_point),
+                                     static_cast<int>(bits), out.mutable_data_ptr<uint8_t>()});
+  return out;
+}
+
 Tensor max_pool2d_codes(const Tensor& x_in, std::vector<int64_t> kernel_size,
                         std::vector<int64_t> stride, std::vector<int64_t> padding,
                         std::vector<int64_t> dilation, bool ceil_mode) {
@@ -381,6 +394,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("class_moments", TORCH_BOX(&fdda::class_moments));
   m.impl("class_moments_backward", TORCH_BOX(&fdda::class_moments_backward));
   m.impl("quantize", TORCH_BOX(&fdda::quantize));
+  m.impl("requantize_codes", TORCH_BOX(&fdda::requantize_codes));
   m.impl("max_pool2d_codes", TORCH_BOX(&fdda::max_pool2d_codes));
   m.impl("pack_weight", TORCH_BOX(&fdda::pack_weight));
   m.impl("unpack_weight", TORCH_BOX(&fdda::unpack_weight));

@@ -125,9 +125,10 @@ class QuantizeConfig(_Section):
         seed: decides every draw of the fine-tuning.
         placement, keep_float: see `fdda_fast.quantization.prepare`.
         ranges: of the activations. `mse`: taken just before fine-tuning from `range_steps` batches
-            like those of the steps, then shrunk to the least squared error; `minmax`: the same
-            without shrinking; `reference`: the paper's, a moving average from zero over the first
-            `range_steps` generator steps' images, however untrained the generator then is.
+            like those of the steps, then shrunk to the least squared error, and 2-bit weights
+            clipped likewise; `minmax`: the same without shrinking or clipping; `reference`: the
+            paper's, a moving average from zero over the first `range_steps` generator steps'
+            images, however untrained the generator then is.
         correct_batch_norms: also take the shift that quantisation causes out of the student's
             BatchNorm statistics, see `fdda_fast.quantization.correction`; never with `reference`
             ranges.
@@ -136,7 +137,8 @@ class QuantizeConfig(_Section):
             `max_shift` of the image's side; `crop`: random resized crops, as in the paper.
         max_shift: 0..1. real_crop, synthetic_crop: range of the crop's share of the area.
         flip: mirror half of the images.
-        blend: share of the images that are blended with another of their batch.
+        blend: share of the images that are blended with another of their batch, see
+            `fdda_fast.data.augment.blended`.
         range_lr: the rate at which Adam learns the logarithm of the activation ranges; 0: they
             stay as taken.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
@@ -148,7 +150,7 @@ class QuantizeConfig(_Section):
         synthesis: how the generator is trained when none is given.
     """
 
-    steps: int = 600
+    steps: int = 1200
     warmup_steps: int = 1200
     seed: int = 0
     placement: str = "full_integer"
@@ -198,6 +200,10 @@ class QuantizeConfig(_Section):
         self._require(
             "cosine_steps", self.cosine_steps is None or self.cosine_steps >= 1, ">= 1 where given"
         )
+
+    def plain_minmax(self) -> QuantizeConfig:
+        """The same without tuning: activation ranges are the calibration images' min and max."""
+        return self.replace(steps=0, ranges="minmax", correct_batch_norms=False)
 
     @classmethod
     def reference(cls) -> QuantizeConfig:

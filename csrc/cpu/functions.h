@@ -14,6 +14,7 @@ void fake_quantize_range(const FakeQuantizeRange&);
 void class_moments(const ClassMoments&);
 void class_moments_backward(const ClassMomentsBackward&);
 void quantize(const Quantize&);
+void requantize_codes(const RequantizeCodes&);
 void max_pool(const MaxPool&);
 void pack_weight(const PackWeight&);
 void unpack_weight(const UnpackWeight&);

@@ -77,6 +77,14 @@ struct Quantize {
   uint8_t* out;  // NHWC
 };
 
+struct RequantizeCodes {
+  const uint8_t* x;  // code u stands for (u - x_zero_point) / x_scale
+  int64_t count;
+  float x_scale, x_zero_point, scale, zero_point;
+  int bits;
+  uint8_t* out;
+};
+
 struct MaxPool {
   const uint8_t* x;  // NHWC
   int64_t batch, height, width, channels, out_height, out_width;
@@ -105,6 +113,7 @@ struct Kernels {
   void (*class_moments)(const ClassMoments&);
   void (*class_moments_backward)(const ClassMomentsBackward&);
   void (*quantize)(const Quantize&);
+  void (*requantize_codes)(const RequantizeCodes&);
   void (*max_pool)(const MaxPool&);
   void (*pack_weight)(const PackWeight&);
   void (*unpack_weight)(const UnpackWeight&);

@@ -1,4 +1,4 @@
-// Float images to NHWC codes, and max pooling on codes.
+// Float images to NHWC codes, codes to fewer bits, and max pooling on codes.
 //
 // Bytes may alias anything, so loops that store them read their bounds and factors from locals.
 
@@ -64,6 +64,20 @@ void quantize(const Quantize& a) {
           }
         }
       });
+}
+
+void requantize_codes(const RequantizeCodes& a) {
+  const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
+  const float x_scale = a.x_scale, x_zero_point = a.x_zero_point;
+  parallel_for(a.count, 65536, [&](int64_t begin, int64_t end) {
+    const uint8_t* __restrict x = a.x;
+    uint8_t* __restrict out = a.out;
+    const Quantizer local = code;
+    const float offset = x_zero_point, divisor = x_scale;
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = local((static_cast<float>(x[i]) - offset) / divisor);
+    }
+  });
 }
 
 void max_pool(const MaxPool& a) {

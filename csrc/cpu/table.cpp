@@ -10,6 +10,7 @@ extern const Kernels kernels = {
     class_moments,
     class_moments_backward,
     quantize,
+    requantize_codes,
     max_pool,
     pack_weight,
     unpack_weight,

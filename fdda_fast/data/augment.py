@@ -34,19 +34,32 @@ def random_shift(
 
 
 def blended(images: torch.Tensor, share: float, rng: torch.Generator) -> torch.Tensor:
-    """Mixes `share` of the images with another of the batch each (mixup, Zhang et al., ICLR 2018).
+    """Blends `share` of the images with another of the batch each.
+
+    Half of these are averaged with the other, pixel by pixel, at a uniform weight (mixup, Zhang et
+    al., ICLR 2018); half get a box of it, the box's share of the area uniform (CutMix, Yun et al.,
+    ICCV 2019).
 
     Args:
         images: float [N, C, H, W].
 
     Returns:
-        The shape of `images`; where one is mixed, w * itself + (1 - w) * other, w uniform.
+        The shape of `images`.
     """
-    n = len(images)
+    n, _, h, w = images.shape
     other = torch.randperm(n, generator=rng)
-    weight, chosen = torch.rand(2, n, generator=rng)
-    weight = torch.where(chosen < share, weight, 1.0).view(n, 1, 1, 1).to(images)
+    weight, chosen, kind, area, top, left = torch.rand(6, n, 1, 1, 1, generator=rng)
+    side = area.sqrt()
+    rows, cols = ((torch.arange(size) + 0.5) / size for size in (h, w))
+    inside = _between(rows.view(h, 1), (1 - side) * top, side)
+    inside = inside & _between(cols, (1 - side) * left, side)
+    weight = torch.where(kind < 0.5, weight, (~inside).float())
+    weight = torch.where(chosen < share, weight, 1.0).to(images)
     return weight * images + (1 - weight) * images[other.to(images.device)]
+
+
+def _between(position: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    return (position >= start) & (position < start + length)
 
 
 def random_resized_crop(

@@ -84,6 +84,31 @@ class Dequantize(Op):
 
 
 @record
+class Requantize(Op):
+    """Codes of one width or scale -> codes of another, see `ops.requantize_codes`."""
+
+    reads = (("codes",),)
+    x_scale: float = number()
+    x_zero_point: int = whole(0, MAX_CODE)
+    scale: float = number()
+    zero_point: float = number()
+    bits: int = whole(MIN_BITS, MAX_BITS)
+
+    def check(self) -> None:
+        if self.x_scale <= 0:
+            raise ValueError(f"Requantize.x_scale: expected > 0, got {self.x_scale}")
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return ValueType("codes", self.bits)
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return ops.requantize_codes(
+            x, self.x_scale, self.x_zero_point, self.scale, self.zero_point, self.bits
+        )
+
+
+@record
 class SumPool(Op):
     """Global pooling without the division: codes [N, H, W, C] -> sums [N, C]."""
 

@@ -17,7 +17,15 @@ from . import fold
 from .fold import Codes
 from .fuse import Group, find_groups
 from .graph import Graph, Node
-from .integer import Dequantize, DequantizeSums, PackedConv2d, PackedLinear, Quantize, SumPool
+from .integer import (
+    Dequantize,
+    DequantizeSums,
+    PackedConv2d,
+    PackedLinear,
+    Quantize,
+    Requantize,
+    SumPool,
+)
 from .runtime import PackedModel
 from .schema import Op
 from .shapes import annotate
@@ -131,16 +139,24 @@ class _Lowering:
             return self._layer(self.groups[node])
         kind = node_kind(self.graph_module, node)
         if kind is ActivationQuantizer:
-            codes = self.codes[node.target]
-            op = Quantize(scale=codes.scale, zero_point=codes.paper_zero_point, bits=codes.bits)
-            index = self._emit(node.target, op, [self._float(node.args[0])])
-            return _Value(index, "codes", codes)
+            return self._quantize(node)
         source = self.values.get(node.args[0]) if node.args else None
         if source is not None and source.kind != "float":
             integer = self._integer(node, kind, source)
             if integer is not None:
                 return integer
         return self._glue(node)
+
+    def _quantize(self, node: fx.Node) -> _Value:
+        codes, source = self.codes[node.target], self.values[node.args[0]]
+        made = {"scale": codes.scale, "zero_point": codes.paper_zero_point, "bits": codes.bits}
+        if source.kind == "codes":
+            read = source.codes
+            op: Op = Requantize(x_scale=read.scale, x_zero_point=read.zero_point, **made)
+            index = source.index
+        else:
+            op, index = Quantize(**made), self._float(node.args[0])
+        return _Value(self._emit(node.target, op, [index]), "codes", codes)
 
     def _integer(self, node: fx.Node, kind: object, source: _Value) -> _Value | None:
         """Ops that codes and sums go through as they are, else None."""

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..quantization.prepare import node_kind
+from ..quantization.prepare import ADDS, node_kind
 from . import glue
 from .integer import MaxPool2d, Reshape
 from .schema import Op
 
 RELUS = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 RELU6S = {nn.ReLU6, F.relu6}
-ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
 RESHAPES = {
     nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,

@@ -13,6 +13,7 @@ from fdda_fast.ops.packed import (
     packed_conv2d,
     packed_linear,
     quantize,
+    requantize_codes,
     unpack_weight,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "packed_linear",
     "quantize",
     "reference",
+    "requantize_codes",
     "unpack_weight",
 ]

@@ -237,6 +237,33 @@ def quantize(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
     return torch.ops.fdda.quantize(x, float(scale), float(zero_point), bits)
 
 
+def requantize_codes(
+    x: Tensor, x_scale: float, x_zero_point: int, scale: float, zero_point: float, bits: int
+) -> Tensor:
+    """Codes to codes of another width or scale: `quantize` of the values they stand for.
+
+    Args:
+        x: uint8 of any shape; code u stands for `(u - x_zero_point) / x_scale` in float32.
+        x_scale: codes per unit, a float32 value above 0.
+        x_zero_point: the code of 0, in 0..255.
+        scale, zero_point, bits: as in `quantize`.
+
+    Returns:
+        uint8 of x's shape, contiguous.
+
+    Raises:
+        TypeError: x has another dtype.
+        ValueError: x_scale, x_zero_point or bits out of range.
+    """
+    check_tensor(x, "x", (torch.uint8,))
+    check(x_scale > 0, "x_scale", "> 0", x_scale)
+    check_int(x_zero_point, "x_zero_point", 0, 255)
+    check_int(bits, "bits", 2, 8)
+    return torch.ops.fdda.requantize_codes(
+        x, float(x_scale), x_zero_point, float(scale), float(zero_point), bits
+    )
+
+
 def max_pool2d_codes(
     x: Tensor,
     kernel_size: int | Sequence[int],
@@ -411,6 +438,12 @@ define(
     "quantize(Tensor x, float scale, float zero_point, int bits) -> Tensor",
     reference.quantize,
     _fake_quantize,
+)
+define(
+    "requantize_codes(Tensor x, float x_scale, int x_zero_point, float scale, float zero_point, "
+    "int bits) -> Tensor",
+    reference.requantize_codes,
+    lambda x, *_: x.new_empty(x.shape),
 )
 define(
     "max_pool2d_codes(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "

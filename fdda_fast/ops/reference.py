@@ -227,6 +227,16 @@ def quantize(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
     return (codes.permute(0, 2, 3, 1) if x.dim() == 4 else codes).contiguous()
 
 
+def requantize_codes(
+    x: Tensor, x_scale: float, x_zero_point: int, scale: float, zero_point: float, bits: int
+) -> Tensor:
+    half = 2.0 ** (bits - 1)
+    fp32 = {"dtype": torch.float32, "device": x.device}
+    values = (x.float() - x_zero_point) / torch.tensor(x_scale, **fp32)
+    q = torch.tensor(scale, **fp32) * values - torch.tensor(zero_point, **fp32)
+    return (torch.round(q).clamp(-half, half - 1) + half).to(torch.uint8).contiguous()
+
+
 def max_pool2d_codes(
     x: Tensor,
     kernel_size: list[int],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 MIN_BITS, MAX_BITS = 2, 8
 IMAGE_BITS = 8
+RESIDUAL_BITS = 8
 
 
 def check_bits(name: str, bits: int) -> int:
@@ -21,7 +22,8 @@ class Bits:
 
     Args:
         weight: of every conv and linear weight.
-        activation: of every quantised activation (the input image always has 8).
+        activation: of every activation that a layer reads (the input image always has 8, and so
+            has, in `full_integer` placement, what a residual addition reads).
         first_last: where given, the width of the first and the last layer's weights, of the
             activations that the first layer produces and of those that the last one consumes
             ("F8L8" is first_last=8; "F4L4" is first_last=None with 4 bits everywhere).

@@ -27,6 +27,7 @@ from ..training import (
     run_steps,
 )
 from .bits import Bits
+from .clipping import clip_weights
 from .correction import correct_batch_norms
 from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
@@ -253,6 +254,8 @@ def quantize(
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
     )
+    if config.ranges == "mse":
+        clip_weights(student)
     tuner = Finetuner(student, model, (images, labels), config)
     if config.steps == 0:
         with frozen(model):

@@ -11,6 +11,9 @@ from torch import nn
 
 from .. import ops
 
+# Of a range, tried in search of the least squared error.
+SHRINKS = tuple(i / 20 for i in range(20, 4, -1))
+
 
 class QuantConv2d(nn.Conv2d):
     """Conv2d whose weight is fake-quantised per output channel at every forward.
@@ -96,7 +99,6 @@ class ActivationQuantizer(nn.Module):
     """
 
     MOMENTUM = 0.9
-    SHRINKS = tuple(i / 20 for i in range(20, 4, -1))
 
     def __init__(self, bits: int, *, include_zero: bool, from_zero: bool) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("x_max", torch.zeros(()))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
         self.log_range = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self._errors = [0.0] * len(self.SHRINKS)
+        self._errors = [0.0] * len(SHRINKS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "measure":
@@ -133,7 +135,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _measure(self, x: torch.Tensor) -> None:
-        for index, shrink in enumerate(self.SHRINKS):
+        for index, shrink in enumerate(SHRINKS):
             y = ops.fake_quantize_range(x, shrink * self.x_min, shrink * self.x_max, self.bits)
             self._errors[index] += float(F.mse_loss(y, x))
 
@@ -149,8 +151,8 @@ class ActivationQuantizer(nn.Module):
 
     def shrink_range(self) -> None:
         """Takes the shrink with the least error measured, and forgets the measurements."""
-        self._scale_range(self.SHRINKS[self._errors.index(min(self._errors))])
-        self._errors = [0.0] * len(self.SHRINKS)
+        self._scale_range(SHRINKS[self._errors.index(min(self._errors))])
+        self._errors = [0.0] * len(SHRINKS)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.x_min.item():.4g}, {self.x_max.item():.4g}]"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .bits import IMAGE_BITS, Bits
+from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
 from .modules import ActivationQuantizer, quantized_layer
 
 PLACEMENTS = ("full_integer", "paper")
@@ -21,6 +23,7 @@ _VALUE_PRESERVING = {
     "flatten", "view", "reshape", "contiguous",
 }  # fmt: skip
 _RELUS = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # Arithmetic on activations against weights or other activations for which there is no low-bit form.
 _UNQUANTIZABLE = {
     nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -52,10 +55,11 @@ def prepare(
         model: a CNN that torch.fx can trace; not changed.
         bits: widths.
         placement: `full_integer` quantises the input of every conv and linear layer (the image at
-            8 bits); a tensor is quantised where it is produced, so a residual connection reads
-            the same integers. A linear layer behind a global average pool reads the exact sums of
-            the pooled integers. `paper` puts a quantiser after every ReLU and ReLU6 and nowhere
-            else (image, pooled features and linear bottlenecks stay in float).
+            8 bits); a tensor is quantised where it is produced. Where a residual addition reads
+            it, too, that happens twice: to 8 bits, which the addition reads, and from these to
+            the width of the layers. A linear layer behind a global average pool reads the exact
+            sums of the pooled integers. `paper` puts a quantiser after every ReLU and ReLU6 and
+            nowhere else (image, pooled features and linear bottlenecks stay in float).
         keep_float: names of layers (or of nodes that cannot be quantised) to leave in float.
         from_zero: the paper's moving average for activation ranges, see ActivationQuantizer.
 
@@ -84,16 +88,30 @@ def prepare(
         layer = graph_module.get_submodule(name)
         graph_module.set_submodule(name, quantized_layer(layer, weight_bits))
 
-    if placement == "paper":
-        spots = [n for n in graph_module.graph.nodes if node_kind(graph_module, n) in _RELUS]
+    readers = [_reader(graph_module, layer) for layer in layers]
+    integer = placement == "full_integer"
+    if integer:
+        spots = list(dict.fromkeys(reader.producer for reader in readers))
     else:
-        spots = _layer_inputs(graph_module, layers)
-    widths = _activation_bits(graph_module, layers, spots, bits)
-    for node in spots:
-        quantizer = ActivationQuantizer(
-            widths[node], include_zero=placement == "full_integer", from_zero=from_zero
-        )
-        _insert_after(graph_module, node, f"{node.name}_quantizer", quantizer)
+        spots = [n for n in graph_module.graph.nodes if node_kind(graph_module, n) in _RELUS]
+    widths = _activation_bits(graph_module, readers, spots, bits)
+
+    def quantize(node: fx.Node, name: str, width: int, users: Sequence[fx.Node]) -> fx.Node:
+        quantizer = ActivationQuantizer(width, include_zero=integer, from_zero=from_zero)
+        return _insert_after(graph_module, node, name, quantizer, users)
+
+    for spot in spots:
+        name, width = f"{spot.name}_quantizer", widths[spot]
+        if not (integer and width < RESIDUAL_BITS and _feeds_addition(graph_module, spot)):
+            quantize(spot, name, width, list(spot.users))
+            continue
+        wide = quantize(spot, f"{spot.name}_residual", RESIDUAL_BITS, list(spot.users))
+        users: dict[fx.Node, list[fx.Node]] = {}
+        for reader in readers:
+            if reader.producer is spot:
+                users.setdefault(reader.source, []).append(reader.user)
+        for source, group in users.items():
+            quantize(wide if source is spot else source, f"{source.name}_quantizer", width, group)
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
@@ -163,41 +181,58 @@ def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _layer_inputs(graph_module: fx.GraphModule, layers: list[fx.Node]) -> list[fx.Node]:
-    """The nodes whose outputs must be quantised so that every layer reads integers."""
-    spots: dict[fx.Node, None] = {}
-    for layer in layers:
-        spots[_producer(graph_module, layer)] = None
-    return list(spots)
+class _Reader(NamedTuple):
+    """Where a layer's input comes from.
+
+    producer: makes the values; behind it come only ops that move them. source, user: the last
+    edge at which they can be quantised for this layer.
+    """
+
+    layer: fx.Node
+    producer: fx.Node
+    source: fx.Node
+    user: fx.Node
 
 
-def _producer(graph_module: fx.GraphModule, layer: fx.Node) -> fx.Node:
-    """Where the values that `layer` reads are made, behind ops that only move them."""
+def _reader(graph_module: fx.GraphModule, layer: fx.Node) -> _Reader:
     through_pool = isinstance(graph_module.get_submodule(layer.target), nn.Linear)
-    source = layer.args[0]
+    user, source = layer, layer.args[0]
+    producer = source
     while True:
-        if node_kind(graph_module, source) in _VALUE_PRESERVING or (
-            through_pool and is_global_average_pool(graph_module, source)
-        ):
-            source = source.args[0]
+        if through_pool and is_global_average_pool(graph_module, producer):
+            user, source = producer, producer.args[0]
+            producer = source
+        elif node_kind(graph_module, producer) in _VALUE_PRESERVING:
+            producer = producer.args[0]
         else:
-            return source
+            return _Reader(layer, producer, source, user)
+
+
+def _feeds_addition(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the values are added to other ones, moved before or not."""
+    for user in node.users:
+        kind = node_kind(graph_module, user)
+        if kind in ADDS and len(user.all_input_nodes) == 2:
+            return True
+        if kind in _VALUE_PRESERVING and _feeds_addition(graph_module, user):
+            return True
+    return False
 
 
 def _activation_bits(
-    graph_module: fx.GraphModule, layers: list[fx.Node], spots: list[fx.Node], bits: Bits
+    graph_module: fx.GraphModule, readers: list[_Reader], spots: list[fx.Node], bits: Bits
 ) -> dict[fx.Node, int]:
     widths = dict.fromkeys(spots, bits.activation)
-    producers = {layer: _producer(graph_module, layer) for layer in layers}
     if bits.first_last is not None:
-        produced = next((s for s in spots if _reads(s, layers[0])), None)
-        for spot in (produced, producers[layers[-1]]):
+        produced = next((s for s in spots if _reads(s, readers[0].layer)), None)
+        for spot in (produced, readers[-1].producer):
             if spot in widths:
                 widths[spot] = bits.first_last
     wanted: dict[fx.Node, int] = {}
-    for layer, spot in producers.items():
-        if layer.target in bits.overrides and spot in widths:
-            wanted[spot] = max(wanted.get(spot, 0), bits.overrides[layer.target][1])
+    for reader in readers:
+        name, spot = reader.layer.target, reader.producer
+        if name in bits.overrides and spot in widths:
+            wanted[spot] = max(wanted.get(spot, 0), bits.overrides[name][1])
     widths.update(wanted)
     for spot in spots:
         if spot.op == "placeholder":
@@ -218,9 +253,16 @@ def _reads(node: fx.Node, ancestor: fx.Node) -> bool:
 
 
 def _insert_after(
-    graph_module: fx.GraphModule, node: fx.Node, name: str, module: nn.Module
-) -> None:
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    name: str,
+    module: nn.Module,
+    users: Sequence[fx.Node],
+) -> fx.Node:
+    """Puts `module` between `node` and some of its users."""
     graph_module.add_submodule(name, module)
     with graph_module.graph.inserting_after(node):
-        quantizer = graph_module.graph.call_module(name, (node,))
-    node.replace_all_uses_with(quantizer, delete_user_cb=lambda user: user is not quantizer)
+        new = graph_module.graph.call_module(name, (node,))
+    for user in users:
+        user.replace_input_with(node, new)
+    return new

@@ -153,21 +153,38 @@ def test_no_shift_is_the_image():
 
 
 def test_blended():
-    x = images(4000, 1, (2, 2))
-    result = blended(x, 0.25, rng(2))
-    changed = (result != x).flatten(1).any(1)
-    assert 0.2 < changed.float().mean() < 0.3
-    other = torch.randperm(4000, generator=rng(2))
-    both = changed & (other != torch.arange(4000))
-    w = ((result - x[other]) / (x - x[other])).flatten(1)[both]
-    torch.testing.assert_close(w, w.median(1, keepdim=True).values.expand_as(w), atol=0.05, rtol=0)
-    middle = w.median(1).values
-    share = middle.view(-1, 1, 1, 1)
-    rebuilt = share * x[both] + (1 - share) * x[other][both]
-    torch.testing.assert_close(result[both], rebuilt, atol=1e-4, rtol=0)
-    assert 0.4 < middle.mean() < 0.6
-    assert 0 <= middle.min() < 0.02
-    assert 0.98 < middle.max() <= 1
+    """Constant images: a blend shows the weight of each of its pixels."""
+    n, (h, w) = 4000, (6, 10)
+    x = torch.arange(float(n)).square().view(n, 1, 1, 1).expand(n, 3, h, w)
+    other = torch.randperm(n, generator=rng(2))
+    result = blended(x, 0.5, rng(2))
+    weight = ((result - x[other]) / (x - x[other]))[other != torch.arange(n)]
+    torch.testing.assert_close(weight, weight[:, :1].expand_as(weight))
+    weight = weight[:, 0]
+    even = (weight - weight[:, :1, :1]).abs().flatten(1).amax(1) < 1e-3
+    binary = ((weight < 1e-3) | (weight > 1 - 1e-3)).flatten(1).all(1)
+    assert (even | binary).all()
+
+    mixed = weight[even & ~binary][:, 0, 0]
+    assert 0.2 < len(mixed) / n < 0.3
+    assert 0.47 < mixed.mean() < 0.53
+    assert mixed.min() < 0.02
+    assert mixed.max() > 0.98
+
+    boxes = (weight[binary & ~even] < 0.5).float()
+    assert 0.17 < len(boxes) / n < 0.27
+    assert 0.45 < boxes.mean() < 0.55
+    for box in boxes:
+        rows, cols = box.amax(1), box.amax(0)
+        assert torch.equal(box, rows[:, None] * cols)
+        assert rows.diff().abs().sum() <= 2
+        assert cols.diff().abs().sum() <= 2
+    for edge in (boxes[:, 0, 0], boxes[:, -1, -1], boxes[:, 0, -1], boxes[:, -1, 0]):
+        assert 0.02 < edge.mean() < 0.4  # boxes lie anywhere, but inside
+
+
+def test_nothing_blended():
+    x = images()
     assert torch.equal(blended(x, 0.0, rng()), x)
 
 

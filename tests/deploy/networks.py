@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fdda_fast.deploy import pack
-from fdda_fast.deploy.integer import PackedConv2d, PackedLinear, Quantize, to_nchw
+from fdda_fast.deploy.integer import PackedConv2d, PackedLinear, Quantize, Requantize, to_nchw
 from fdda_fast.models.small import SmallResNet
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.modules import ActivationQuantizer, quantizer_mode
@@ -257,7 +257,7 @@ class Forced(fx.Interpreter):
         self.codes = iter(
             to_nchw(output)
             for node, _, _, output in trace(packed, x)
-            if isinstance(node.op, Quantize | PackedConv2d | PackedLinear)
+            if isinstance(node.op, Quantize | Requantize | PackedConv2d | PackedLinear)
             and output.dtype == torch.uint8
         )
         self.differing = self.total = 0

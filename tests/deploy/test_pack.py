@@ -63,9 +63,10 @@ def test_end_to_end(name):
 def test_fuses_whole_layers():
     _, packed = packed_network("resnet")
     ops = [(type(node.op).__name__, len(node.inputs)) for node in packed.graph.nodes]
-    convs = [("PackedConv2d", 1)] * 2  # stem and the first block's first
-    assert ops[:4] == [("Quantize", 1), *convs, ("PackedConv2d", 2)]
-    assert {op for op, _ in ops} == {"Quantize", "PackedConv2d", "SumPool", "PackedLinear"}
+    stem, block = ("PackedConv2d", 1), [("PackedConv2d", 1), ("PackedConv2d", 2)]
+    assert ops[:5] == [("Quantize", 1), stem, ("Requantize", 1), *block]
+    kinds = {"Quantize", "Requantize", "PackedConv2d", "SumPool", "PackedLinear"}
+    assert {op for op, _ in ops} == kinds
     rows = packed.summary()
     assert {row.domain for row in rows[1:]} == {"integer"}
     # In a block that changes shape one branch is handed over in float.

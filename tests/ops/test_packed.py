@@ -298,6 +298,59 @@ def test_quantize_gives_the_codes_of_fake_quantize(seed, shape, bits, layout, lo
 @QUICK
 @given(
     seed=SEED,
+    shape=st.lists(st.integers(0, 12), max_size=4),
+    x_bits=BITS,
+    bits=BITS,
+    ranges=st.tuples(*[st.tuples(st.floats(-5, 0), st.floats(0, 5))] * 2),
+    sliced=st.booleans(),
+)
+def test_requantize_codes_is_fake_quantize_twice(seed, shape, x_bits, bits, ranges, sliced):
+    (wide, narrow) = (torch.tensor(r, dtype=torch.float32) for r in ranges)
+
+    def meaning(limits, width):
+        scale = torch.tensor(2.0**width - 1) / (limits[1] - limits[0]).clamp(min=1e-8)
+        zero_point = torch.round(scale * limits[0])
+        return scale, zero_point
+
+    x = torch.randn([*shape, 2], generator=generator(seed)) * 3
+    y = reference.fake_quantize_range(x, *wide, x_bits)
+    expected = reference.fake_quantize_range(y, *narrow, bits)
+    x_scale, x_zero_point = meaning(wide, x_bits)
+    scale, zero_point = meaning(narrow, bits)
+    u = torch.round(y * x_scale - x_zero_point).to(torch.uint8)
+    if sliced:
+        u, expected = u[..., :1], expected[..., :1]
+    args = (x_scale.item(), -int(x_zero_point), scale.item())
+    args = (*args, zero_point.item() + 2.0 ** (bits - 1), bits)
+    assert torch.equal((u.float() - args[1]) / x_scale, y[..., : u.shape[-1]])
+    for isa in [*ISAS, "reference"]:
+        if isa == "reference":
+            codes = reference.requantize_codes(u, *args)
+        else:
+            with on_isa(isa):
+                codes = ops.requantize_codes(u, *args)
+        assert torch.equal((codes.float() + zero_point) / scale, expected), isa
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"x": torch.zeros(3)}, "x: expected torch.uint8"),
+        ({"x_scale": 0.0}, "x_scale: expected > 0"),
+        ({"x_zero_point": 256}, "x_zero_point: expected"),
+        ({"bits": 9}, "bits: expected"),
+    ],
+)
+def test_requantize_codes_refuses(changes, error):
+    good = dict(x=torch.zeros(3, dtype=torch.uint8), x_scale=1.0, x_zero_point=0)
+    good |= dict(scale=1.0, zero_point=0.0, bits=4)
+    with pytest.raises((TypeError, ValueError), match=error):
+        ops.requantize_codes(**good | changes)
+
+
+@QUICK
+@given(
+    seed=SEED,
     batch=st.integers(0, 2),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     channels=st.integers(1, 70),
@@ -390,4 +443,5 @@ def test_opcheck():
         check(fdda.packed_linear.default, (r, weight, 4, 6, 7, offset, multiplier, bias))
     image = torch.randn(2, 3, 4, 5, generator=g)
     check(fdda.quantize.default, (image, 3.0, -1.0, 4))
+    check(fdda.requantize_codes.default, (x, 30.0, 128, 1.5, 0.0, 4))
     check(fdda.max_pool2d_codes.default, (x, [3, 3], [2, 2], [1, 1], [1, 1], True))

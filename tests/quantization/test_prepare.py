@@ -200,15 +200,21 @@ def test_every_layer_reads_quantised_values(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_quantisers_are_not_doubled(name):
-    """One for each producer, and no quantiser reads a quantiser."""
+    """One for each producer, and a quantiser reads another only behind a residual one."""
     student = prepare(build(name), Bits())
     calls = [
         n for n in student.graph.nodes if isinstance(module_of(student, n), ActivationQuantizer)
     ]
     assert len({n.args[0] for n in calls}) == len(calls) == len(activation_quantizers(student))
     for call in calls:
-        assert not isinstance(module_of(student, call.args[0]), ActivationQuantizer)
-        assert set(call.args[0].users) == {call}  # all readers read the quantised tensor
+        source = call.args[0]
+        while isinstance(module_of(student, source), nn.MaxPool2d | nn.Identity):
+            source = source.args[0]
+        if isinstance(module_of(student, source), ActivationQuantizer):
+            assert source.target.endswith("_residual")
+            assert module_of(student, source).bits == 8
+        else:
+            assert set(source.users) == {call}  # all readers read the quantised tensor
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -245,8 +251,11 @@ def test_resnet18_in_full():
     weights = [module_of(student, n).weight_bits for n in layers_of(student)]
     assert weights == [8] + [4] * 19 + [8]
     # Image, the stem's ReLU before the pool, 8 inner and 8 outer ReLUs; the last one feeds fc.
-    bits = [q.bits for q in activation_quantizers(student)]
-    assert len(bits) == 18
+    # The first block of each stage also feeds the second one's addition.
+    names = {n for n, q in student.named_modules() if isinstance(q, ActivationQuantizer)}
+    residuals = {f"layer{i}_0_relu_1_residual" for i in (1, 2, 3, 4)}
+    assert residuals < names
+    assert len(names) == 18 + 4
     by_layer = [quantizer_of(student, n).bits for n in layers_of(student)]
     assert by_layer[0] == 8  # image
     assert by_layer[1] == 8  # produced by the first layer
@@ -262,7 +271,7 @@ def test_first_and_last(placement):
     relus = [
         q.bits
         for n, q in student.named_modules()
-        if isinstance(q, ActivationQuantizer) and n != "x_quantizer"
+        if isinstance(q, ActivationQuantizer) and n != "x_quantizer" and "residual" not in n
     ]
     assert (relus[0], relus[-1]) == (7, 7)
     assert set(relus[1:-1]) == {3}
@@ -489,13 +498,48 @@ def test_a_layer_called_twice_reads_quantised_values_both_times():
     assert [quantizer_of(student, n).bits for n in layers_of(student)] == [8, 5]
 
 
-def test_residual_reads_the_same_integers():
-    """The addition reads the quantised tensor that the next convolution reads, too."""
+def test_residual_addition_reads_eight_bits():
+    """And the layers read these same integers, narrowed."""
     student = prepare(build("mobilenet"), Bits())
     add = next(n for n in student.graph.nodes if n.target is operator.add)
-    assert isinstance(module_of(student, add.args[0]), ActivationQuantizer)
+    wide = module_of(student, add.args[0])
+    assert isinstance(wide, ActivationQuantizer)
+    assert wide.bits == 8
+    reader = next(n for n in layers_of(student) if n.target == "blocks.1.expand.0")
+    assert module_of(student, reader.args[0]).bits == 4
+    assert reader.args[0].args[0] is add.args[0]
+
+
+def test_wide_layers_share_their_integers_with_the_addition():
+    student = prepare(build("mobilenet"), Bits(8, 8))
+    add = next(n for n in student.graph.nodes if n.target is operator.add)
     reader = next(n for n in layers_of(student) if n.target == "blocks.1.expand.0")
     assert reader.args[0] is add.args[0]
+
+
+def test_addition_behind_a_pool_and_an_identity():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.pool, self.skip = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Identity()
+            self.conv, self.side, self.fc = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            y = self.pool(x)
+            y = self.conv(y) + self.skip(y)
+            return self.fc(y.mean((2, 3))) + self.fc(self.side(x).mean((2, 3)))
+
+    student = prepare(Net(), Bits(4, 3))
+    nodes = {n.name: n for n in student.graph.nodes}
+    assert nodes["pool"].args[0] is nodes["relu_residual"]
+    assert nodes["skip"].args[0] is nodes["pool"]  # 8 bits
+    assert nodes["conv"].args[0] is nodes["pool_quantizer"]
+    assert nodes["pool_quantizer"].args[0] is nodes["pool"]
+    assert nodes["side"].args[0] is nodes["relu_quantizer"]
+    assert nodes["relu_quantizer"].args[0] is nodes["relu_residual"]
+    bits = {n: q.bits for n, q in student.named_modules() if isinstance(q, ActivationQuantizer)}
+    assert (bits["relu_residual"], bits["pool_quantizer"], bits["relu_quantizer"]) == (8, 3, 3)
 
 
 def test_the_student_is_differentiable():
