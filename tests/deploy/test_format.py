@@ -178,6 +178,14 @@ def node(key, value):
     return change
 
 
+def requantize(name, value):
+    def change(parts, tensors):
+        nodes = parts["graph"]["nodes"]
+        next(n for n in nodes if n["op"] == "Requantize")["attributes"][name] = value
+
+    return change
+
+
 def graph(key, value):
     def change(parts, tensors):
         parts["graph"][key] = value
@@ -252,6 +260,9 @@ def not_finite(t):
         (attribute("output_range", None), "output_range"),
         (attribute("output_bits", 2), "output_range"),
         (attribute("unknown", 2), "expected the attributes"),
+        (requantize("x_scale", 0.0), "x_scale: expected > 0"),
+        (requantize("x_zero_point", 300), "x_zero_point"),
+        (requantize("bits", 9), "bits"),
         (graph("in_channels", 0), "in_channels"),
         (graph("image_size", [16]), "image_size"),
         (graph("image_size", "ab"), "image_size"),

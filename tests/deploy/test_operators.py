@@ -12,7 +12,13 @@ from fdda_fast.quantization.bits import Bits
 
 INFO = ops.backend_info()
 ISAS = [isa for isa in INFO["isas_compiled"] if isa in INFO["isas_supported"]]
-CHECKED = (integer.Quantize, integer.PackedConv2d, integer.PackedLinear, integer.MaxPool2d)
+CHECKED = (
+    integer.Quantize,
+    integer.Requantize,
+    integer.PackedConv2d,
+    integer.PackedLinear,
+    integer.MaxPool2d,
+)
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled operators")
