@@ -1,6 +1,7 @@
 // CPU implementations of the fdda operators: tensor checks and pointers, nothing numerical.
 // The schemas are defined in fdda_fast/ops.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "common/checks.h"
@@ -40,6 +41,15 @@ std::optional<std::vector<int64_t>> dense_order(const Tensor& t) {
 // x, or a copy of it with the strides of its empty_like.
 Tensor dense(const Tensor& x) {
   return x.numel() == 0 || dense_order(x) ? x : torch::stable::clone(x);
+}
+
+// t, or a copy of it with the strides of x, which must be dense.
+Tensor with_strides_of(const Tensor& x, const Tensor& t) {
+  const auto wanted = x.strides(), found = t.strides();
+  if (std::equal(wanted.begin(), wanted.end(), found.begin(), found.end())) return t;
+  Tensor copy = torch::stable::empty_like(x);
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 ChannelView channel_view(const Tensor& x, std::optional<int64_t> axis) {
@@ -95,12 +105,7 @@ Tensor fake_quantize_backward(const Tensor& grad_in, const Tensor& x_in, const T
   STD_TORCH_CHECK(grad_in.scalar_type() == x.scalar_type(), "grad: expected ",
                   name(x.scalar_type()), ", got ", name(grad_in.scalar_type()));
   check_numel(grad_in, x.numel(), "grad");
-  Tensor grad = grad_in;
-  const auto x_strides = x.strides(), grad_strides = grad.strides();
-  if (!std::equal(x_strides.begin(), x_strides.end(), grad_strides.begin(), grad_strides.end())) {
-    grad = torch::stable::empty_like(x);
-    torch::stable::copy_(grad, grad_in);
-  }
+  const Tensor grad = with_strides_of(x, grad_in);
   const Tensor scale = channel_values(scale_in, x, axis, "scale");
   const Tensor zero_point = channel_values(zero_point_in, x, axis, "zero_point");
   Tensor grad_x = torch::stable::empty_like(x);
@@ -171,25 +176,66 @@ Tensor checked_labels(const Tensor& labels, int64_t batch, int64_t num_classes) 
   return dense_labels;
 }
 
-std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& x, const Tensor& labels_in,
-                                                 int64_t num_classes) {
-  const MomentsLayout l = moments_layout(x);
+// Scale and shift of an eval-mode batch norm, and the clipping behind it.
+class FoldedNorm {
+ public:
+  FoldedNorm(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
+             double eps, double low, double high, int64_t channels)
+      : scale_(channels), shift_(channels) {
+    const Tensor tensors[] = {values(weight, channels, "weight"), values(bias, channels, "bias"),
+                              values(mean, channels, "running_mean"),
+                              values(var, channels, "running_var")};
+    const float* value[4];
+    for (int i = 0; i < 4; ++i) value[i] = tensors[i].const_data_ptr<float>();
+    for (int64_t c = 0; c < channels; ++c) {
+      const double scale = value[0][c] / std::sqrt(static_cast<double>(value[3][c]) + eps);
+      scale_[c] = static_cast<float>(scale);
+      shift_[c] = static_cast<float>(value[1][c] - value[2][c] * scale);
+    }
+    view = {scale_.data(), shift_.data(), static_cast<float>(low), static_cast<float>(high)};
+  }
+  FoldedNorm(const FoldedNorm&) = delete;
+
+  BnRelu view;
+
+ private:
+  static Tensor values(const Tensor& t, int64_t channels, const char* argument) {
+    check_dtype(t, ScalarType::Float, argument);
+    check_numel(t, channels, argument);
+    return torch::stable::contiguous(t);
+  }
+
+  std::vector<float> scale_, shift_;
+};
+
+// y is laid out like l.x and may be null.
+std::tuple<Tensor, Tensor, Tensor> moments_of(const MomentsLayout& l, const Tensor& labels_in,
+                                              int64_t num_classes, const BnRelu* norm, void* y) {
   STD_TORCH_CHECK(num_classes >= 0, "num_classes: expected >= 0, got ", num_classes);
   const Tensor labels = checked_labels(labels_in, l.batch, num_classes);
-  Tensor mean = torch::stable::new_empty(x, {num_classes, l.channels}, ScalarType::Float);
-  Tensor var = torch::stable::new_empty(x, {num_classes, l.channels}, ScalarType::Float);
-  Tensor count = torch::stable::new_empty(x, {num_classes}, ScalarType::Long);
+  Tensor mean = torch::stable::new_empty(l.x, {num_classes, l.channels}, ScalarType::Float);
+  Tensor var = torch::stable::new_empty(l.x, {num_classes, l.channels}, ScalarType::Float);
+  Tensor count = torch::stable::new_empty(l.x, {num_classes}, ScalarType::Long);
   active_kernels().class_moments(
-      {float_dtype(x, "x"), l.x.const_data_ptr(), l.batch, l.channels, l.inner, l.channels_last,
+      {float_dtype(l.x, "x"), l.x.const_data_ptr(), l.batch, l.channels, l.inner, l.channels_last,
        labels.const_data_ptr<int64_t>(), num_classes, mean.mutable_data_ptr<float>(),
-       var.mutable_data_ptr<float>(), count.mutable_data_ptr<int64_t>()});
+       var.mutable_data_ptr<float>(), count.mutable_data_ptr<int64_t>(), norm, y});
   return {mean, var, count};
 }
 
-Tensor class_moments_backward(const Tensor& grad_mean_in, const Tensor& grad_var_in,
-                              const Tensor& x, const Tensor& labels_in, const Tensor& mean_in,
-                              const Tensor& count_in) {
-  const MomentsLayout l = moments_layout(x);
+// `made`, laid out like l.x, in the layout that x's empty_like has.
+Tensor as_caller(const MomentsLayout& l, const Tensor& x, const Tensor& made) {
+  if (!l.copied) return made;
+  Tensor out = torch::stable::empty_like(x);
+  torch::stable::copy_(out, made);
+  return out;
+}
+
+// Gradient of x through the moments and, with `norm`, through y.
+Tensor moments_gradient(const MomentsLayout& l, const Tensor& x, const Tensor& labels_in,
+                        const Tensor& grad_mean_in, const Tensor& grad_var_in,
+                        const Tensor& mean_in, const Tensor& count_in, const BnRelu* norm,
+                        const Tensor* grad_y_in) {
   const int64_t num_classes = count_in.numel();
   const Tensor labels = checked_labels(labels_in, l.batch, num_classes);
   const auto table = [&](const Tensor& t, const char* argument) {
@@ -203,15 +249,53 @@ Tensor class_moments_backward(const Tensor& grad_mean_in, const Tensor& grad_var
   check_dtype(count_in, ScalarType::Long, "count");
   const Tensor count = torch::stable::contiguous(count_in);
   Tensor grad_x = torch::stable::empty_like(l.x);
+  std::optional<Tensor> grad_y;
+  if (grad_y_in) {
+    check_dtype(*grad_y_in, x.scalar_type(), "grad_y");
+    check_numel(*grad_y_in, x.numel(), "grad_y");
+    grad_y = with_strides_of(l.x, *grad_y_in);
+  }
   active_kernels().class_moments_backward(
       {float_dtype(x, "x"), l.x.const_data_ptr(), grad_x.mutable_data_ptr(), l.batch, l.channels,
        l.inner, l.channels_last, labels.const_data_ptr<int64_t>(),
        grad_mean.const_data_ptr<float>(), grad_var.const_data_ptr<float>(),
-       mean.const_data_ptr<float>(), count.const_data_ptr<int64_t>()});
-  if (!l.copied) return grad_x;
-  Tensor out = torch::stable::empty_like(x);
-  torch::stable::copy_(out, grad_x);
-  return out;
+       mean.const_data_ptr<float>(), count.const_data_ptr<int64_t>(), norm,
+       grad_y ? grad_y->const_data_ptr() : nullptr});
+  return as_caller(l, x, grad_x);
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_moments(const Tensor& x, const Tensor& labels,
+                                                 int64_t num_classes) {
+  return moments_of(moments_layout(x), labels, num_classes, nullptr, nullptr);
+}
+
+Tensor class_moments_backward(const Tensor& grad_mean, const Tensor& grad_var, const Tensor& x,
+                              const Tensor& labels, const Tensor& mean, const Tensor& count) {
+  return moments_gradient(moments_layout(x), x, labels, grad_mean, grad_var, mean, count, nullptr,
+                          nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_class_moments(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean,
+    const Tensor& running_var, double eps, const Tensor& labels, int64_t num_classes, double low,
+    double high) {
+  const MomentsLayout l = moments_layout(x);
+  const FoldedNorm norm(weight, bias, running_mean, running_var, eps, low, high, l.channels);
+  Tensor y = torch::stable::empty_like(l.x);
+  const auto [mean, var, count] =
+      moments_of(l, labels, num_classes, &norm.view, y.mutable_data_ptr());
+  return {as_caller(l, x, y), mean, var, count};
+}
+
+Tensor bn_relu_class_moments_backward(const Tensor& grad_y, const Tensor& grad_mean,
+                                      const Tensor& grad_var, const Tensor& x, const Tensor& weight,
+                                      const Tensor& bias, const Tensor& running_mean,
+                                      const Tensor& running_var, double eps, const Tensor& labels,
+                                      const Tensor& mean, const Tensor& count, double low,
+                                      double high) {
+  const MomentsLayout l = moments_layout(x);
+  const FoldedNorm norm(weight, bias, running_mean, running_var, eps, low, high, l.channels);
+  return moments_gradient(l, x, labels, grad_mean, grad_var, mean, count, &norm.view, &grad_y);
 }
 
 Tensor quantize(const Tensor& x, double scale, double zero_point, int64_t bits) {
@@ -393,6 +477,8 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("fake_quantize_minmax", TORCH_BOX(&fdda::fake_quantize_minmax));
   m.impl("class_moments", TORCH_BOX(&fdda::class_moments));
   m.impl("class_moments_backward", TORCH_BOX(&fdda::class_moments_backward));
+  m.impl("bn_relu_class_moments", TORCH_BOX(&fdda::bn_relu_class_moments));
+  m.impl("bn_relu_class_moments_backward", TORCH_BOX(&fdda::bn_relu_class_moments_backward));
   m.impl("quantize", TORCH_BOX(&fdda::quantize));
   m.impl("requantize_codes", TORCH_BOX(&fdda::requantize_codes));
   m.impl("max_pool2d_codes", TORCH_BOX(&fdda::max_pool2d_codes));

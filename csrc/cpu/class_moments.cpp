@@ -1,4 +1,4 @@
-// Mean and variance of every (class, channel).
+// Mean and variance of every (class, channel), alone or beside the batch norm that reads x, too.
 //
 // 1. Per (sample, channel): tiles that fit the L1 cache are read twice, for their mean and for the
 //    squared deviations from it, so memory is read once and nothing cancels. Lanes add in float32,
@@ -40,11 +40,19 @@ double sum_lanes(const float* lanes) {
   return sum;
 }
 
-template <class T>
-Moments row_moments(const T* x, int64_t n) {
+// What batch norm and clipping make of one channel.
+struct ChannelNorm {
+  float scale, shift, low, high;
+  float operator()(float x) const { return clamp(x * scale + shift, low, high); }
+};
+
+// NORM: also writes norm(x) to y.
+template <bool NORM, class T>
+Moments row_moments(const T* x, int64_t n, T* y, ChannelNorm norm) {
   Moments total{0.0, 0.0, 0.0};
   for (int64_t start = 0; start < n; start += kTile) {
     const T* __restrict tile = x + start;
+    T* __restrict out = NORM ? y + start : nullptr;
     const int64_t size = min64(kTile, n - start);
     const int64_t whole = size / kLanes * kLanes;
     float lanes[kLanes] = {};
@@ -58,15 +66,19 @@ Moments row_moments(const T* x, int64_t n) {
     float squares[kLanes] = {};
     for (int64_t i = 0; i < whole; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) {
-        const float d = load(tile[i + j]) - center;
+        const float v = load(tile[i + j]);
+        const float d = v - center;
         drift[j] += d;
         squares[j] += d * d;
+        if (NORM) store(out[i + j], norm(v));
       }
     }
     for (int64_t i = whole; i < size; ++i) {
-      const float d = load(tile[i]) - center;
+      const float v = load(tile[i]);
+      const float d = v - center;
       drift[i - whole] += d;
       squares[i - whole] += d * d;
+      if (NORM) store(out[i], norm(v));
     }
     const double shift = sum_lanes(drift) / n;
     const double m2 = sum_lanes(squares) - n * shift * shift;
@@ -76,13 +88,20 @@ Moments row_moments(const T* x, int64_t n) {
 }
 
 // `width` <= kStrip adjacent channels of pixels `stride` elements apart. WIDE: width == kStrip.
-template <bool WIDE, class T>
+template <bool WIDE, bool NORM, class T>
 void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, double* mean_out,
-                   double* m2_out) {
+                   double* m2_out, T* y, const BnRelu* norm, int64_t channel) {
   const int64_t w = WIDE ? kStrip : width;
+  float scale[kStrip], shift_by[kStrip];
+  const float low = NORM ? norm->low : 0.0f, high = NORM ? norm->high : 0.0f;
+  for (int64_t c = 0; NORM && c < w; ++c) {
+    scale[c] = norm->scale[channel + c];
+    shift_by[c] = norm->shift[channel + c];
+  }
   Moments total[kStrip] = {};
   for (int64_t start = 0; start < pixels; start += kStripRows) {
     const T* tile = x + start * stride;
+    T* out = NORM ? y + start * stride : nullptr;
     const int64_t size = min64(kStripRows, pixels - start);
     float sum[kStrip] = {};
     for (int64_t i = 0; i < size; ++i) {
@@ -95,10 +114,14 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
     float drift[kStrip] = {};
     float squares[kStrip] = {};
     for (int64_t i = 0; i < size; ++i) {
+      const T* __restrict pixel = tile + i * stride;
+      T* __restrict made = NORM ? out + i * stride : nullptr;
       for (int64_t c = 0; c < w; ++c) {
-        const float d = load(tile[i * stride + c]) - center[c];
+        const float v = load(pixel[c]);
+        const float d = v - center[c];
         drift[c] += d;
         squares[c] += d * d;
+        if (NORM) store(made[c], clamp(v * scale[c] + shift_by[c], low, high));
       }
     }
     for (int64_t c = 0; c < w; ++c) {
@@ -114,9 +137,10 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
   }
 }
 
-template <class T>
+template <bool NORM, class T>
 void sample_moments(const ClassMoments& a, double* mean, double* m2) {
   const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
   const int64_t sample = a.channels * a.inner;
   if (a.channels_last) {
     const int64_t strips = ceil_div(a.channels, kStrip);
@@ -126,20 +150,28 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
         const int64_t c = t % strips * kStrip;
         const int64_t width = min64(kStrip, a.channels - c);
         const int64_t out = n * a.channels + c;
-        (width == kStrip ? strip_moments<true, T>
-                         : strip_moments<false, T>)(x + n * sample + c, a.inner, a.channels, width,
-                                                    mean + out, m2 + out);
+        const int64_t at = n * sample + c;
+        const auto strip =
+            width == kStrip ? strip_moments<true, NORM, T> : strip_moments<false, NORM, T>;
+        strip(x + at, a.inner, a.channels, width, mean + out, m2 + out, NORM ? y + at : nullptr,
+              a.bn_relu, c);
       }
     });
   } else {
-    parallel_for(a.batch * a.channels, max64(1, kTile / max64(1, a.inner)),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t r = begin; r < end; ++r) {
-                     const Moments m = row_moments(x + r * a.inner, a.inner);
-                     mean[r] = m.mean;
-                     m2[r] = m.m2;
-                   }
-                 });
+    parallel_for(
+        a.batch * a.channels, max64(1, kTile / max64(1, a.inner)), [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; ++r) {
+            ChannelNorm norm{};
+            if (NORM) {
+              const int64_t c = r % a.channels;
+              norm = {a.bn_relu->scale[c], a.bn_relu->shift[c], a.bn_relu->low, a.bn_relu->high};
+            }
+            const int64_t at = r * a.inner;
+            const Moments m = row_moments<NORM>(x + at, a.inner, NORM ? y + at : nullptr, norm);
+            mean[r] = m.mean;
+            m2[r] = m.m2;
+          }
+        });
   }
 }
 
@@ -148,7 +180,7 @@ void run_forward(const ClassMoments& a) {
   const int64_t size = a.batch * a.channels;
   double* mean = static_cast<double*>(scratch(kSums, 2 * size * sizeof(double)));
   double* m2 = mean + size;
-  sample_moments<T>(a, mean, m2);
+  (a.bn_relu ? sample_moments<true, T> : sample_moments<false, T>)(a, mean, m2);
 
   // order: the samples sorted by class, stable; class k owns [first[k], first[k + 1]).
   int64_t* first =
@@ -179,11 +211,23 @@ void run_forward(const ClassMoments& a) {
   });
 }
 
-template <class T>
+// dx = shift + (x - mean) * slope, the mean taken into the difference first: no cancellation. NORM:
+// plus the gradient through batch norm where it did not clip.
+template <bool NORM>
+struct Gradient {
+  float mean, shift, slope;
+  ChannelNorm norm;
+  float operator()(float x, float grad_y) const {
+    const float moments = shift + (x - mean) * slope;
+    if (!NORM) return moments;
+    const float y = x * norm.scale + norm.shift;
+    return moments + (y > norm.low && y < norm.high ? grad_y * norm.scale : 0.0f);
+  }
+};
+
+template <bool NORM, class T>
 void run_backward(const ClassMomentsBackward& a) {
   const int64_t sample = a.channels * a.inner;
-  // dx = shift[c] + x * slope[c], the class's mean taken into the difference first: no
-  // cancellation.
   parallel_for(a.batch, max64(1, 16384 / max64(1, sample)), [&](int64_t begin, int64_t end) {
     float* shift = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
     float* slope = shift + a.channels;
@@ -195,22 +239,34 @@ void run_backward(const ClassMomentsBackward& a) {
         slope[c] = 2.0f * a.grad_var[k + c] / size;
       }
       const float* mean = a.mean + k;
+      const auto channel = [&](int64_t c) -> Gradient<NORM> {
+        if (!NORM) return {mean[c], shift[c], slope[c], {}};
+        const BnRelu& norm = *a.bn_relu;
+        return {mean[c], shift[c], slope[c], {norm.scale[c], norm.shift[c], norm.low, norm.high}};
+      };
       const T* __restrict x = static_cast<const T*>(a.x) + n * sample;
+      const T* __restrict grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : x;
       T* __restrict out = static_cast<T*>(a.grad_x) + n * sample;
       if (a.channels_last) {
-        for (int64_t i = 0; i < a.inner; ++i, x += a.channels, out += a.channels) {
+        for (int64_t i = 0; i < sample; i += a.channels) {
           for (int64_t c = 0; c < a.channels; ++c) {
-            store(out[c], shift[c] + (load(x[c]) - mean[c]) * slope[c]);
+            store(out[i + c], channel(c)(load(x[i + c]), load(grad_y[i + c])));
           }
         }
       } else {
-        for (int64_t c = 0; c < a.channels; ++c, x += a.inner, out += a.inner) {
-          const float center = mean[c], b = shift[c], m = slope[c];
-          for (int64_t i = 0; i < a.inner; ++i) store(out[i], b + (load(x[i]) - center) * m);
+        for (int64_t c = 0; c < a.channels; ++c, x += a.inner, grad_y += a.inner, out += a.inner) {
+          const Gradient<NORM> gradient = channel(c);
+          for (int64_t i = 0; i < a.inner; ++i)
+            store(out[i], gradient(load(x[i]), load(grad_y[i])));
         }
       }
     }
   });
+}
+
+template <class T>
+void run_backward(const ClassMomentsBackward& a) {
+  (a.bn_relu ? run_backward<true, T> : run_backward<false, T>)(a);
 }
 
 }  // namespace

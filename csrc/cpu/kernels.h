@@ -41,6 +41,14 @@ struct FakeQuantizeRange {
   int bits;
 };
 
+// Eval-mode batch norm and clipping of the x of ClassMoments: y = clamp(x * scale + shift, low,
+// high), in the same pass.
+struct BnRelu {
+  const float* scale;  // [channels]
+  const float* shift;  // [channels]
+  float low, high;
+};
+
 // channels_last: element (n, c, i) at (n * inner + i) * channels + c, else (n * channels + c) *
 // inner + i.
 struct ClassMoments {
@@ -52,7 +60,9 @@ struct ClassMoments {
   int64_t num_classes;
   float* mean;  // [num_classes, channels]
   float* var;
-  int64_t* count;  // [num_classes]
+  int64_t* count;         // [num_classes]
+  const BnRelu* bn_relu;  // or null
+  void* y;                // laid out like x; with bn_relu only
 };
 
 struct ClassMomentsBackward {
@@ -66,6 +76,8 @@ struct ClassMomentsBackward {
   const float* grad_var;
   const float* mean;
   const int64_t* count;
+  const BnRelu* bn_relu;  // or null
+  const void* grad_y;     // laid out like x; with bn_relu only
 };
 
 struct Quantize {

@@ -5,6 +5,7 @@ Every operator works on every device, under autograd (where it says so) and `tor
 
 from fdda_fast.ops import _library, reference
 from fdda_fast.ops._library import backend_info
+from fdda_fast.ops.bn_relu_class_moments import bn_relu_class_moments
 from fdda_fast.ops.class_moments import class_moments
 from fdda_fast.ops.fake_quantize import fake_quantize, fake_quantize_minmax, fake_quantize_range
 from fdda_fast.ops.packed import (
@@ -21,6 +22,7 @@ _library.load_extension()
 
 __all__ = [
     "backend_info",
+    "bn_relu_class_moments",
     "class_moments",
     "fake_quantize",
     "fake_quantize_minmax",

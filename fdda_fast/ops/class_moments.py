@@ -32,6 +32,12 @@ def class_moments(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
     """
     check_tensor(x, "x", FLOAT_DTYPES)
     check(x.dim() in (2, 4), "x", "[N, C] or [N, C, H, W]", list(x.shape))
+    check_classes(x, labels, num_classes)
+    return torch.ops.fdda.class_moments(x, labels, num_classes)
+
+
+def check_classes(x: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raises TypeError or ValueError unless labels, on the CPU, are those of x."""
     check_tensor(labels, "labels", (torch.int64,), (x.shape[0],))
     check(labels.device == x.device, "labels", f"a tensor on {x.device}", labels.device)
     check_int(num_classes, "num_classes", 1, 2**31 - 1)
@@ -43,7 +49,6 @@ def class_moments(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
             f"0 to {num_classes - 1}",
             f"{low} to {high}",
         )
-    return torch.ops.fdda.class_moments(x, labels, num_classes)
 
 
 def _fake(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:

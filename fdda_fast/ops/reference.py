@@ -115,6 +115,56 @@ def class_moments_backward(
     return _like(shift + (x.double() - mean.double()[labels].reshape(shape)) * slope, x)
 
 
+def bn_relu_class_moments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    labels: Tensor,
+    num_classes: int,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = _folded_norm(x, weight, bias, running_mean, running_var, eps)[0].clamp(low, high)
+    return _like(y, x), *class_moments(x, labels, num_classes)
+
+
+def bn_relu_class_moments_backward(
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    labels: Tensor,
+    mean: Tensor,
+    count: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
+    y, scale = _folded_norm(x, weight, bias, running_mean, running_var, eps)
+    through = torch.where((y > low) & (y < high), grad_y.float() * scale, 0.0)
+    moments = class_moments_backward(grad_mean, grad_var, x.float(), labels, mean, count)
+    return _like(through + moments, x)
+
+
+def _folded_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Eval-mode batch norm on float32, and its scale, broadcast over x."""
+    shape = (1, -1, 1, 1) if x.dim() == 4 else (1, -1)
+    # In double, since PyTorch's float32 square root is not always the nearest number.
+    exact = weight.double() / (running_var.double() + eps).sqrt()
+    shift = (bias - running_mean * exact).float().view(shape)
+    scale = exact.float().view(shape)
+    return x.float() * scale + shift, scale
+
+
 def pack_weight(q: Tensor, bits: int) -> Tensor:
     rows, cols = q.shape
     panels, blocks = -(-rows // PANEL_ROWS), -(-cols // BLOCK_DEPTH)

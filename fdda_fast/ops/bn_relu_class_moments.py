@@ -1,0 +1,100 @@
+"""Eval-mode batch norm, ReLU and the moments of what batch norm reads, in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fdda_fast.ops import reference
+from fdda_fast.ops._checks import FLOAT_DTYPES, check, check_tensor
+from fdda_fast.ops._library import define, register_autograd
+from fdda_fast.ops.class_moments import check_classes
+
+
+def bn_relu_class_moments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    labels: Tensor,
+    num_classes: int,
+    relu: bool | float = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a frozen network and FDDA's statistics read of one tensor: memory is read once.
+
+    `y = clip((x - running_mean) / sqrt(running_var + eps) * weight + bias)`, computed as
+    `x * scale + shift` in float32, and `class_moments(x, labels, num_classes)`. Differentiable in
+    x, one pass backward, too; its gradient is zero where y was clipped. The batch norm's own
+    tensors get no gradient.
+
+    Args:
+        x: [N, C, H, W] or [N, C], float32, bfloat16 or float16.
+        weight, bias, running_mean, running_var: float32 [C].
+        eps: added to running_var.
+        labels: [N] int64, 0 to num_classes - 1, on the device of x.
+        num_classes: number of classes K.
+        relu: True: ReLU; a number: clipped to 0 .. that number (ReLU6: 6.0); False: not clipped.
+
+    Returns:
+        y, of the dtype, shape and strides of x; mean and var, float32 [K, C], see `class_moments`.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: shapes or labels do not fit, or a batch norm's tensor requires a gradient.
+    """
+    check_tensor(x, "x", FLOAT_DTYPES)
+    check(x.dim() in (2, 4), "x", "[N, C] or [N, C, H, W]", list(x.shape))
+    norm = {"weight": weight, "bias": bias, "running_mean": running_mean}
+    for name, tensor in (norm | {"running_var": running_var}).items():
+        check_tensor(tensor, name, (torch.float32,), (x.shape[1],))
+        check(not tensor.requires_grad, name, "a tensor without gradient", "requires_grad=True")
+    check_classes(x, labels, num_classes)
+    check(isinstance(relu, bool) or relu > 0, "relu", "True, False or a number > 0", relu)
+    low = -math.inf if relu is False else 0.0
+    high = math.inf if isinstance(relu, bool) else float(relu)
+    return torch.ops.fdda.bn_relu_class_moments(
+        x, weight, bias, running_mean, running_var, eps, labels, num_classes, low, high
+    )[:3]
+
+
+def _fake(x, weight, bias, running_mean, running_var, eps, labels, num_classes, low, high):
+    moments = x.new_empty((num_classes, x.shape[1]), dtype=torch.float32)
+    count = x.new_empty(num_classes, dtype=torch.int64)
+    return torch.empty_like(x), moments, torch.empty_like(moments), count
+
+
+def _setup(ctx, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, running_mean, running_var, ctx.eps, labels, _, ctx.low, ctx.high = inputs
+    _, mean, _, count = output
+    ctx.mark_non_differentiable(count)
+    ctx.save_for_backward(x, weight, bias, running_mean, running_var, labels, mean, count)
+
+
+def _backward(ctx, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, _: Tensor | None) -> tuple:
+    *read, labels, mean, count = ctx.saved_tensors
+    grad = torch.ops.fdda.bn_relu_class_moments_backward(
+        grad_y, grad_mean, grad_var, *read, ctx.eps, labels, mean, count, ctx.low, ctx.high
+    )
+    return grad, *[None] * 9
+
+
+_NORM = "Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var, float eps"
+
+define(
+    f"bn_relu_class_moments(Tensor x, {_NORM}, Tensor labels, int num_classes, float low, "
+    "float high) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.bn_relu_class_moments,
+    _fake,
+)
+register_autograd("bn_relu_class_moments", _backward, _setup)
+
+define(
+    "bn_relu_class_moments_backward(Tensor grad_y, Tensor grad_mean, Tensor grad_var, Tensor x, "
+    f"{_NORM}, Tensor labels, Tensor mean, Tensor count, float low, float high) -> Tensor",
+    reference.bn_relu_class_moments_backward,
+    lambda grad_y, grad_mean, grad_var, x, *_: torch.empty_like(x),
+)
