@@ -45,8 +45,8 @@ class Recipe:
 
 
 RECIPES = {
-    "digits": Recipe("digits", "digits-resnet8", 1, 1200, 600),
-    "fashion-mnist": Recipe("fashion-mnist", "fashion-mnist-resnet20", 1, 1200, 600),
+    "digits": Recipe("digits", "digits-resnet8", 1, 1200, 1200),
+    "fashion-mnist": Recipe("fashion-mnist", "fashion-mnist-resnet20", 1, 1200, 1200),
 }
 
 
