@@ -52,7 +52,7 @@ def append_result(path: Path, row: Row, top1: float, seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.is_file()
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(["seed", "method", "bits", "top1", "seconds"])
         writer.writerow([*row, f"{top1:.4f}", f"{seconds:.1f}"])
