@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from norms import randomize_norms
 from torch import nn
 
 from fdda_fast.config import QuantizeConfig, SynthesisConfig
@@ -57,12 +58,7 @@ class Net(nn.Module):
 def teacher():
     torch.manual_seed(3)
     model = Net()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
+    randomize_norms(model)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from norms import randomize_norms
 from torch import nn
 
 from fdda_fast.config import SynthesisConfig
@@ -31,12 +32,7 @@ FAST = SynthesisConfig(
 def model():
     torch.manual_seed(1)
     model = SmallResNet(1, 2, CLASSES)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.3, 0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
+    randomize_norms(model)
     return model.eval().requires_grad_(False)
 
 

@@ -46,6 +46,10 @@ struct ChannelNorm {
   float operator()(float x) const { return clamp(x * scale + shift, low, high); }
 };
 
+ChannelNorm channel_norm(const BnRelu& norm, int64_t c) {
+  return {norm.scale[c], norm.shift[c], norm.low, norm.high};
+}
+
 // NORM: also writes norm(x) to y.
 template <bool NORM, class T>
 Moments row_moments(const T* x, int64_t n, T* y, ChannelNorm norm) {
@@ -121,7 +125,7 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
         const float d = v - center[c];
         drift[c] += d;
         squares[c] += d * d;
-        if (NORM) store(made[c], clamp(v * scale[c] + shift_by[c], low, high));
+        if (NORM) store(made[c], ChannelNorm{scale[c], shift_by[c], low, high}(v));
       }
     }
     for (int64_t c = 0; c < w; ++c) {
@@ -161,11 +165,8 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
     parallel_for(
         a.batch * a.channels, max64(1, kTile / max64(1, a.inner)), [&](int64_t begin, int64_t end) {
           for (int64_t r = begin; r < end; ++r) {
-            ChannelNorm norm{};
-            if (NORM) {
-              const int64_t c = r % a.channels;
-              norm = {a.bn_relu->scale[c], a.bn_relu->shift[c], a.bn_relu->low, a.bn_relu->high};
-            }
+            const ChannelNorm norm =
+                NORM ? channel_norm(*a.bn_relu, r % a.channels) : ChannelNorm{};
             const int64_t at = r * a.inner;
             const Moments m = row_moments<NORM>(x + at, a.inner, NORM ? y + at : nullptr, norm);
             mean[r] = m.mean;
@@ -241,8 +242,7 @@ void run_backward(const ClassMomentsBackward& a) {
       const float* mean = a.mean + k;
       const auto channel = [&](int64_t c) -> Gradient<NORM> {
         if (!NORM) return {mean[c], shift[c], slope[c], {}};
-        const BnRelu& norm = *a.bn_relu;
-        return {mean[c], shift[c], slope[c], {norm.scale[c], norm.shift[c], norm.low, norm.high}};
+        return {mean[c], shift[c], slope[c], channel_norm(*a.bn_relu, c)};
       };
       const T* __restrict x = static_cast<const T*>(a.x) + n * sample;
       const T* __restrict grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : x;

@@ -67,15 +67,13 @@ void quantize(const Quantize& a) {
 }
 
 void requantize_codes(const RequantizeCodes& a) {
-  const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
-  const float x_scale = a.x_scale, x_zero_point = a.x_zero_point;
   parallel_for(a.count, 65536, [&](int64_t begin, int64_t end) {
+    const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
+    const float x_scale = a.x_scale, x_zero_point = a.x_zero_point;
     const uint8_t* __restrict x = a.x;
     uint8_t* __restrict out = a.out;
-    const Quantizer local = code;
-    const float offset = x_zero_point, divisor = x_scale;
     for (int64_t i = begin; i < end; ++i) {
-      out[i] = local((static_cast<float>(x[i]) - offset) / divisor);
+      out[i] = code((static_cast<float>(x[i]) - x_zero_point) / x_scale);
     }
   });
 }

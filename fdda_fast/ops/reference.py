@@ -270,21 +270,24 @@ def packed_linear(
 
 
 def quantize(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
-    half = 2.0 ** (bits - 1)
-    fp32 = {"dtype": torch.float32, "device": x.device}
-    q = torch.tensor(scale, **fp32) * x - torch.tensor(zero_point, **fp32)
-    codes = (torch.round(q).clamp(-half, half - 1) + half).to(torch.uint8)
+    codes = _codes(x, scale, zero_point, bits)
     return (codes.permute(0, 2, 3, 1) if x.dim() == 4 else codes).contiguous()
 
 
 def requantize_codes(
     x: Tensor, x_scale: float, x_zero_point: int, scale: float, zero_point: float, bits: int
 ) -> Tensor:
+    values = (x.float() - x_zero_point) / torch.tensor(
+        x_scale, dtype=torch.float32, device=x.device
+    )
+    return _codes(values, scale, zero_point, bits).contiguous()
+
+
+def _codes(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
     half = 2.0 ** (bits - 1)
     fp32 = {"dtype": torch.float32, "device": x.device}
-    values = (x.float() - x_zero_point) / torch.tensor(x_scale, **fp32)
-    q = torch.tensor(scale, **fp32) * values - torch.tensor(zero_point, **fp32)
-    return (torch.round(q).clamp(-half, half - 1) + half).to(torch.uint8).contiguous()
+    q = torch.tensor(scale, **fp32) * x - torch.tensor(zero_point, **fp32)
+    return (torch.round(q).clamp(-half, half - 1) + half).to(torch.uint8)
 
 
 def max_pool2d_codes(
