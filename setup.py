@@ -109,7 +109,8 @@ def extension_arguments() -> dict:
     cpu = cpp_extension.CppExtension(
         "fdda_fast._C",
         [
-            *("csrc/registration.cpp", "csrc/module.cpp", "csrc/parallel.cpp"),
+            *sorted(str(p) for p in Path("csrc/registration").glob("*.cpp")),
+            *("csrc/module.cpp", "csrc/parallel.cpp"),
             "csrc/cpu/dispatch.cpp",
         ],
         py_limited_api=True,
@@ -138,6 +139,7 @@ setup(
         "fdda_fast.quantization",
         "fdda_fast.deploy",
         "fdda_fast.ops",
+        "fdda_fast.ops.reference",
         "fdda_fast.kernels",
     ],
     package_dir={"fdda_fast.kernels": "kernels"},

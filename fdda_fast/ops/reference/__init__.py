@@ -1,0 +1,49 @@
+"""Every operator in plain PyTorch: the definition the kernels are tested against.
+
+Signatures are those of the `fdda::` schemas. Integer results are exact: sums run in float64 where
+they stay below 2^53, else in int64.
+"""
+
+from fdda_fast.ops.reference.class_moments import (
+    bn_relu_class_moments,
+    bn_relu_class_moments_backward,
+    class_moments,
+    class_moments_backward,
+)
+from fdda_fast.ops.reference.fake_quantize import (
+    fake_quantize,
+    fake_quantize_backward,
+    fake_quantize_minmax,
+    fake_quantize_range,
+)
+from fdda_fast.ops.reference.packed import (
+    BLOCK_DEPTH,
+    PANEL_ROWS,
+    max_pool2d_codes,
+    pack_weight,
+    packed_conv2d,
+    packed_linear,
+    quantize,
+    requantize_codes,
+    unpack_weight,
+)
+
+__all__ = [
+    "BLOCK_DEPTH",
+    "PANEL_ROWS",
+    "bn_relu_class_moments",
+    "bn_relu_class_moments_backward",
+    "class_moments",
+    "class_moments_backward",
+    "fake_quantize",
+    "fake_quantize_backward",
+    "fake_quantize_minmax",
+    "fake_quantize_range",
+    "max_pool2d_codes",
+    "pack_weight",
+    "packed_conv2d",
+    "packed_linear",
+    "quantize",
+    "requantize_codes",
+    "unpack_weight",
+]
