@@ -20,6 +20,10 @@ void pack_weight(const PackWeight&);
 void unpack_weight(const UnpackWeight&);
 void packed_conv2d(const PackedConv&);
 void packed_linear_s32(const PackedLinearS32&);
+void upsample_differences(const UpsampleDifferences&);
+void upsample_sum(const UpsampleSum&);
+void upsample_reduce(const UpsampleReduce&);
+void upsample_adjoint(const UpsampleAdjoint&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

@@ -118,6 +118,53 @@ struct UnpackWeight {
   int8_t* codes;
 };
 
+// Rows [row, row_end) of images [image, image + images), each [height, width], in the passes of
+// upsample_conv.cpp. float32 or bfloat16.
+struct UpsampleStrip {
+  Dtype dtype;
+  int64_t height, width, image, images, row, row_end;
+  int64_t rows() const { return row_end - row; }
+  int64_t first_difference() const { return row ? row + 1 : 0; }
+  int64_t differences() const { return row_end + 1 - first_difference(); }
+};
+
+struct UpsampleDifferences {
+  UpsampleStrip strip;
+  int64_t channels;
+  const void* x;  // all images, NHWC, as every full tensor here
+  void* row;      // [images, differences, width, channels]
+  void* column;   // [images, rows, width + 1, channels]
+  void* mixed;    // [images, differences, width + 1, channels]
+};
+
+struct UpsampleSum {
+  UpsampleStrip strip;
+  int64_t channels;
+  const void* x;       // [images, rows, width, channels]
+  const void* row;     // [images, rows + 1, width, 2, channels]
+  const void* column;  // [images, rows, width + 1, 2, channels]
+  const void* mixed;   // [images, rows + 1, width + 1, 4, channels]
+  const float* bias;   // [channels]
+  void* y;
+};
+
+// Gradients of the products, laid out like UpsampleSum's but for `differences` rows of row, mixed.
+struct UpsampleReduce {
+  UpsampleStrip strip;
+  int64_t channels;
+  const void* grad_y;
+  void *x, *row, *column, *mixed;
+};
+
+// Gradients of x and of the maps, laid out like UpsampleDifferences' but for rows + 1 rows of row
+// and mixed.
+struct UpsampleAdjoint {
+  UpsampleStrip strip;
+  int64_t channels;
+  const void *x, *row, *column, *mixed;
+  void* grad_x;
+};
+
 struct Kernels {
   void (*fake_quantize)(const FakeQuantize&);
   void (*fake_quantize_backward)(const FakeQuantizeBackward&);
@@ -131,6 +178,10 @@ struct Kernels {
   void (*unpack_weight)(const UnpackWeight&);
   void (*packed_conv2d)(const PackedConv&);
   void (*packed_linear_s32)(const PackedLinearS32&);
+  void (*upsample_differences)(const UpsampleDifferences&);
+  void (*upsample_sum)(const UpsampleSum&);
+  void (*upsample_reduce)(const UpsampleReduce&);
+  void (*upsample_adjoint)(const UpsampleAdjoint&);
 };
 
 namespace generic {

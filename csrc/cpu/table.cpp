@@ -16,6 +16,10 @@ extern const Kernels kernels = {
     unpack_weight,
     packed_conv2d,
     packed_linear_s32,
+    upsample_differences,
+    upsample_sum,
+    upsample_reduce,
+    upsample_adjoint,
 };
 
 }  // namespace FDDA_ISA

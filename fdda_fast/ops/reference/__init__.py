@@ -10,6 +10,12 @@ from fdda_fast.ops.reference.class_moments import (
     class_moments,
     class_moments_backward,
 )
+from fdda_fast.ops.reference.convolutions import (
+    conv3x3_few_outputs,
+    conv3x3_few_outputs_backward,
+    upsample_conv3x3,
+    upsample_conv3x3_backward,
+)
 from fdda_fast.ops.reference.fake_quantize import (
     fake_quantize,
     fake_quantize_backward,
@@ -35,6 +41,8 @@ __all__ = [
     "bn_relu_class_moments_backward",
     "class_moments",
     "class_moments_backward",
+    "conv3x3_few_outputs",
+    "conv3x3_few_outputs_backward",
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_minmax",
@@ -46,4 +54,6 @@ __all__ = [
     "quantize",
     "requantize_codes",
     "unpack_weight",
+    "upsample_conv3x3",
+    "upsample_conv3x3_backward",
 ]

@@ -1,0 +1,181 @@
+"""CPU implementation of upsample_conv3x3: 9 matrix products where 36 would do.
+
+Nearest x2 up-sampling followed by a filter (a, b, c) is, with s = a + b + c and the differences
+D[i] = x[i] - x[i-1] (x is zero outside), y[2i] = s*x[i] - a*D[i] and y[2i+1] = s*x[i] + c*D[i+1].
+In two dimensions four maps, x and its row, column and mixed differences, meet 1, 2, 2 and 4
+weights; four terms make an output. The products run in the library's GEMM, strip by strip, so that
+maps and products stay in cache; csrc/cpu/upsample_conv.cpp makes the maps and adds the terms.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdda_fast.ops._layout import nhwc
+
+STRIP_BYTES = 4 << 20  # of the maps and products of a strip
+_MAPS = (1, 2, 2, 4)  # weights of x, the row, column and mixed differences
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows [row, row_end) of images [image, image + images), `width` pixels wide.
+
+    Row i of the row and mixed differences belongs to the strip of row i - 1, row 0 to the first.
+    """
+
+    image: int
+    images: int
+    row: int
+    row_end: int
+    width: int
+
+    def place(self) -> tuple[int, int, int, int]:
+        return self.image, self.images, self.row, self.row_end
+
+    def pixels(self) -> list[int]:
+        """Pixels of the four maps that the strip's sums read."""
+        rows = self.row_end - self.row
+        sizes = (rows, self.width), (rows + 1, self.width), (rows, self.width + 1)
+        return [self.images * r * w for r, w in (*sizes, (rows + 1, self.width + 1))]
+
+    def kept(self) -> list[int]:
+        """How many of them come first and are the last ones of the strip before."""
+        return [0, self.width, 0, self.width + 1] if self.row else [0] * 4
+
+
+def _strips(batch: int, height: int, width: int, pixel_bytes: int) -> list[Strip]:
+    """Whole images as long as they fit, else equal shares of one image's rows."""
+    rows = max(1, STRIP_BYTES // (pixel_bytes * width))
+    if rows >= height:
+        step = rows // height
+        return [Strip(n, min(step, batch - n), 0, height, width) for n in range(0, batch, step)]
+    count = -(-height // rows)
+    edges = [height * k // count for k in range(count + 1)]
+    return [
+        Strip(n, 1, row, row_end, width)
+        for n in range(batch)
+        for row, row_end in itertools.pairwise(edges)
+    ]
+
+
+class _Buffers:
+    """Four matrices of pixels x channels, reused by every strip: fresh memory would page-fault."""
+
+    def __init__(self, like: Tensor, strips: list[Strip], channels: Sequence[int]) -> None:
+        most = [max(pixels) for pixels in zip(*(s.pixels() for s in strips), strict=True)]
+        self.memory = [like.new_empty(p, c) for p, c in zip(most, channels, strict=True)]
+        self.used = [0] * 4
+
+    def own(self, strip: Strip) -> list[Tensor]:
+        """Room for the pixels that belong to the strip."""
+        sizes = zip(self.memory, strip.pixels(), strip.kept(), strict=True)
+        return [memory[: pixels - kept] for memory, pixels, kept in sizes]
+
+    def chained(self, strip: Strip) -> tuple[list[Tensor], list[Tensor]]:
+        """All that the strip's sums read, and the part of it to be written: its own pixels.
+
+        For one strip after the other, since the rest is what the last one wrote.
+        """
+        whole, own = [], []
+        for m, (pixels, kept) in enumerate(zip(strip.pixels(), strip.kept(), strict=True)):
+            memory, used = self.memory[m], self.used[m]
+            if kept:
+                memory[:kept] = memory[used - kept : used]
+            self.used[m] = pixels
+            whole.append(memory[:pixels])
+            own.append(memory[kept:pixels])
+        return whole, own
+
+
+def _signs(like: Tensor) -> Tensor:
+    """[9, 3, 3]: what the 9 products' weights take from the 9 taps."""
+    one_dimension = like.new_tensor([[1, 1, 1], [-1, 0, 0], [0, 0, 1]])
+    both = torch.einsum("as,bt->abst", one_dimension, one_dimension)
+    parts = (both[:1, 0], both[1:, 0], both[0, 1:], both[1:, 1:].flatten(0, 1))
+    return torch.cat(parts)
+
+
+def _product_weights(weight: Tensor) -> list[Tensor]:
+    """Per map [Cin, weights * Cout] from [Cout, Cin, 3, 3], float32."""
+    products = torch.einsum("kst,oist->iko", _signs(weight), weight)
+    return [part.flatten(1) for part in products.split(_MAPS, 1)]
+
+
+def _shapes(x: Tensor, weight: Tensor) -> tuple[list[Strip], list[int], list[int]]:
+    """Strips, channels of the four maps, of their products. x is NHWC."""
+    batch, height, width, inputs = x.shape
+    outputs = len(weight)
+    pixel_bytes = x.element_size() * (4 * inputs + 9 * outputs)
+    products = [outputs * count for count in _MAPS]
+    return _strips(batch, height, width, pixel_bytes), [inputs] * 4, products
+
+
+def _write_maps(x: Tensor, strip: Strip, memory: _Buffers) -> list[Tensor]:
+    """The strip's part of x and of its differences, [pixels, Cin] each."""
+    values = x[strip.image : strip.image + strip.images, strip.row : strip.row_end]
+    differences = memory.own(strip)[1:]
+    torch.ops.fdda._upsample_differences(x, *differences, *strip.place())
+    return [values.reshape(-1, x.shape[3]), *differences]
+
+
+def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.dtype == torch.float16:
+        return upsample_conv3x3(x.float(), weight, bias).half()
+    x = nhwc(x)
+    batch, height, width, _ = x.shape
+    y = x.new_empty(batch, 2 * height, 2 * width, len(weight))
+    if y.numel():
+        strips, map_channels, product_channels = _shapes(x, weight)
+        weights = [w.to(x.dtype) for w in _product_weights(weight)]
+        maps = _Buffers(x, strips, map_channels)
+        products = _Buffers(x, strips, product_channels)
+        for strip in strips:
+            terms, own_terms = products.chained(strip)
+            for values, w, out in zip(
+                _write_maps(x, strip, maps), weights, own_terms, strict=True
+            ):
+                torch.mm(values, w, out=out)
+            torch.ops.fdda._upsample_sum(*terms, bias, y, *strip.place())
+    return y.permute(0, 3, 1, 2)
+
+
+def upsample_conv3x3_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dtype == torch.float16:
+        grad_x, *rest = upsample_conv3x3_backward(grad_y.float(), x.float(), weight)
+        return grad_x.half(), *rest
+    x, grad_y = nhwc(x), nhwc(grad_y)
+    grad_x = torch.empty_like(x)
+    outputs, inputs = weight.shape[:2]
+    grad_bias = weight.new_zeros(outputs)
+    if grad_y.numel() == 0:
+        return grad_x.permute(0, 3, 1, 2), torch.zeros_like(weight), grad_bias
+    strips, map_channels, product_channels = _shapes(x, weight)
+    transposed = [w.t().to(x.dtype).contiguous() for w in _product_weights(weight)]
+    grad_weights = [weight.new_zeros(inputs, columns) for columns in product_channels]
+    parts = [x.new_empty(inputs, columns) for columns in product_channels]
+    maps = _Buffers(x, strips, map_channels)
+    map_grads = _Buffers(x, strips, map_channels)
+    product_grads = _Buffers(x, strips, product_channels)
+    for strip in strips:
+        grads = product_grads.own(strip)
+        torch.ops.fdda._upsample_reduce(grad_y, *grads, *strip.place())
+        grad_bias += grads[0].sum(0, dtype=torch.float32)
+        terms, own_terms = map_grads.chained(strip)
+        for values, grad, w, out, part, total in zip(
+            _write_maps(x, strip, maps), grads, transposed, own_terms, parts, grad_weights,
+            strict=True,
+        ):  # fmt: skip
+            torch.mm(grad, w, out=out)
+            total += torch.mm(values.t(), grad, out=part)
+        torch.ops.fdda._upsample_adjoint(*terms, grad_x, *strip.place())
+    products = torch.cat([g.unflatten(1, (-1, outputs)) for g in grad_weights], 1)
+    grad_weight = torch.einsum("kst,iko->oist", _signs(weight), products).contiguous()
+    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias
