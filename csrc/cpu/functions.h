@@ -20,6 +20,8 @@ void pack_weight(const PackWeight&);
 void unpack_weight(const UnpackWeight&);
 void packed_conv2d(const PackedConv&);
 void packed_linear_s32(const PackedLinearS32&);
+void conditional_bn(const ConditionalBn&);
+void conditional_bn_backward(const ConditionalBnBackward&);
 void upsample_differences(const UpsampleDifferences&);
 void upsample_sum(const UpsampleSum&);
 void upsample_reduce(const UpsampleReduce&);

@@ -118,6 +118,33 @@ struct UnpackWeight {
   int8_t* codes;
 };
 
+// y = leaky_relu((x - mean) / sqrt(var + eps) * weight + bias); x as in ClassMoments.
+struct ConditionalBn {
+  Dtype dtype;
+  const void* x;
+  void* y;
+  int64_t batch, channels, inner;
+  bool channels_last;
+  const int64_t* labels;  // [batch], rows of weight and bias
+  const int64_t* group;   // [batch], rows of mean and var
+  const float* mean;
+  const float* var;
+  const float* weight;
+  const float* bias;
+  double eps;
+  float negative_slope;
+};
+
+// mean and var are those of x within the group.
+struct ConditionalBnBackward {
+  ConditionalBn forward;  // `y` receives the gradient with respect to x
+  const void* grad_y;
+  int64_t num_classes, num_groups;
+  const int64_t* group_size;  // [num_groups], in samples
+  float* grad_weight;         // [num_classes, channels]
+  float* grad_bias;
+};
+
 // Rows [row, row_end) of images [image, image + images), each [height, width], in the passes of
 // upsample_conv.cpp. float32 or bfloat16.
 struct UpsampleStrip {
@@ -178,6 +205,8 @@ struct Kernels {
   void (*unpack_weight)(const UnpackWeight&);
   void (*packed_conv2d)(const PackedConv&);
   void (*packed_linear_s32)(const PackedLinearS32&);
+  void (*conditional_bn)(const ConditionalBn&);
+  void (*conditional_bn_backward)(const ConditionalBnBackward&);
   void (*upsample_differences)(const UpsampleDifferences&);
   void (*upsample_sum)(const UpsampleSum&);
   void (*upsample_reduce)(const UpsampleReduce&);

@@ -16,6 +16,8 @@ extern const Kernels kernels = {
     unpack_weight,
     packed_conv2d,
     packed_linear_s32,
+    conditional_bn,
+    conditional_bn_backward,
     upsample_differences,
     upsample_sum,
     upsample_reduce,

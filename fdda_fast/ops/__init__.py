@@ -7,6 +7,7 @@ from fdda_fast.ops import _library, reference
 from fdda_fast.ops._library import backend_info
 from fdda_fast.ops.bn_relu_class_moments import bn_relu_class_moments
 from fdda_fast.ops.class_moments import class_moments
+from fdda_fast.ops.conditional_bn import conditional_bn_lrelu
 from fdda_fast.ops.convolutions import conv3x3_few_outputs, upsample_conv3x3
 from fdda_fast.ops.fake_quantize import fake_quantize, fake_quantize_minmax, fake_quantize_range
 from fdda_fast.ops.packed import (
@@ -25,6 +26,7 @@ __all__ = [
     "backend_info",
     "bn_relu_class_moments",
     "class_moments",
+    "conditional_bn_lrelu",
     "conv3x3_few_outputs",
     "fake_quantize",
     "fake_quantize_minmax",

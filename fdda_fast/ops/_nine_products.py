@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
 
-STRIP_BYTES = 4 << 20  # of the maps and products of a strip
+STRIP_BYTES = 8 << 20  # of the maps and products of a strip
 _MAPS = (1, 2, 2, 4)  # weights of x, the row, column and mixed differences
 
 
@@ -145,6 +145,7 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
 def upsample_conv3x3_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,10 @@ from fdda_fast.ops.reference.class_moments import (
     class_moments,
     class_moments_backward,
 )
+from fdda_fast.ops.reference.conditional_bn import (
+    conditional_bn_lrelu,
+    conditional_bn_lrelu_backward,
+)
 from fdda_fast.ops.reference.convolutions import (
     conv3x3_few_outputs,
     conv3x3_few_outputs_backward,
@@ -41,6 +45,8 @@ __all__ = [
     "bn_relu_class_moments_backward",
     "class_moments",
     "class_moments_backward",
+    "conditional_bn_lrelu",
+    "conditional_bn_lrelu_backward",
     "conv3x3_few_outputs",
     "conv3x3_few_outputs_backward",
     "fake_quantize",
