@@ -21,7 +21,7 @@ COMMON_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-ff
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "class_moments", "pixels", "weights", "depthwise", "table"),
-    *("conditional_bn", "upsample_conv"),
+    *("conditional_bn", "upsample_conv", "few_outputs_conv"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]

@@ -26,6 +26,8 @@ void upsample_differences(const UpsampleDifferences&);
 void upsample_sum(const UpsampleSum&);
 void upsample_reduce(const UpsampleReduce&);
 void upsample_adjoint(const UpsampleAdjoint&);
+void gather_taps(const GatherTaps&);
+void sum_taps(const SumTaps&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

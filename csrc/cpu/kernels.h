@@ -146,8 +146,8 @@ struct ConditionalBnBackward {
 };
 
 // Rows [row, row_end) of images [image, image + images), each [height, width], in the passes of
-// upsample_conv.cpp. float32 or bfloat16.
-struct UpsampleStrip {
+// upsample_conv.cpp and few_outputs_conv.cpp. float32 or bfloat16.
+struct Strip {
   Dtype dtype;
   int64_t height, width, image, images, row, row_end;
   int64_t rows() const { return row_end - row; }
@@ -156,7 +156,7 @@ struct UpsampleStrip {
 };
 
 struct UpsampleDifferences {
-  UpsampleStrip strip;
+  Strip strip;
   int64_t channels;
   const void* x;  // all images, NHWC, as every full tensor here
   void* row;      // [images, differences, width, channels]
@@ -165,7 +165,7 @@ struct UpsampleDifferences {
 };
 
 struct UpsampleSum {
-  UpsampleStrip strip;
+  Strip strip;
   int64_t channels;
   const void* x;       // [images, rows, width, channels]
   const void* row;     // [images, rows + 1, width, 2, channels]
@@ -177,7 +177,7 @@ struct UpsampleSum {
 
 // Gradients of the products, laid out like UpsampleSum's but for `differences` rows of row, mixed.
 struct UpsampleReduce {
-  UpsampleStrip strip;
+  Strip strip;
   int64_t channels;
   const void* grad_y;
   void *x, *row, *column, *mixed;
@@ -186,10 +186,25 @@ struct UpsampleReduce {
 // Gradients of x and of the maps, laid out like UpsampleDifferences' but for rows + 1 rows of row
 // and mixed.
 struct UpsampleAdjoint {
-  UpsampleStrip strip;
+  Strip strip;
   int64_t channels;
   const void *x, *row, *column, *mixed;
   void* grad_x;
+};
+
+struct GatherTaps {
+  Strip strip;
+  int64_t channels;
+  const void* grad_y;
+  void* planes;  // [9, channels, images, rows, width]
+};
+
+struct SumTaps {
+  Strip strip;
+  int64_t channels;
+  const void* planes;  // [9, channels, images, rows and those above and below, width]
+  const float* bias;   // [channels]
+  void* y;
 };
 
 struct Kernels {
@@ -211,6 +226,8 @@ struct Kernels {
   void (*upsample_sum)(const UpsampleSum&);
   void (*upsample_reduce)(const UpsampleReduce&);
   void (*upsample_adjoint)(const UpsampleAdjoint&);
+  void (*gather_taps)(const GatherTaps&);
+  void (*sum_taps)(const SumTaps&);
 };
 
 namespace generic {

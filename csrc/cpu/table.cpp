@@ -22,6 +22,8 @@ extern const Kernels kernels = {
     upsample_sum,
     upsample_reduce,
     upsample_adjoint,
+    gather_taps,
+    sum_taps,
 };
 
 }  // namespace FDDA_ISA

@@ -43,7 +43,7 @@ void difference_row(T* __restrict out, int64_t width, int64_t channels, Load val
 
 template <class T>
 void run_differences(const UpsampleDifferences& a) {
-  const UpsampleStrip& s = a.strip;
+  const Strip& s = a.strip;
   const int64_t length = s.width * a.channels, wide = length + a.channels;
   const int64_t first = s.first_difference(), differences = s.differences(), rows = s.rows();
   parallel_for(s.images * differences, max64(1, kGrain / wide), [&](int64_t begin, int64_t end) {
@@ -70,7 +70,7 @@ void run_differences(const UpsampleDifferences& a) {
 
 template <class T>
 void run_sum(const UpsampleSum& a) {
-  const UpsampleStrip& s = a.strip;
+  const Strip& s = a.strip;
   const int64_t channels = a.channels, width = s.width, rows = s.rows();
   const int64_t out_length = 2 * width * channels;
   parallel_for(
@@ -106,7 +106,7 @@ void run_sum(const UpsampleSum& a) {
 
 template <class T>
 void run_reduce(const UpsampleReduce& a) {
-  const UpsampleStrip& s = a.strip;
+  const Strip& s = a.strip;
   const int64_t channels = a.channels, width = s.width, rows = s.rows();
   const int64_t first = s.first_difference(), differences = s.differences();
   const int64_t length = 2 * width * channels;
@@ -167,7 +167,7 @@ void run_reduce(const UpsampleReduce& a) {
 
 template <class T>
 void run_adjoint(const UpsampleAdjoint& a) {
-  const UpsampleStrip& s = a.strip;
+  const Strip& s = a.strip;
   const int64_t channels = a.channels, rows = s.rows();
   const int64_t length = s.width * channels, wide = length + channels;
   parallel_for(s.images * rows, max64(1, kGrain / length), [&](int64_t begin, int64_t end) {

@@ -86,10 +86,14 @@ def _load_cpu(isa: str) -> None:
 
 def _register_compositions() -> None:
     """CPU implementations that call the library's matrix products between compiled passes."""
-    from fdda_fast.ops import _nine_products
+    from fdda_fast.ops import _few_outputs, _nine_products
 
-    for function in (_nine_products.upsample_conv3x3, _nine_products.upsample_conv3x3_backward):
-        LIBRARY.impl(function.__name__, function, "CPU")
+    for module, name in (
+        (_nine_products, "upsample_conv3x3"),
+        (_few_outputs, "conv3x3_few_outputs"),
+    ):
+        for operator in (name, f"{name}_backward"):
+            LIBRARY.impl(operator, getattr(module, operator), "CPU")
 
 
 def _load_cuda() -> None:

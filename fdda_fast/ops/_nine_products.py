@@ -9,72 +9,47 @@ maps and products stay in cache; csrc/cpu/upsample_conv.cpp makes the maps and a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
+from fdda_fast.ops._strips import Strip, strips
 
-STRIP_BYTES = 8 << 20  # of the maps and products of a strip
-_MAPS = (1, 2, 2, 4)  # weights of x, the row, column and mixed differences
+# Weights of x and of its row, column and mixed differences.
+_MAPS = (1, 2, 2, 4)
 
 
-@dataclass(frozen=True)
-class Strip:
-    """Rows [row, row_end) of images [image, image + images), `width` pixels wide.
+def _pixels(strip: Strip, width: int) -> list[int]:
+    """Pixels of the four maps that the strip's sums read.
 
     Row i of the row and mixed differences belongs to the strip of row i - 1, row 0 to the first.
     """
-
-    image: int
-    images: int
-    row: int
-    row_end: int
-    width: int
-
-    def place(self) -> tuple[int, int, int, int]:
-        return self.image, self.images, self.row, self.row_end
-
-    def pixels(self) -> list[int]:
-        """Pixels of the four maps that the strip's sums read."""
-        rows = self.row_end - self.row
-        sizes = (rows, self.width), (rows + 1, self.width), (rows, self.width + 1)
-        return [self.images * r * w for r, w in (*sizes, (rows + 1, self.width + 1))]
-
-    def kept(self) -> list[int]:
-        """How many of them come first and are the last ones of the strip before."""
-        return [0, self.width, 0, self.width + 1] if self.row else [0] * 4
+    rows = strip.row_end - strip.row
+    sizes = (rows, width), (rows + 1, width), (rows, width + 1), (rows + 1, width + 1)
+    return [strip.images * r * w for r, w in sizes]
 
 
-def _strips(batch: int, height: int, width: int, pixel_bytes: int) -> list[Strip]:
-    """Whole images as long as they fit, else equal shares of one image's rows."""
-    rows = max(1, STRIP_BYTES // (pixel_bytes * width))
-    if rows >= height:
-        step = rows // height
-        return [Strip(n, min(step, batch - n), 0, height, width) for n in range(0, batch, step)]
-    count = -(-height // rows)
-    edges = [height * k // count for k in range(count + 1)]
-    return [
-        Strip(n, 1, row, row_end, width)
-        for n in range(batch)
-        for row, row_end in itertools.pairwise(edges)
-    ]
+def _kept(strip: Strip, width: int) -> list[int]:
+    """How many of them come first and are the last ones of the strip before."""
+    return [0, width, 0, width + 1] if strip.row else [0] * 4
 
 
 class _Buffers:
     """Four matrices of pixels x channels, reused by every strip: fresh memory would page-fault."""
 
-    def __init__(self, like: Tensor, strips: list[Strip], channels: Sequence[int]) -> None:
-        most = [max(pixels) for pixels in zip(*(s.pixels() for s in strips), strict=True)]
+    def __init__(
+        self, like: Tensor, strips: list[Strip], width: int, channels: Sequence[int]
+    ) -> None:
+        most = [max(counts) for counts in zip(*(_pixels(s, width) for s in strips), strict=True)]
         self.memory = [like.new_empty(p, c) for p, c in zip(most, channels, strict=True)]
         self.used = [0] * 4
+        self.width = width
 
     def own(self, strip: Strip) -> list[Tensor]:
         """Room for the pixels that belong to the strip."""
-        sizes = zip(self.memory, strip.pixels(), strip.kept(), strict=True)
+        sizes = zip(self.memory, *self._sizes(strip), strict=True)
         return [memory[: pixels - kept] for memory, pixels, kept in sizes]
 
     def chained(self, strip: Strip) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,7 +58,7 @@ class _Buffers:
         For one strip after the other, since the rest is what the last one wrote.
         """
         whole, own = [], []
-        for m, (pixels, kept) in enumerate(zip(strip.pixels(), strip.kept(), strict=True)):
+        for m, (pixels, kept) in enumerate(zip(*self._sizes(strip), strict=True)):
             memory, used = self.memory[m], self.used[m]
             if kept:
                 memory[:kept] = memory[used - kept : used]
@@ -91,6 +66,9 @@ class _Buffers:
             whole.append(memory[:pixels])
             own.append(memory[kept:pixels])
         return whole, own
+
+    def _sizes(self, strip: Strip) -> tuple[list[int], list[int]]:
+        return _pixels(strip, self.width), _kept(strip, self.width)
 
 
 def _signs(like: Tensor) -> Tensor:
@@ -107,13 +85,19 @@ def _product_weights(weight: Tensor) -> list[Tensor]:
     return [part.flatten(1) for part in products.split(_MAPS, 1)]
 
 
-def _shapes(x: Tensor, weight: Tensor) -> tuple[list[Strip], list[int], list[int]]:
-    """Strips, channels of the four maps, of their products. x is NHWC."""
-    batch, height, width, inputs = x.shape
-    outputs = len(weight)
-    pixel_bytes = x.element_size() * (4 * inputs + 9 * outputs)
-    products = [outputs * count for count in _MAPS]
-    return _strips(batch, height, width, pixel_bytes), [inputs] * 4, products
+class _Plan:
+    """The strips of an NHWC tensor x, and buffers for its maps and for their products."""
+
+    def __init__(self, x: Tensor, outputs: int) -> None:
+        batch, height, self.width, inputs = x.shape
+        self.x = x
+        row_bytes = x.element_size() * self.width * (4 * inputs + sum(_MAPS) * outputs)
+        self.strips = strips(batch, height, row_bytes)
+        self.map_channels = [inputs] * 4
+        self.product_channels = [outputs * count for count in _MAPS]
+
+    def buffers(self, channels: Sequence[int]) -> _Buffers:
+        return _Buffers(self.x, self.strips, self.width, channels)
 
 
 def _write_maps(x: Tensor, strip: Strip, memory: _Buffers) -> list[Tensor]:
@@ -131,15 +115,13 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, height, width, _ = x.shape
     y = x.new_empty(batch, 2 * height, 2 * width, len(weight))
     if y.numel():
-        strips, map_channels, product_channels = _shapes(x, weight)
+        plan = _Plan(x, len(weight))
         weights = [w.to(x.dtype) for w in _product_weights(weight)]
-        maps = _Buffers(x, strips, map_channels)
-        products = _Buffers(x, strips, product_channels)
-        for strip in strips:
+        maps = plan.buffers(plan.map_channels)
+        products = plan.buffers(plan.product_channels)
+        for strip in plan.strips:
             terms, own_terms = products.chained(strip)
-            for values, w, out in zip(
-                _write_maps(x, strip, maps), weights, own_terms, strict=True
-            ):
+            for values, w, out in zip(_write_maps(x, strip, maps), weights, own_terms, strict=True):
                 torch.mm(values, w, out=out)
             torch.ops.fdda._upsample_sum(*terms, bias, y, *strip.place())
     return y.permute(0, 3, 1, 2)
@@ -158,14 +140,13 @@ def upsample_conv3x3_backward(
     grad_bias = weight.new_zeros(outputs)
     if grad_y.numel() == 0:
         return grad_x.permute(0, 3, 1, 2), torch.zeros_like(weight), grad_bias
-    strips, map_channels, product_channels = _shapes(x, weight)
+    plan = _Plan(x, outputs)
     transposed = [w.t().to(x.dtype).contiguous() for w in _product_weights(weight)]
-    grad_weights = [weight.new_zeros(inputs, columns) for columns in product_channels]
-    parts = [x.new_empty(inputs, columns) for columns in product_channels]
-    maps = _Buffers(x, strips, map_channels)
-    map_grads = _Buffers(x, strips, map_channels)
-    product_grads = _Buffers(x, strips, product_channels)
-    for strip in strips:
+    grad_weights = [weight.new_zeros(inputs, columns) for columns in plan.product_channels]
+    parts = [x.new_empty(inputs, columns) for columns in plan.product_channels]
+    maps, map_grads = (plan.buffers(plan.map_channels) for _ in range(2))
+    product_grads = plan.buffers(plan.product_channels)
+    for strip in plan.strips:
         grads = product_grads.own(strip)
         torch.ops.fdda._upsample_reduce(grad_y, *grads, *strip.place())
         grad_bias += grads[0].sum(0, dtype=torch.float32)

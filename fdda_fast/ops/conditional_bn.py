@@ -57,9 +57,7 @@ def conditional_bn_lrelu(
     check(sum(groups) == x.shape[0], "groups", f"a sum of {x.shape[0]}", groups)
     check(eps > 0, "eps", "a number > 0", eps)
     check(math.isfinite(negative_slope), "negative_slope", "a finite number", negative_slope)
-    return torch.ops.fdda.conditional_bn_lrelu(
-        x, labels, weight, bias, groups, eps, negative_slope
-    )
+    return torch.ops.fdda.conditional_bn_lrelu(x, labels, weight, bias, groups, eps, negative_slope)
 
 
 def _fake(x, labels, weight, bias, groups, eps, negative_slope):

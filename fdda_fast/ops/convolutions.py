@@ -60,6 +60,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_tensor(x, "x", FLOAT_DTYPES)
     check(x.dim() == 4, "x", "[N, Cin, H, W]", list(x.shape))
     check_tensor(weight, "weight", (torch.float32,), (None, x.shape[1], 3, 3))
+    check(weight.numel() > 0, "weight", "channels", list(weight.shape))
     check_tensor(bias, "bias", (torch.float32,), (len(weight),))
 
 
@@ -98,3 +99,5 @@ define_pass(f"_upsample_differences(Tensor x, {_OUT_MAPS}, {_STRIP}) -> ()")
 define_pass(f"_upsample_sum(Tensor x, {_MAPS}, Tensor bias, Tensor(a!) y, {_STRIP}) -> ()")
 define_pass(f"_upsample_reduce(Tensor grad_y, Tensor(a!) x, {_OUT_MAPS}, {_STRIP}) -> ()")
 define_pass(f"_upsample_adjoint(Tensor x, {_MAPS}, Tensor(a!) grad_x, {_STRIP}) -> ()")
+define_pass(f"_gather_taps(Tensor grad_y, Tensor(a!) planes, {_STRIP}) -> ()")
+define_pass(f"_sum_taps(Tensor planes, Tensor bias, Tensor(a!) y, {_STRIP}) -> ()")
