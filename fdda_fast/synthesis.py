@@ -122,11 +122,9 @@ class GeneratorTrainer:
         return pool[torch.randperm(len(pool), generator=rng)[:count]]
 
     def _generate(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.config.joint_pass:
-            return self.generator(z, labels)
         split = self.config.batch_size
-        batch_a = self.generator(z[:split], labels[:split])
-        return torch.cat([batch_a, self.generator(z[split:], labels[split:])])
+        groups = [len(z)] if self.config.joint_pass else [split, len(z) - split]
+        return self.generator(z, labels, groups)
 
     def _class_losses(
         self,
