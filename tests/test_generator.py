@@ -92,10 +92,12 @@ def test_groups_are_consecutive_batches(generator):
     parts = [two(z[:4], labels[:4]), two(z[4:], labels[4:])]
     (torch.cat(parts) * weights).sum().backward()
     torch.testing.assert_close(images, torch.cat(parts), rtol=1e-4, atol=1e-5)
-    for (name, found), expected in zip(one.state_dict().items(), two.state_dict().values()):
+    for (name, found), expected in zip(
+        one.state_dict().items(), two.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=name)
     largest = max(p.grad.abs().max() for p in two.parameters())
-    for (name, found), expected in zip(one.named_parameters(), two.parameters()):
+    for (name, found), expected in zip(one.named_parameters(), two.parameters(), strict=True):
         found, expected = found.grad, expected.grad
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * largest, msg=name)
 

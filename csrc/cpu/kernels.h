@@ -181,6 +181,7 @@ struct UpsampleReduce {
   int64_t channels;
   const void* grad_y;
   void *x, *row, *column, *mixed;
+  float* sum;  // [images, rows, channels]: sums of grad_y that were not rounded to its dtype
 };
 
 // Gradients of x and of the maps, laid out like UpsampleDifferences' but for rows + 1 rows of row

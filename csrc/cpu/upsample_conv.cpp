@@ -124,13 +124,9 @@ void run_reduce(const UpsampleReduce& a) {
               const T* __restrict even = grad + 2 * j * channels;
               const T* __restrict odd = even + channels;
               T* __restrict row = row_out + j * 2 * channels;
-              T* __restrict mixed0 = mixed_out + j * 4 * channels;
-              T* __restrict mixed1 = mixed_out + ((j + 1) * 4 + 1) * channels;
-              for (int64_t c = 0; c < channels; ++c) {
-                store(row[c], load(even[c]) + load(odd[c]));
-                mixed0[c] = even[c];
-                mixed1[c] = odd[c];
-              }
+              for (int64_t c = 0; c < channels; ++c) store(row[c], load(even[c]) + load(odd[c]));
+              memcpy(mixed_out + j * 4 * channels, even, channels * sizeof(T));
+              memcpy(mixed_out + ((j + 1) * 4 + 1) * channels, odd, channels * sizeof(T));
             }
             memset(mixed_out + channels, 0, channels * sizeof(T));
             memset(mixed_out + width * 4 * channels, 0, channels * sizeof(T));
@@ -143,6 +139,8 @@ void run_reduce(const UpsampleReduce& a) {
       const T* upper = static_cast<const T*>(a.grad_y) + (n * s.height + i) * 2 * length;
       T* x_out = static_cast<T*>(a.x) + t * width * channels;
       T* column_out = static_cast<T*>(a.column) + t * (width + 1) * 2 * channels;
+      float* __restrict sum = a.sum + t * channels;
+      memset(sum, 0, channels * sizeof(float));
       for (int64_t j = 0; j < width; ++j) {
         const T* __restrict even0 = upper + 2 * j * channels;
         const T* __restrict even1 = even0 + length;
@@ -157,6 +155,7 @@ void run_reduce(const UpsampleReduce& a) {
           store(column0[c], even);
           store(column1[c], odd);
           store(x[c], even + odd);
+          sum[c] += even + odd;
         }
       }
       memset(column_out + channels, 0, channels * sizeof(T));

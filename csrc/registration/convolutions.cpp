@@ -60,16 +60,20 @@ void upsample_sum(const Tensor& x, const Tensor& row_map, const Tensor& column_m
 }
 
 void upsample_reduce(const Tensor& grad_y, Tensor x, Tensor row_map, Tensor column_map,
-                     Tensor mixed_map, int64_t image, int64_t images, int64_t row,
+                     Tensor mixed_map, Tensor sum, int64_t image, int64_t images, int64_t row,
                      int64_t row_end) {
   const Strip s = strip_of(grad_y, "grad_y", 2, image, images, row, row_end);
   const int64_t channels = grad_y.size(3), pixel_rows = images * channels;
+  check_dtype(sum, ScalarType::Float, "sum");
+  check_numel(sum, pixel_rows * s.rows(), "sum");
+  STD_TORCH_CHECK(sum.is_contiguous(), "sum: expected a dense tensor");
   active_kernels().upsample_reduce(
       {s, channels, grad_y.const_data_ptr(),
        buffer(x, grad_y, pixel_rows * s.rows() * s.width, "x"),
        buffer(row_map, grad_y, pixel_rows * s.differences() * s.width * 2, "row_map"),
        buffer(column_map, grad_y, pixel_rows * s.rows() * (s.width + 1) * 2, "column_map"),
-       buffer(mixed_map, grad_y, pixel_rows * s.differences() * (s.width + 1) * 4, "mixed_map")});
+       buffer(mixed_map, grad_y, pixel_rows * s.differences() * (s.width + 1) * 4, "mixed_map"),
+       sum.mutable_data_ptr<float>()});
 }
 
 void upsample_adjoint(const Tensor& x, const Tensor& row_map, const Tensor& column_map,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._strips import Strip, strips
+from fdda_fast.ops._strips import PixelProduct, Strip, strips
 
 
 def conv3x3_few_outputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -45,17 +45,17 @@ def conv3x3_few_outputs_backward(
     x, grad_y = nhwc(x), nhwc(grad_y)
     grad_x = torch.empty_like(x)
     outputs, inputs = weight.shape[:2]
-    grad_taps = weight.new_zeros(9 * outputs, inputs)
     taps = _taps(weight, x.dtype)
-    part, memory = torch.empty_like(taps), x.new_empty(0)
+    grad_taps = PixelProduct(x, *taps.shape)
+    memory = x.new_empty(0)
     for strip in _strips(x, outputs) if grad_y.numel() else []:
         values = _pixels(x, strip)
         memory = _at_least(memory, len(taps) * len(values))
         planes = memory[: len(taps) * len(values)].view(len(taps), -1)
         torch.ops.fdda._gather_taps(grad_y, planes, *strip.place())
         torch.mm(planes.t(), taps, out=_pixels(grad_x, strip))
-        grad_taps += torch.mm(planes, values, out=part)
-    grad_weight = grad_taps.view(3, 3, outputs, inputs).permute(2, 3, 0, 1).contiguous()
+        grad_taps.add(planes.t(), values)
+    grad_weight = grad_taps.total.view(3, 3, outputs, inputs).permute(2, 3, 0, 1).contiguous()
     grad_bias = grad_y.sum((0, 1, 2), dtype=torch.float32)
     return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias
 

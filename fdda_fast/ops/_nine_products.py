@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._strips import Strip, strips
+from fdda_fast.ops._strips import PixelProduct, Strip, strips
 
 # Weights of x and of its row, column and mixed differences.
 _MAPS = (1, 2, 2, 4)
@@ -137,27 +137,26 @@ def upsample_conv3x3_backward(
     x, grad_y = nhwc(x), nhwc(grad_y)
     grad_x = torch.empty_like(x)
     outputs, inputs = weight.shape[:2]
-    grad_bias = weight.new_zeros(outputs)
+    grad_bias = weight.new_zeros(outputs, dtype=torch.float64)
     if grad_y.numel() == 0:
-        return grad_x.permute(0, 3, 1, 2), torch.zeros_like(weight), grad_bias
+        return grad_x.permute(0, 3, 1, 2), torch.zeros_like(weight), grad_bias.float()
     plan = _Plan(x, outputs)
     transposed = [w.t().to(x.dtype).contiguous() for w in _product_weights(weight)]
-    grad_weights = [weight.new_zeros(inputs, columns) for columns in plan.product_channels]
-    parts = [x.new_empty(inputs, columns) for columns in plan.product_channels]
+    grad_weights = [PixelProduct(x, inputs, columns) for columns in plan.product_channels]
     maps, map_grads = (plan.buffers(plan.map_channels) for _ in range(2))
     product_grads = plan.buffers(plan.product_channels)
     for strip in plan.strips:
         grads = product_grads.own(strip)
-        torch.ops.fdda._upsample_reduce(grad_y, *grads, *strip.place())
-        grad_bias += grads[0].sum(0, dtype=torch.float32)
+        sums = weight.new_empty(strip.images * (strip.row_end - strip.row), outputs)
+        torch.ops.fdda._upsample_reduce(grad_y, *grads, sums, *strip.place())
+        grad_bias += sums.sum(0, dtype=torch.float64)
         terms, own_terms = map_grads.chained(strip)
-        for values, grad, w, out, part, total in zip(
-            _write_maps(x, strip, maps), grads, transposed, own_terms, parts, grad_weights,
-            strict=True,
-        ):  # fmt: skip
+        for values, grad, w, out, grad_weight in zip(
+            _write_maps(x, strip, maps), grads, transposed, own_terms, grad_weights, strict=True
+        ):
             torch.mm(grad, w, out=out)
-            total += torch.mm(values.t(), grad, out=part)
+            grad_weight.add(values, grad)
         torch.ops.fdda._upsample_adjoint(*terms, grad_x, *strip.place())
-    products = torch.cat([g.unflatten(1, (-1, outputs)) for g in grad_weights], 1)
+    products = torch.cat([g.total.unflatten(1, (-1, outputs)) for g in grad_weights], 1)
     grad_weight = torch.einsum("kst,iko->oist", _signs(weight), products).contiguous()
-    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias
+    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias.float()

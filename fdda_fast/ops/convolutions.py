@@ -97,7 +97,9 @@ _MAPS = "Tensor row_map, Tensor column_map, Tensor mixed_map"
 _OUT_MAPS = "Tensor(b!) row_map, Tensor(c!) column_map, Tensor(d!) mixed_map"
 define_pass(f"_upsample_differences(Tensor x, {_OUT_MAPS}, {_STRIP}) -> ()")
 define_pass(f"_upsample_sum(Tensor x, {_MAPS}, Tensor bias, Tensor(a!) y, {_STRIP}) -> ()")
-define_pass(f"_upsample_reduce(Tensor grad_y, Tensor(a!) x, {_OUT_MAPS}, {_STRIP}) -> ()")
+define_pass(
+    f"_upsample_reduce(Tensor grad_y, Tensor(a!) x, {_OUT_MAPS}, Tensor(e!) sum, {_STRIP}) -> ()"
+)
 define_pass(f"_upsample_adjoint(Tensor x, {_MAPS}, Tensor(a!) grad_x, {_STRIP}) -> ()")
 define_pass(f"_gather_taps(Tensor grad_y, Tensor(a!) planes, {_STRIP}) -> ()")
 define_pass(f"_sum_taps(Tensor planes, Tensor bias, Tensor(a!) y, {_STRIP}) -> ()")
