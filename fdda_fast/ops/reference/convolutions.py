@@ -14,8 +14,8 @@ def conv3x3_few_outputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def conv3x3_few_outputs_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_bias = _gradients(grad_y, x.double(), weight)
-    return _channels_last(grad_x, x), grad_weight.float(), grad_bias.float()
+    grad_x, *rest = _gradients(grad_y, x.double(), weight)
+    return _channels_last(grad_x, x), *rest
 
 
 def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,9 +26,9 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def upsample_conv3x3_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, grad_weight, grad_bias = _gradients(grad_y, _upsampled(x), weight)
+    grad, *rest = _gradients(grad_y, _upsampled(x), weight)
     grad_x = grad.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).sum((3, 5))
-    return _channels_last(grad_x, x), grad_weight.float(), grad_bias.float()
+    return _channels_last(grad_x, x), *rest
 
 
 def _upsampled(x: Tensor) -> Tensor:
@@ -36,11 +36,13 @@ def _upsampled(x: Tensor) -> Tensor:
 
 
 def _gradients(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x in float64, of weight and bias in float32."""
     one = [1, 1]
-    return torch.ops.aten.convolution_backward(
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad_y.double(), x, weight.double(), [len(weight)], one, one, one, False, [0, 0], 1,
         [True] * 3,
     )  # fmt: skip
+    return grad_x, grad_weight.float().contiguous(), grad_bias.float()
 
 
 def _channels_last(y: Tensor, x: Tensor) -> Tensor:
