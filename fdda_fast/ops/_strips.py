@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 1024  # pixels that a matrix product sums
+_CHUNK = 512  # pixels that a matrix product sums; libraries were seen to split longer sums
 
 STRIP_BYTES = 8 << 20  # of what a strip reads and writes; measured: 4 to 16 MB differ little
 
