@@ -7,9 +7,7 @@ import sys
 
 import pytest
 
-glibc = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="other allocators are left alone"
-)
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 # Page faults of 20 tensors of 16 MiB, made and dropped one after the other.
 SCRIPT = """
