@@ -14,7 +14,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 RELUS = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 RELU6S = {nn.ReLU6, F.relu6}
 HARDTANHS = {nn.Hardtanh, F.hardtanh}
-ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+IN_PLACE_ADDS = {operator.iadd, "add_"}
+ADDS = {operator.add, torch.add, "add", *IN_PLACE_ADDS}
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -123,7 +124,11 @@ def norm_chains(graph_module: fx.GraphModule) -> list[NormChain]:
         operands = addends(graph_module, user) if user is not None else None
         if operands is not None:
             other = operands[operands[0] is norm]
-            if not (other in norms and _only_user(other) and order[other] > order[norm]):
+            later = other in norms and _only_user(other) and order[other] > order[norm]
+            # In place, the addition writes to its first operand, which others may read.
+            in_place = user.target in IN_PLACE_ADDS and other is operands[0]
+            visible = in_place and not _only_user(other)
+            if not (later or visible):
                 chain.append(user)
                 addition, user = user, _only_user(user)
         clip = clip_of(graph_module, user) if user is not None else None

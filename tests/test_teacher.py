@@ -24,8 +24,8 @@ class Twisted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8, affine=i != 5) for i in range(9))
-        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(8))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8, affine=i != 5) for i in range(10))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, 1, 1) for _ in range(9))
         self.stem = nn.Conv2d(3, 8, 3, 2, 1)
         self.shift = nn.Parameter(torch.randn(8, 1, 1))
         self.fc = nn.Linear(8, 5)
@@ -41,6 +41,9 @@ class Twisted(nn.Module):
         y = self.norms[5](self.convs[5](x))
         x = torch.relu(y + x) - y
         self.norms[6](x)
+        y = x - 0.5
+        z = y.add_(self.norms[9](self.convs[8](x)))  # y changes, too
+        x = x + y * z
         y = self.norms[7](self.convs[7](x))
         return self.fc((y + y).mean((2, 3)))
 
