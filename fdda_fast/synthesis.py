@@ -19,7 +19,8 @@ from .losses import (
     standard_normal_targets,
 )
 from .seeding import stream
-from .statistics import BNSCenters, Moments, frozen, tapped, whitened
+from .statistics import BNSCenters, whitened
+from .teacher import FrozenTeacher, Moments
 from .training import (
     Metrics,
     Progress,
@@ -37,7 +38,6 @@ class GeneratorTrainer:
     """The generator, its optimizer and the step that trains it.
 
     Args:
-        model: teacher; the caller keeps it frozen (eval mode, no weight gradients).
         centers: of the calibration images.
 
     Raises:
@@ -46,7 +46,7 @@ class GeneratorTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        teacher: FrozenTeacher,
         centers: BNSCenters,
         config: SynthesisConfig,
     ) -> None:
@@ -55,7 +55,7 @@ class GeneratorTrainer:
                 "the teacher misclassifies the calibration images of every class; "
                 "check their labels and preprocessing"
             )
-        self.model = model
+        self.teacher = teacher
         self.centers = centers
         self.config = config
         with torch.random.fork_rng(devices=[]):
@@ -83,11 +83,9 @@ class GeneratorTrainer:
                 torch.arange(1, len(classes) + 1).repeat_interleave(config.images_per_class),
             ]
         )
-        with tapped(self.model) as taps:
-            taps.begin(groups, 1 + len(classes))
-            logits = self.model(images)
-        running = taps.running()
-        moments, targets, centers = taps.moments, running, self.centers.of(classes)
+        logits, moments = self.teacher.with_moments(images, groups, 1 + len(classes))
+        running = self.teacher.running
+        targets, centers = running, self.centers.of(classes)
         if config.whiten:
             moments, targets, centers = (whitened(m, running) for m in (moments, targets, centers))
         random_batch = [Moments(m.mean[:1], m.var[:1]) for m in moments]
@@ -95,8 +93,8 @@ class GeneratorTrainer:
 
         bns = moment_distance(random_batch, targets, range(len(moments))).mean()
         distorted_loss, centralized_loss = self._class_losses(classes, class_batches, centers, rng)
-        ce = F.cross_entropy(logits[: config.batch_size].float(), labels_a)
-        class_ce = F.cross_entropy(logits[config.batch_size :].float(), labels_b)
+        ce = F.cross_entropy(logits[: config.batch_size], labels_a)
+        class_ce = F.cross_entropy(logits[config.batch_size :], labels_b)
         loss = (
             config.ce_weight * ce
             + config.bns_weight * bns
@@ -181,7 +179,7 @@ def train_generator(
     """Trains a class-conditional generator whose images reproduce the teacher's BNS class by class.
 
     Args:
-        model: teacher with BatchNorm2d layers; run in eval mode and not changed.
+        model: teacher with BatchNorm2d layers that torch.fx can trace; not changed.
         centers: from `collect_centers`.
         checkpoint: file to keep unfinished training in. resume: go on from it.
         progress: called as progress(steps done, total, metrics).
@@ -194,17 +192,14 @@ def train_generator(
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     config = config or SynthesisConfig()
-    trainer = GeneratorTrainer(model, centers, config)
-    with frozen(model):
-        run_steps(
-            lambda index: trainer.step(index)[2],
-            config.steps,
-            trainer,
-            fingerprint=fingerprint(
-                config, *centers.mean, *centers.var, *model.state_dict().values()
-            ),
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            resume=resume,
-            progress=progress,
-        )
+    trainer = GeneratorTrainer(FrozenTeacher(model, centers.image_shape), centers, config)
+    run_steps(
+        lambda index: trainer.step(index)[2],
+        config.steps,
+        trainer,
+        fingerprint=fingerprint(config, *centers.mean, *centers.var, *model.state_dict().values()),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        resume=resume,
+        progress=progress,
+    )
     return trainer.generator.eval()

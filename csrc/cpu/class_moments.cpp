@@ -1,9 +1,10 @@
 // Mean and variance of every (class, channel), alone or beside the batch norm that reads x, too.
 //
-// 1. Per (sample, channel): tiles that fit the L1 cache are read twice, for their mean and for the
-//    squared deviations from it, so memory is read once and nothing cancels. Lanes add in float32,
-//    a tile has at most kTile elements per channel; tiles merge in double (Chan, Golub, LeVeque
-//    1979).
+// 1. Per (sample, channel), tile by tile: sums of d = x - center and of d * d. The center of the
+//    first tile is the mean of its first numbers, that of a later one the mean so far. Memory is
+//    read once, and little cancels: a share p of the numbers that lies e beside the mean of all has
+//    p * e * e in the variance, so that the squares are at most 1 / p times as large. Lanes add in
+//    float32, at most 64 numbers each; tiles merge in double (Chan, Golub, LeVeque 1979).
 // 2. Per class: its samples merge in double in the order of the batch.
 // The order of additions depends on the shape alone, never on the number of threads.
 
@@ -18,6 +19,7 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int64_t kTile = 4096;     // elements of a contiguous row: 16 KiB in float32
+constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
 constexpr int kLanes = 64;
@@ -35,55 +37,69 @@ static inline void merge(Moments& a, double count, double mean, double m2) {
 }
 
 double sum_lanes(const float* lanes) {
-  double sum = 0.0;
-  for (int j = 0; j < kLanes; ++j) sum += lanes[j];
-  return sum;
+  double part[8] = {};  // a vector's worth, so that the additions do not wait for each other
+  for (int j = 0; j < kLanes; j += 8) {
+    for (int k = 0; k < 8; ++k) part[k] += lanes[j + k];
+  }
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
-// What batch norm and clipping make of one channel.
+// What batch norm, an addition and clipping make of one channel.
 struct ChannelNorm {
   float scale, shift, low, high;
-  float operator()(float x) const { return clamp(x * scale + shift, low, high); }
+  float operator()(float x, float r) const { return clamp(x * scale + shift + r, low, high); }
 };
 
 ChannelNorm channel_norm(const BnRelu& norm, int64_t c) {
   return {norm.scale[c], norm.shift[c], norm.low, norm.high};
 }
 
-// NORM: also writes norm(x) to y.
-template <bool NORM, class T>
-Moments row_moments(const T* x, int64_t n, T* y, ChannelNorm norm) {
+// What goes with x, at the same offset: y is made of x and, where it is not null, r.
+template <class T>
+struct Companions {
+  T* y;
+  const T* r;
+  Companions at(int64_t offset) const { return {y + offset, r ? r + offset : nullptr}; }
+};
+
+// Adds n numbers less `center` to drift and squares, number i to lane i mod kLanes.
+// NORM: also y = norm(x). ADD: y = norm(x, r).
+template <bool NORM, bool ADD, class T>
+void add_row(const T* __restrict x, int64_t n, float center, float* __restrict drift,
+             float* __restrict squares, Companions<T> c, ChannelNorm norm) {
+  T* __restrict y = c.y;
+  const T* __restrict r = c.r;
+  const auto one = [&](int64_t i, int64_t lane) {
+    const float v = load(x[i]);
+    const float d = v - center;
+    drift[lane] += d;
+    squares[lane] += d * d;
+    if (NORM) store(y[i], norm(v, ADD ? load(r[i]) : 0.0f));
+  };
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) one(i + j, j);
+  }
+  for (int64_t i = whole; i < n; ++i) one(i, i - whole);
+}
+
+template <bool NORM, bool ADD, class T>
+Moments row_moments(const T* x, int64_t size, Companions<T> with, ChannelNorm norm) {
   Moments total{0.0, 0.0, 0.0};
-  for (int64_t start = 0; start < n; start += kTile) {
-    const T* __restrict tile = x + start;
-    T* __restrict out = NORM ? y + start : nullptr;
-    const int64_t size = min64(kTile, n - start);
-    const int64_t whole = size / kLanes * kLanes;
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) lanes[j] += load(tile[i + j]);
+  float center = 0.0f;
+  for (int64_t start = 0; start < size; start += kTile) {
+    const int64_t length = min64(kTile, size - start);
+    const double n = static_cast<double>(length);
+    if (start == 0) {
+      float drift[kLanes] = {}, squares[kLanes] = {};
+      const int64_t sample = min64(kSample, length);
+      add_row<false, false, T>(x, sample, 0.0f, drift, squares, {}, norm);
+      center = static_cast<float>(sum_lanes(drift) / static_cast<double>(sample));
+    } else {
+      center = static_cast<float>(total.mean);
     }
-    for (int64_t i = whole; i < size; ++i) lanes[i - whole] += load(tile[i]);
-    const double n = static_cast<double>(size);
-    const float center = static_cast<float>(sum_lanes(lanes) / n);
-    float drift[kLanes] = {};  // sum of deviations: restores what rounding took from the center
-    float squares[kLanes] = {};
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        const float v = load(tile[i + j]);
-        const float d = v - center;
-        drift[j] += d;
-        squares[j] += d * d;
-        if (NORM) store(out[i + j], norm(v));
-      }
-    }
-    for (int64_t i = whole; i < size; ++i) {
-      const float v = load(tile[i]);
-      const float d = v - center;
-      drift[i - whole] += d;
-      squares[i - whole] += d * d;
-      if (NORM) store(out[i], norm(v));
-    }
+    float drift[kLanes] = {}, squares[kLanes] = {};
+    add_row<NORM, ADD, T>(x + start, length, center, drift, squares, with.at(start), norm);
     const double shift = sum_lanes(drift) / n;
     const double m2 = sum_lanes(squares) - n * shift * shift;
     merge(total, n, static_cast<double>(center) + shift, m2 > 0.0 || m2 != m2 ? m2 : 0.0);
@@ -92,9 +108,9 @@ Moments row_moments(const T* x, int64_t n, T* y, ChannelNorm norm) {
 }
 
 // `width` <= kStrip adjacent channels of pixels `stride` elements apart. WIDE: width == kStrip.
-template <bool WIDE, bool NORM, class T>
+template <bool WIDE, bool NORM, bool ADD, class T>
 void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, double* mean_out,
-                   double* m2_out, T* y, const BnRelu* norm, int64_t channel) {
+                   double* m2_out, Companions<T> with, const BnRelu* norm, int64_t channel) {
   const int64_t w = WIDE ? kStrip : width;
   float scale[kStrip], shift_by[kStrip];
   const float low = NORM ? norm->low : 0.0f, high = NORM ? norm->high : 0.0f;
@@ -102,49 +118,59 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
     scale[c] = norm->scale[channel + c];
     shift_by[c] = norm->shift[channel + c];
   }
-  Moments total[kStrip] = {};
+  double mean[kStrip] = {}, m2[kStrip] = {};
   for (int64_t start = 0; start < pixels; start += kStripRows) {
     const T* tile = x + start * stride;
-    T* out = NORM ? y + start * stride : nullptr;
     const int64_t size = min64(kStripRows, pixels - start);
-    float sum[kStrip] = {};
-    for (int64_t i = 0; i < size; ++i) {
-      for (int64_t c = 0; c < w; ++c) sum[c] += load(tile[i * stride + c]);
-    }
+    const double n = static_cast<double>(size);
     float center[kStrip];
-    for (int64_t c = 0; c < w; ++c) {
-      center[c] = static_cast<float>(static_cast<double>(sum[c]) / static_cast<double>(size));
+    if (start == 0) {
+      float sum[kStrip] = {};
+      for (int64_t i = 0; i < size; ++i) {
+        for (int64_t c = 0; c < w; ++c) sum[c] += load(tile[i * stride + c]);
+      }
+      for (int64_t c = 0; c < w; ++c) {
+        center[c] = static_cast<float>(static_cast<double>(sum[c]) / n);
+      }
+    } else {
+      for (int64_t c = 0; c < w; ++c) center[c] = static_cast<float>(mean[c]);
     }
-    float drift[kStrip] = {};
-    float squares[kStrip] = {};
+    float drift[kStrip] = {}, squares[kStrip] = {};
     for (int64_t i = 0; i < size; ++i) {
-      const T* __restrict pixel = tile + i * stride;
-      T* __restrict made = NORM ? out + i * stride : nullptr;
+      const int64_t at = (start + i) * stride;
+      const T* __restrict pixel = x + at;
+      T* __restrict y = NORM ? with.y + at : nullptr;
+      const T* __restrict r = ADD ? with.r + at : nullptr;
       for (int64_t c = 0; c < w; ++c) {
         const float v = load(pixel[c]);
         const float d = v - center[c];
         drift[c] += d;
         squares[c] += d * d;
-        if (NORM) store(made[c], ChannelNorm{scale[c], shift_by[c], low, high}(v));
+        if (NORM) {
+          store(y[c], ChannelNorm{scale[c], shift_by[c], low, high}(v, ADD ? load(r[c]) : 0.0f));
+        }
       }
     }
+    // As merge() has it, the counts alike for all channels.
+    const double before = static_cast<double>(start), after = before + n;
     for (int64_t c = 0; c < w; ++c) {
-      const double n = static_cast<double>(size);
       const double shift = static_cast<double>(drift[c]) / n;
-      const double m2 = static_cast<double>(squares[c]) - n * shift * shift;
-      merge(total[c], n, static_cast<double>(center[c]) + shift, m2 > 0.0 || m2 != m2 ? m2 : 0.0);
+      const double tile_m2 = static_cast<double>(squares[c]) - n * shift * shift;
+      const double delta = static_cast<double>(center[c]) + shift - mean[c];
+      mean[c] += delta * (n / after);
+      m2[c] += (tile_m2 < 0.0 ? 0.0 : tile_m2) + delta * delta * (before * n / after);
     }
   }
   for (int64_t c = 0; c < w; ++c) {
-    mean_out[c] = total[c].mean;
-    m2_out[c] = total[c].m2;
+    mean_out[c] = mean[c];
+    m2_out[c] = m2[c];
   }
 }
 
-template <bool NORM, class T>
+template <bool NORM, bool ADD, class T>
 void sample_moments(const ClassMoments& a, double* mean, double* m2) {
   const T* x = static_cast<const T*>(a.x);
-  T* y = static_cast<T*>(a.y);
+  const Companions<T> with{static_cast<T*>(a.y), static_cast<const T*>(a.residual)};
   const int64_t sample = a.channels * a.inner;
   if (a.channels_last) {
     const int64_t strips = ceil_div(a.channels, kStrip);
@@ -155,24 +181,25 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
         const int64_t width = min64(kStrip, a.channels - c);
         const int64_t out = n * a.channels + c;
         const int64_t at = n * sample + c;
-        const auto strip =
-            width == kStrip ? strip_moments<true, NORM, T> : strip_moments<false, NORM, T>;
-        strip(x + at, a.inner, a.channels, width, mean + out, m2 + out, NORM ? y + at : nullptr,
+        const auto strip = width == kStrip ? strip_moments<true, NORM, ADD, T>
+                                           : strip_moments<false, NORM, ADD, T>;
+        strip(x + at, a.inner, a.channels, width, mean + out, m2 + out, NORM ? with.at(at) : with,
               a.bn_relu, c);
       }
     });
   } else {
-    parallel_for(
-        a.batch * a.channels, max64(1, kTile / max64(1, a.inner)), [&](int64_t begin, int64_t end) {
-          for (int64_t r = begin; r < end; ++r) {
-            const ChannelNorm norm =
-                NORM ? channel_norm(*a.bn_relu, r % a.channels) : ChannelNorm{};
-            const int64_t at = r * a.inner;
-            const Moments m = row_moments<NORM>(x + at, a.inner, NORM ? y + at : nullptr, norm);
-            mean[r] = m.mean;
-            m2[r] = m.m2;
-          }
-        });
+    parallel_for(a.batch * a.channels, max64(1, kTile / max64(1, a.inner)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t r = begin; r < end; ++r) {
+                     const ChannelNorm norm =
+                         NORM ? channel_norm(*a.bn_relu, r % a.channels) : ChannelNorm{};
+                     const int64_t at = r * a.inner;
+                     const Moments m =
+                         row_moments<NORM, ADD>(x + at, a.inner, NORM ? with.at(at) : with, norm);
+                     mean[r] = m.mean;
+                     m2[r] = m.m2;
+                   }
+                 });
   }
 }
 
@@ -181,7 +208,9 @@ void run_forward(const ClassMoments& a) {
   const int64_t size = a.batch * a.channels;
   double* mean = static_cast<double*>(scratch(kSums, 2 * size * sizeof(double)));
   double* m2 = mean + size;
-  (a.bn_relu ? sample_moments<true, T> : sample_moments<false, T>)(a, mean, m2);
+  (!a.bn_relu    ? sample_moments<false, false, T>
+   : !a.residual ? sample_moments<true, false, T>
+                 : sample_moments<true, true, T>)(a, mean, m2);
 
   // order: the samples sorted by class, stable; class k owns [first[k], first[k + 1]).
   int64_t* first =
@@ -213,20 +242,22 @@ void run_forward(const ClassMoments& a) {
 }
 
 // dx = shift + (x - mean) * slope, the mean taken into the difference first: no cancellation. NORM:
-// plus the gradient through batch norm where it did not clip.
+// plus the gradient through batch norm where it did not clip; what passes there is also that of r.
 template <bool NORM>
 struct Gradient {
   float mean, shift, slope;
   ChannelNorm norm;
-  float operator()(float x, float grad_y) const {
+  float through(float x, float r, float grad_y) const {
+    const float y = x * norm.scale + norm.shift + r;
+    return y > norm.low && y < norm.high ? grad_y : 0.0f;
+  }
+  float operator()(float x, float through) const {
     const float moments = shift + (x - mean) * slope;
-    if (!NORM) return moments;
-    const float y = x * norm.scale + norm.shift;
-    return moments + (y > norm.low && y < norm.high ? grad_y * norm.scale : 0.0f);
+    return NORM ? moments + through * norm.scale : moments;
   }
 };
 
-template <bool NORM, class T>
+template <bool NORM, bool ADD, class T>
 void run_backward(const ClassMomentsBackward& a) {
   const int64_t sample = a.channels * a.inner;
   parallel_for(a.batch, max64(1, 16384 / max64(1, sample)), [&](int64_t begin, int64_t end) {
@@ -245,19 +276,25 @@ void run_backward(const ClassMomentsBackward& a) {
         return {mean[c], shift[c], slope[c], channel_norm(*a.bn_relu, c)};
       };
       const T* __restrict x = static_cast<const T*>(a.x) + n * sample;
-      const T* __restrict grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : x;
+      const T* __restrict grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : nullptr;
+      const T* __restrict r = ADD ? static_cast<const T*>(a.residual) + n * sample : nullptr;
+      T* __restrict grad_r = ADD ? static_cast<T*>(a.grad_residual) + n * sample : nullptr;
       T* __restrict out = static_cast<T*>(a.grad_x) + n * sample;
+      const auto one = [&](const Gradient<NORM>& gradient, int64_t i) {
+        const float v = load(x[i]);
+        float through = 0.0f;
+        if (NORM) through = gradient.through(v, ADD ? load(r[i]) : 0.0f, load(grad_y[i]));
+        if (ADD) store(grad_r[i], through);
+        store(out[i], gradient(v, through));
+      };
       if (a.channels_last) {
         for (int64_t i = 0; i < sample; i += a.channels) {
-          for (int64_t c = 0; c < a.channels; ++c) {
-            store(out[i + c], channel(c)(load(x[i + c]), load(grad_y[i + c])));
-          }
+          for (int64_t c = 0; c < a.channels; ++c) one(channel(c), i + c);
         }
       } else {
-        for (int64_t c = 0; c < a.channels; ++c, x += a.inner, grad_y += a.inner, out += a.inner) {
+        for (int64_t c = 0; c < a.channels; ++c) {
           const Gradient<NORM> gradient = channel(c);
-          for (int64_t i = 0; i < a.inner; ++i)
-            store(out[i], gradient(load(x[i]), load(grad_y[i])));
+          for (int64_t i = c * a.inner; i < (c + 1) * a.inner; ++i) one(gradient, i);
         }
       }
     }
@@ -266,7 +303,9 @@ void run_backward(const ClassMomentsBackward& a) {
 
 template <class T>
 void run_backward(const ClassMomentsBackward& a) {
-  (a.bn_relu ? run_backward<true, T> : run_backward<false, T>)(a);
+  (!a.bn_relu    ? run_backward<false, false, T>
+   : !a.residual ? run_backward<true, false, T>
+                 : run_backward<true, true, T>)(a);
 }
 
 }  // namespace

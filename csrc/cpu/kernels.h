@@ -41,8 +41,8 @@ struct FakeQuantizeRange {
   int bits;
 };
 
-// Eval-mode batch norm and clipping of the x of ClassMoments: y = clamp(x * scale + shift, low,
-// high), in the same pass.
+// Eval-mode batch norm, an optional addition and clipping of the x of ClassMoments:
+// y = clamp(x * scale + shift + residual, low, high), in the same pass.
 struct BnRelu {
   const float* scale;  // [channels]
   const float* shift;  // [channels]
@@ -62,6 +62,7 @@ struct ClassMoments {
   float* var;
   int64_t* count;         // [num_classes]
   const BnRelu* bn_relu;  // or null
+  const void* residual;   // laid out like x, or null; with bn_relu only
   void* y;                // laid out like x; with bn_relu only
 };
 
@@ -77,7 +78,9 @@ struct ClassMomentsBackward {
   const float* mean;
   const int64_t* count;
   const BnRelu* bn_relu;  // or null
+  const void* residual;   // laid out like x, or null; with bn_relu only
   const void* grad_y;     // laid out like x; with bn_relu only
+  void* grad_residual;    // laid out like x; with residual only
 };
 
 struct Quantize {

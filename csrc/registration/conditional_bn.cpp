@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> conditional_bn_lrelu(const Tensor& x, const T
   const void* values = l.x.const_data_ptr();
   active_kernels().class_moments({dtype, values, l.batch, l.channels, l.inner, l.channels_last,
                                   group.data(), num_groups, mean.mutable_data_ptr<float>(),
-                                  var.mutable_data_ptr<float>(), count.data(), nullptr, nullptr});
+                                  var.mutable_data_ptr<float>(), count.data(), nullptr, nullptr,
+                                  nullptr});
   if (x.numel() > 0) {
     active_kernels().conditional_bn(
         {dtype, values, y.mutable_data_ptr(), l.batch, l.channels, l.inner, l.channels_last,
@@ -67,9 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> conditional_bn_lrelu_backward(
   const Tensor mean = table(mean_in, num_groups, l.channels, "mean");
   const Tensor var = table(var_in, num_groups, l.channels, "var");
   const std::vector<int64_t> group = groups_of(sizes, l.batch);
-  check_dtype(grad_y_in, x.scalar_type(), "grad_y");
-  check_numel(grad_y_in, x.numel(), "grad_y");
-  const Tensor grad_y = with_strides_of(l.x, grad_y_in);
+  const Tensor grad_y = companion(l, grad_y_in, "grad_y");
   Tensor grad_x = torch::stable::empty_like(l.x);
   Tensor grad_weight = torch::stable::empty_like(weight);
   Tensor grad_bias = torch::stable::empty_like(bias);

@@ -47,4 +47,11 @@ inline Tensor as_caller(const MomentsLayout& l, const Tensor& x, const Tensor& m
   return out;
 }
 
+// t in the layout of l.x, which x has the dtype and size of.
+inline Tensor companion(const MomentsLayout& l, const Tensor& t, const char* argument) {
+  check_dtype(t, l.x.scalar_type(), argument);
+  check_numel(t, l.x.numel(), argument);
+  return with_strides_of(l.x, t);
+}
+
 }  // namespace fdda

@@ -15,8 +15,9 @@ from ..data.augment import blended, random_resized_crop, random_shift
 from ..generator import Generator, sample
 from ..losses import distillation
 from ..seeding import stream
-from ..statistics import BNSCenters, check_labelled_images, collect_centers, frozen
+from ..statistics import BNSCenters, check_labelled_images, collect_centers
 from ..synthesis import GeneratorTrainer, fingerprint
+from ..teacher import FrozenTeacher
 from ..training import (
     Metrics,
     Progress,
@@ -42,14 +43,13 @@ class Finetuner:
 
     Args:
         student: from `prepare`, ranges not yet known.
-        teacher: the caller keeps it frozen.
         calibration: real images float32 [N, C, H, W] and labels int64 [N].
     """
 
     def __init__(
         self,
         student: fx.GraphModule,
-        teacher: nn.Module,
+        teacher: FrozenTeacher,
         calibration: Batch,
         config: QuantizeConfig,
     ) -> None:
@@ -236,9 +236,10 @@ def quantize(
     """
     bits, config = bits or Bits(), config or QuantizeConfig()
     images, labels = calibration
-    with frozen(model), torch.no_grad():
-        check_labelled_images("calibration images", images, labels, 1 << 31)
-        num_classes = model(images[:1]).shape[1]
+    check_labelled_images("calibration images", images, labels, 1 << 31)
+    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
+    with torch.no_grad():
+        num_classes = teacher(images[:1]).shape[1]
     check_labelled_images("calibration images", images, labels, num_classes)
     if generator is not None:
         made = (generator.num_classes, generator.image_shape)
@@ -256,36 +257,34 @@ def quantize(
     )
     if config.ranges == "mse":
         clip_weights(student)
-    tuner = Finetuner(student, model, (images, labels), config)
+    tuner = Finetuner(student, teacher, (images, labels), config)
     if config.steps == 0:
-        with frozen(model):
-            tuner.calibrate([images])
+        tuner.calibrate([images])
         return tuner.finish()
     step: Callable[[int], Metrics]
-    with frozen(model):
-        if generator is None and config.synthetic_batch:
-            centers = centers or collect_centers(model, images, labels, num_classes)
-            both = _Together(tuner, GeneratorTrainer(model, centers, config.synthesis))
-            step, state, total = both.step, both, config.warmup_steps + config.steps
-        else:
-            source = _synthetic_source(generator, config)
-            tuner.calibrate(_range_batches(tuner, source))
-            step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
-        run_steps(
-            step,
-            total,
-            state,
-            fingerprint=fingerprint(
-                (bits, config),
-                images,
-                labels,
-                *model.state_dict().values(),
-                *(generator.state_dict().values() if generator is not None else ()),
-            ),
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            resume=resume,
-            progress=progress,
-        )
+    if generator is None and config.synthetic_batch:
+        centers = centers or collect_centers(model, images, labels, num_classes)
+        both = _Together(tuner, GeneratorTrainer(teacher, centers, config.synthesis))
+        step, state, total = both.step, both, config.warmup_steps + config.steps
+    else:
+        source = _synthetic_source(generator, config)
+        tuner.calibrate(_range_batches(tuner, source))
+        step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
+    run_steps(
+        step,
+        total,
+        state,
+        fingerprint=fingerprint(
+            (bits, config),
+            images,
+            labels,
+            *model.state_dict().values(),
+            *(generator.state_dict().values() if generator is not None else ()),
+        ),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        resume=resume,
+        progress=progress,
+    )
     return tuner.finish()
 
 

@@ -37,7 +37,8 @@ def cases(draw):
     num_classes = draw(st.integers(1, 5))
     labels = torch.randint(0, num_classes, (batch,), generator=g)
     relu = draw(st.sampled_from([True, False, 6.0, 0.5]))
-    return x, norm_tensors(channels, g), labels, num_classes, relu
+    residual = torch.randn(x.shape, generator=g).to(x.dtype) if draw(st.booleans()) else None
+    return x, norm_tensors(channels, g), labels, num_classes, relu, residual
 
 
 def limits(relu):
@@ -51,15 +52,15 @@ def limits(relu):
 @given(case=cases())
 def test_forward(case):
     """y like the reference, bit for bit, and near batch norm; moments as class_moments has them."""
-    x, norm, labels, num_classes, relu = case
+    x, norm, labels, num_classes, relu, residual = case
     args = (x, *norm, EPS, labels, num_classes)
-    expected = reference.bn_relu_class_moments(*args, *limits(relu))[0]
+    expected = reference.bn_relu_class_moments(*args, *limits(relu), residual)[0]
     weight, bias, running_mean, running_var = (t.double() for t in norm)
     exact = F.batch_norm(x.double(), running_mean, running_var, weight, bias, False, 0.0, EPS)
-    exact = exact.clamp(*limits(relu))
+    exact = (exact if residual is None else exact + residual.double()).clamp(*limits(relu))
     for isa in ISAS:
         with on_isa(isa):
-            y, mean, var = ops.bn_relu_class_moments(*args, relu)
+            y, mean, var = ops.bn_relu_class_moments(*args, relu, residual)
             alone = ops.class_moments(x, labels, num_classes)
         assert y.dtype == x.dtype
         assert y.stride() == torch.empty_like(x).stride()
@@ -74,12 +75,13 @@ def test_forward(case):
 @given(case=cases(), seed=st.integers(0, 2**32 - 1))
 def test_backward(case, seed):
     """Against autograd through batch norm, clamp and the moments in float64."""
-    x, norm, labels, num_classes, relu = case
+    x, norm, labels, num_classes, relu, residual = case
     g = generator(seed)
     grad_y = torch.randn(x.shape, generator=g).to(x.dtype)
     grad_mean, grad_var = torch.randn(2, num_classes, x.shape[1], generator=g)
     low, high = limits(relu)
-    v = reference.bn_relu_class_moments(x.float(), *norm, EPS, labels, num_classes, -1e9, 1e9)[0]
+    args = (x.float(), *norm, EPS, labels, num_classes, -math.inf, math.inf, residual)
+    v = reference.bn_relu_class_moments(*args)[0]
     through = grad_y.double() * ((v > low) & (v < high))
 
     exact = x.double().detach().requires_grad_()
@@ -92,10 +94,14 @@ def test_backward(case, seed):
     (expected,) = torch.autograd.grad(loss, exact)
     for isa in ISAS:
         with on_isa(isa):
-            leaf = x.detach().requires_grad_()
-            y, mean, var = ops.bn_relu_class_moments(leaf, *norm, EPS, labels, num_classes, relu)
-            (grad,) = torch.autograd.grad([y, mean, var], leaf, [grad_y, grad_mean, grad_var])
+            leaves = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
+            out = ops.bn_relu_class_moments(
+                leaves[0], *norm, EPS, labels, num_classes, relu, *leaves[1:]
+            )
+            grad, *grad_residual = torch.autograd.grad(out, leaves, [grad_y, grad_mean, grad_var])
         assert grad.dtype == x.dtype
+        for found in grad_residual:  # passes or not, unchanged
+            assert torch.equal(found, through.to(x.dtype))
         atol = 1e-5 * (1 + grad_var.abs().max().item())
         rtol = 2 * torch.finfo(x.dtype).eps
         torch.testing.assert_close(grad.double(), expected, rtol=rtol, atol=atol)
@@ -104,16 +110,17 @@ def test_backward(case, seed):
 def test_reference_gradient_is_its_autograd():
     """The reference backward is what autograd makes of the reference forward in float32."""
     g = generator(1)
-    x = torch.randn(4, 5, 6, 3, generator=g)
+    x, residual = (torch.randn(4, 5, 6, 3, generator=g, requires_grad=True) for _ in range(2))
     norm, labels = norm_tensors(5, g), torch.tensor([0, 1, 0, 2])
     grad_y, grad_mean, grad_var = (torch.randn(s, generator=g) for s in (x.shape, (3, 5), (3, 5)))
-    leaf = x.clone().requires_grad_()
-    y, mean, var, count = reference.bn_relu_class_moments(leaf, *norm, EPS, labels, 3, 0.0, 2.0)
-    (expected,) = torch.autograd.grad([y, mean, var], leaf, [grad_y, grad_mean, grad_var])
-    grad = reference.bn_relu_class_moments_backward(
-        grad_y, grad_mean, grad_var, x, *norm, EPS, labels, mean.detach(), count, 0.0, 2.0
+    args = (*norm, EPS, labels)
+    y, mean, var, count = reference.bn_relu_class_moments(x, *args, 3, 0.0, 2.0, residual)
+    expected = torch.autograd.grad([y, mean, var], [x, residual], [grad_y, grad_mean, grad_var])
+    grads = reference.bn_relu_class_moments_backward(
+        grad_y, grad_mean, grad_var, x, *args, mean, count, 0.0, 2.0, residual
     )
-    torch.testing.assert_close(grad, expected)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
 
 
 def test_gradient_through_one_output_alone():
@@ -139,10 +146,10 @@ def test_threads_do_not_change_the_result(isa, memory_format):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         with on_isa(isa):
-            leaf = x.clone().requires_grad_()
-            out = ops.bn_relu_class_moments(leaf, *norm, EPS, labels, 4)
-            (grad,) = torch.autograd.grad(sum(o.sum() for o in out), leaf)
-        results.append([*out, grad])
+            leaves = [x.clone().requires_grad_(), x.flip(0).requires_grad_()]
+            out = ops.bn_relu_class_moments(leaves[0], *norm, EPS, labels, 4, True, leaves[1])
+            grads = torch.autograd.grad(sum(o.sum() for o in out), leaves)
+        results.append([*out, *grads])
     torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
@@ -158,6 +165,8 @@ def test_threads_do_not_change_the_result(isa, memory_format):
         ({"labels": torch.tensor([0, 5])}, ValueError, "labels: expected 0 to 4"),
         ({"num_classes": 0}, ValueError, "num_classes: expected"),
         ({"relu": 0.0}, ValueError, "relu: expected"),
+        ({"residual": torch.zeros(3, 2)}, ValueError, r"residual: expected shape \[2, 3\]"),
+        ({"residual": torch.zeros(2, 3).half()}, TypeError, "residual: expected torch.float32"),
     ],
 )
 def test_refuses(changes, error, message):
@@ -179,12 +188,13 @@ def test_opcheck():
         torch.randn(3, 8, 5, 6, generator=g)[:, ::2],
         torch.randn(3, 4, generator=g, requires_grad=True),
     ):
-        args = (x, *norm, EPS, labels, 4, 0.0, 6.0)
-        torch.library.opcheck(fdda.bn_relu_class_moments.default, args)
-        x = x.detach()
-        y, mean, var, count = fdda.bn_relu_class_moments(x, *norm, EPS, labels, 4, 0.0, 6.0)
-        args = (y, mean, var, x, *norm, EPS, labels, mean, count, 0.0, 6.0)
-        torch.library.opcheck(fdda.bn_relu_class_moments_backward.default, args)
+        for residual in (None, x.flip(0)):
+            args = (x, *norm, EPS, labels, 4, 0.0, 6.0, residual)
+            torch.library.opcheck(fdda.bn_relu_class_moments.default, args)
+            x = x.detach()
+            y, mean, var, count = fdda.bn_relu_class_moments(x, *norm, EPS, labels, 4, 0.0, 6.0)
+            args = (y, mean, var, x, *norm, EPS, labels, mean, count, 0.0, 6.0, residual)
+            torch.library.opcheck(fdda.bn_relu_class_moments_backward.default, args)
 
 
 def test_compiles_without_graph_breaks():

@@ -51,9 +51,12 @@ def bn_relu_class_moments(
     num_classes: int,
     low: float,
     high: float,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = _folded_norm(x, weight, bias, running_mean, running_var, eps)[0].clamp(low, high)
-    return like(y, x), *class_moments(x, labels, num_classes)
+    y = _folded_norm(x, weight, bias, running_mean, running_var, eps)[0]
+    if residual is not None:
+        y = y + residual.float()
+    return like(y.clamp(low, high), x), *class_moments(x, labels, num_classes)
 
 
 def bn_relu_class_moments_backward(
@@ -71,11 +74,15 @@ def bn_relu_class_moments_backward(
     count: Tensor,
     low: float,
     high: float,
-) -> Tensor:
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     y, scale = _folded_norm(x, weight, bias, running_mean, running_var, eps)
-    through = torch.where((y > low) & (y < high), grad_y.float() * scale, 0.0)
+    if residual is not None:
+        y = y + residual.float()
+    through = torch.where((y > low) & (y < high), grad_y.float(), 0.0)
     moments = class_moments_backward(grad_mean, grad_var, x.float(), labels, mean, count)
-    return like(through + moments, x)
+    grad_residual = x.new_empty(0) if residual is None else like(through, x)
+    return like(through * scale + moments, x), grad_residual
 
 
 def _folded_norm(
