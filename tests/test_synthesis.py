@@ -229,9 +229,7 @@ def test_class_choice(model, centers):
 
 
 def test_more_classes_asked_than_there_are(model, centers):
-    trainer = GeneratorTrainer(
-        FrozenTeacher(model, SHAPE), centers, FAST.replace(classes_per_step=9)
-    )
+    trainer = GeneratorTrainer(model, centers, FAST.replace(classes_per_step=9))
     assert sorted(trainer._choose_classes(0, stream(0)).tolist()) == list(range(CLASSES))
     assert sorted(trainer._choose_classes(9, stream(0)).tolist()) == [1, 3, 4]
     assert trainer.step(9)[0].shape == (8, *SHAPE)
