@@ -38,6 +38,7 @@ class GeneratorTrainer:
     """The generator, its optimizer and the step that trains it.
 
     Args:
+        model: teacher; not changed.
         centers: of the calibration images.
 
     Raises:
@@ -46,7 +47,7 @@ class GeneratorTrainer:
 
     def __init__(
         self,
-        teacher: FrozenTeacher,
+        model: nn.Module,
         centers: BNSCenters,
         config: SynthesisConfig,
     ) -> None:
@@ -55,7 +56,7 @@ class GeneratorTrainer:
                 "the teacher misclassifies the calibration images of every class; "
                 "check their labels and preprocessing"
             )
-        self.teacher = teacher
+        self.teacher = FrozenTeacher(model, centers.image_shape, getattr(torch, config.dtype))
         self.centers = centers
         self.config = config
         with torch.random.fork_rng(devices=[]):
@@ -192,7 +193,7 @@ def train_generator(
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     config = config or SynthesisConfig()
-    trainer = GeneratorTrainer(FrozenTeacher(model, centers.image_shape), centers, config)
+    trainer = GeneratorTrainer(model, centers, config)
     run_steps(
         lambda index: trainer.step(index)[2],
         config.steps,

@@ -18,7 +18,6 @@ from fdda_fast.quantization.prepare import prepare
 from fdda_fast.seeding import stream
 from fdda_fast.statistics import collect_centers
 from fdda_fast.synthesis import _STEP_STREAM, GeneratorTrainer
-from fdda_fast.teacher import FrozenTeacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from reference_step import (
@@ -109,7 +108,7 @@ def assert_same_gradients(plain, ours):
 
 def test_generator_step(teacher, centers):
     config = SynthesisConfig.reference()
-    trainer = GeneratorTrainer(FrozenTeacher(teacher, SHAPE), centers, config)
+    trainer = GeneratorTrainer(teacher, centers, config)
     generator = PlainGenerator(CLASSES, SHAPE)
     plain = plain_step(teacher, generator, plain_student(teacher, 4, 4), centers)
     for index in range(3):
@@ -131,7 +130,7 @@ def test_student_step(teacher, calibration, centers):
     config = QuantizeConfig.reference()
     student = prepare(teacher, Bits(4, 4), placement="paper", from_zero=True)
     student_plain = plain_student(teacher, 4, 4)
-    tuner = Finetuner(student, FrozenTeacher(teacher, SHAPE), calibration, config)
+    tuner = Finetuner(student, teacher, calibration, config)
     activations = [m for m in student_plain.modules() if isinstance(m, PlainActivation)]
     for module in activations:
         module.observing = True

@@ -18,7 +18,6 @@ from fdda_fast.models.small import SmallResNet
 from fdda_fast.seeding import stream
 from fdda_fast.statistics import collect_centers
 from fdda_fast.synthesis import GeneratorTrainer, fingerprint, train_generator
-from fdda_fast.teacher import FrozenTeacher
 
 CLASSES, SHAPE = 6, (2, 9, 8)
 REFERENCE = dataclasses.replace(
@@ -157,7 +156,7 @@ CONFIGS = {
 def test_steps_against_plain_implementation(model, centers, name):
     """Losses, images and every gradient, with reliable and unreliable classes."""
     config = CONFIGS[name]
-    trainer = GeneratorTrainer(FrozenTeacher(model, SHAPE), centers, config)
+    trainer = GeneratorTrainer(model, centers, config)
     unreliable = 0
     for index in range(config.steps):
         plain = copy.deepcopy(trainer.generator)
@@ -187,7 +186,7 @@ def test_steps_against_plain_implementation(model, centers, name):
 
 
 def test_reference_weights_make_the_papers_loss(model, centers):
-    metrics = GeneratorTrainer(FrozenTeacher(model, SHAPE), centers, REFERENCE).step(5)[2]
+    metrics = GeneratorTrainer(model, centers, REFERENCE).step(5)[2]
     expected = (
         0.5 * metrics["ce"] + 0.2 * metrics["bns"] + 0.5 * metrics["class_ce"]
         + 0.9 * metrics["distorted"] + 0.01 * metrics["centralized"]
@@ -198,7 +197,7 @@ def test_reference_weights_make_the_papers_loss(model, centers):
 
 def test_adam_follows_the_milestones(model, centers):
     config = FAST.replace(steps=5, lr=2e-3, lr_milestones=(2, 3), lr_decay=0.1)
-    trainer = GeneratorTrainer(FrozenTeacher(model, SHAPE), centers, config)
+    trainer = GeneratorTrainer(model, centers, config)
     twin = copy.deepcopy(trainer.generator)
     adam = torch.optim.Adam(twin.parameters(), 1.0, (0.5, 0.999))
     for index, lr in enumerate((2e-3, 2e-3, 2e-4, 2e-5, 2e-5)):
@@ -218,7 +217,7 @@ def test_adam_follows_the_milestones(model, centers):
 
 def test_class_choice(model, centers):
     config = FAST.replace(any_class_steps=60, classes_per_step=2)
-    trainer = GeneratorTrainer(FrozenTeacher(model, SHAPE), centers, config)
+    trainer = GeneratorTrainer(model, centers, config)
 
     def chosen(steps):
         picks = [trainer._choose_classes(i, stream(0, 11, i)).tolist() for i in steps]
@@ -230,9 +229,7 @@ def test_class_choice(model, centers):
 
 
 def test_more_classes_asked_than_there_are(model, centers):
-    trainer = GeneratorTrainer(
-        FrozenTeacher(model, SHAPE), centers, FAST.replace(classes_per_step=9)
-    )
+    trainer = GeneratorTrainer(model, centers, FAST.replace(classes_per_step=9))
     assert sorted(trainer._choose_classes(0, stream(0)).tolist()) == list(range(CLASSES))
     assert sorted(trainer._choose_classes(9, stream(0)).tolist()) == [1, 3, 4]
     assert trainer.step(9)[0].shape == (8, *SHAPE)
@@ -241,7 +238,7 @@ def test_more_classes_asked_than_there_are(model, centers):
 def test_only_unreliable_classes(model, centers):
     nothing = dataclasses.replace(centers, reliable=torch.zeros(CLASSES, dtype=torch.bool))
     with pytest.raises(ValueError, match="misclassifies the calibration images of every class"):
-        GeneratorTrainer(FrozenTeacher(model, SHAPE), nothing, FAST)
+        GeneratorTrainer(model, nothing, FAST)
     with pytest.raises(ValueError, match="misclassifies"):
         train_generator(model, nothing, FAST)
 
@@ -349,5 +346,5 @@ def test_fingerprints():
 
 def test_teacher_weights_get_no_gradients(model, centers):
     teacher = copy.deepcopy(model).requires_grad_(True)
-    GeneratorTrainer(FrozenTeacher(teacher, SHAPE), centers, FAST).step(0)
+    GeneratorTrainer(teacher, centers, FAST).step(0)
     assert all(p.grad is None for p in teacher.parameters())

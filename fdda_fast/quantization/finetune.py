@@ -43,19 +43,21 @@ class Finetuner:
 
     Args:
         student: from `prepare`, ranges not yet known.
+        model: teacher; not changed.
         calibration: real images float32 [N, C, H, W] and labels int64 [N].
     """
 
     def __init__(
         self,
         student: fx.GraphModule,
-        teacher: FrozenTeacher,
+        model: nn.Module,
         calibration: Batch,
         config: QuantizeConfig,
     ) -> None:
         self.student = student.eval()
-        self.teacher = teacher
         self.images, self.labels = calibration
+        self.model, image_shape = model, tuple(self.images.shape[1:])
+        self.teacher = FrozenTeacher(model, image_shape, getattr(torch, config.dtype))
         self.config = config
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
@@ -90,7 +92,9 @@ class Finetuner:
             for quantizer in activation_quantizers(self.student):
                 quantizer.shrink_range()
         if self.config.correct_batch_norms:
-            correct_batch_norms(self.student, self.teacher, torch.cat(batches)[:_CORRECTION_IMAGES])
+            images = torch.cat(batches)[:_CORRECTION_IMAGES]
+            exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
+            correct_batch_norms(self.student, exact, images)
 
     def batch(self, index: int, synthetic: Batch | None) -> Batch:
         """Real images and the given synthetic ones, both freshly augmented."""
@@ -237,9 +241,8 @@ def quantize(
     bits, config = bits or Bits(), config or QuantizeConfig()
     images, labels = calibration
     check_labelled_images("calibration images", images, labels, 1 << 31)
-    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
     with torch.no_grad():
-        num_classes = teacher(images[:1]).shape[1]
+        num_classes = FrozenTeacher(model, tuple(images.shape[1:]))(images[:1]).shape[1]
     check_labelled_images("calibration images", images, labels, num_classes)
     if generator is not None:
         made = (generator.num_classes, generator.image_shape)
@@ -257,14 +260,14 @@ def quantize(
     )
     if config.ranges == "mse":
         clip_weights(student)
-    tuner = Finetuner(student, teacher, (images, labels), config)
+    tuner = Finetuner(student, model, (images, labels), config)
     if config.steps == 0:
         tuner.calibrate([images])
         return tuner.finish()
     step: Callable[[int], Metrics]
     if generator is None and config.synthetic_batch:
         centers = centers or collect_centers(model, images, labels, num_classes)
-        both = _Together(tuner, GeneratorTrainer(teacher, centers, config.synthesis))
+        both = _Together(tuner, GeneratorTrainer(model, centers, config.synthesis))
         step, state, total = both.step, both, config.warmup_steps + config.steps
     else:
         source = _synthetic_source(generator, config)

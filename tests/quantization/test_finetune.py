@@ -28,7 +28,6 @@ from fdda_fast.quantization.prepare import prepare
 from fdda_fast.seeding import stream
 from fdda_fast.statistics import collect_centers
 from fdda_fast.synthesis import GeneratorTrainer
-from fdda_fast.teacher import FrozenTeacher
 
 SYNTHESIS = SynthesisConfig(batch_size=6, classes_per_step=2, images_per_class=2, any_class_steps=2)
 ALONG = QuantizeConfig(
@@ -188,7 +187,7 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
         distillation_weight=0.5, max_grad_norm=max_grad_norm,
     )  # fmt: skip
     tuner = Finetuner(
-        prepare(teacher, Bits(4, 4)), FrozenTeacher(teacher, (1, 8, 8)), calibration, config
+        prepare(teacher, Bits(4, 4)), teacher, calibration, config
     )
     tuner.calibrate([calibration[0]])
     plain = copy.deepcopy(tuner.student)
@@ -227,7 +226,7 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
 def test_cosine_steps(teacher, calibration):
     config = REAL.replace(steps=5, cosine_steps=10)
     tuner = Finetuner(
-        prepare(teacher, Bits()), FrozenTeacher(teacher, (1, 8, 8)), calibration, config
+        prepare(teacher, Bits()), teacher, calibration, config
     )
     tuner.calibrate([calibration[0]])
     for index in range(3):
@@ -239,7 +238,7 @@ def test_cosine_steps(teacher, calibration):
 def test_batches(teacher, calibration):
     config = REAL.replace(flip=False, max_shift=0.0)
     tuner = Finetuner(
-        prepare(teacher, Bits()), FrozenTeacher(teacher, (1, 8, 8)), calibration, config
+        prepare(teacher, Bits()), teacher, calibration, config
     )
     synthetic = torch.full((3, 1, 8, 8), 7.5), torch.tensor([9, 8, 7])
     images, labels = tuner.batch(0, synthetic)
@@ -253,7 +252,7 @@ def test_batches(teacher, calibration):
     assert drawn == set(range(10))
     alone = Finetuner(
         prepare(teacher, Bits()),
-        FrozenTeacher(teacher, (1, 8, 8)),
+        teacher,
         calibration,
         ALONG.replace(real_batch=0),
     )
@@ -266,7 +265,7 @@ def test_augmentation_of_real_and_synthetic_images(teacher, calibration, augment
         augmentation=augmentation, max_shift=0.3, real_crop=(0.3, 0.4), synthetic_crop=(0.8, 0.9)
     )
     tuner = Finetuner(
-        prepare(teacher, Bits()), FrozenTeacher(teacher, (1, 8, 8)), calibration, config
+        prepare(teacher, Bits()), teacher, calibration, config
     )
     synthetic = torch.randn(6, 1, 8, 8), torch.arange(6)
     got = tuner.batch(2, synthetic)[0]
@@ -286,7 +285,7 @@ def test_augmentation_of_real_and_synthetic_images(teacher, calibration, augment
 def test_steps_see_blended_images(teacher, calibration):
     tuner = Finetuner(
         prepare(teacher, Bits()),
-        FrozenTeacher(teacher, (1, 8, 8)),
+        teacher,
         calibration,
         REAL.replace(blend=0.7),
     )
@@ -312,7 +311,7 @@ def test_reference_ranges_follow_the_generators_images(teacher, calibration):
     """A moving average from zero over the first range_steps steps' images, then frozen."""
     student = quantize(teacher, calibration, Bits(4, 4), PAPER.replace(steps=1, lr=1e-30))
     centers = collect_centers(teacher, *calibration, 10)
-    trainer = GeneratorTrainer(FrozenTeacher(teacher, (1, 8, 8)), centers, PAPER.synthesis)
+    trainer = GeneratorTrainer(teacher, centers, PAPER.synthesis)
     plain = prepare(teacher, Bits(4, 4), placement="paper", from_zero=True)
     conv = plain.get_submodule("conv1")
     high = 0.0
