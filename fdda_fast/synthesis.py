@@ -123,7 +123,8 @@ class GeneratorTrainer:
     def _generate(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         split = self.config.batch_size
         groups = [len(z)] if self.config.joint_pass else [split, len(z) - split]
-        return self.generator(z, labels, groups)
+        dtype = getattr(torch, self.config.dtype)
+        return self.generator(z, labels, groups, dtype).float()
 
     def _class_losses(
         self,

@@ -186,9 +186,7 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
         momentum=0.8, weight_decay=1e-2, temperature=2.0,
         distillation_weight=0.5, max_grad_norm=max_grad_norm,
     )  # fmt: skip
-    tuner = Finetuner(
-        prepare(teacher, Bits(4, 4)), teacher, calibration, config
-    )
+    tuner = Finetuner(prepare(teacher, Bits(4, 4)), teacher, calibration, config)
     tuner.calibrate([calibration[0]])
     plain = copy.deepcopy(tuner.student)
     learned = [n for n, _ in teacher.named_parameters()]
@@ -225,9 +223,7 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
 
 def test_cosine_steps(teacher, calibration):
     config = REAL.replace(steps=5, cosine_steps=10)
-    tuner = Finetuner(
-        prepare(teacher, Bits()), teacher, calibration, config
-    )
+    tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
     tuner.calibrate([calibration[0]])
     for index in range(3):
         tuner.step(index, None)
@@ -237,9 +233,7 @@ def test_cosine_steps(teacher, calibration):
 
 def test_batches(teacher, calibration):
     config = REAL.replace(flip=False, max_shift=0.0)
-    tuner = Finetuner(
-        prepare(teacher, Bits()), teacher, calibration, config
-    )
+    tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
     synthetic = torch.full((3, 1, 8, 8), 7.5), torch.tensor([9, 8, 7])
     images, labels = tuner.batch(0, synthetic)
     assert images.shape == (8, 1, 8, 8)
@@ -264,9 +258,7 @@ def test_augmentation_of_real_and_synthetic_images(teacher, calibration, augment
     config = ALONG.replace(
         augmentation=augmentation, max_shift=0.3, real_crop=(0.3, 0.4), synthetic_crop=(0.8, 0.9)
     )
-    tuner = Finetuner(
-        prepare(teacher, Bits()), teacher, calibration, config
-    )
+    tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
     synthetic = torch.randn(6, 1, 8, 8), torch.arange(6)
     got = tuner.batch(2, synthetic)[0]
     rng = stream(0, 30, 2)
