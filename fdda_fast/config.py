@@ -148,6 +148,9 @@ class QuantizeConfig(_Section):
             stay as taken.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
             cosine that the rate follows; None: `steps`.
+        average_decay: the result is the exponential moving average of the steps' parameters with
+            this decay, smaller in the first steps; 0: those of the last step. At 2 bits weights
+            jump between two levels to the end, and their average settles.
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
         temperature, distillation_weight: of the divergence from the teacher, see
             `fdda_fast.losses.distillation`. label_weight: of the cross entropy with the labels;
@@ -178,6 +181,7 @@ class QuantizeConfig(_Section):
     momentum: float = 0.9
     weight_decay: float = 1e-4
     cosine_steps: int | None = None
+    average_decay: float = 0.995
     max_grad_norm: float = 1000.0
     temperature: float = 20.0
     distillation_weight: float = 20.0
@@ -204,7 +208,8 @@ class QuantizeConfig(_Section):
         for name in ("lr", "temperature", "max_grad_norm"):
             self._require(name, getattr(self, name) > 0, "> 0")
         self._require("range_lr", self.range_lr >= 0, ">= 0")
-        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        for name in ("momentum", "average_decay"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("weight_decay", self.weight_decay >= 0, ">= 0")
         self._require(
             "cosine_steps", self.cosine_steps is None or self.cosine_steps >= 1, ">= 1 where given"
@@ -230,6 +235,7 @@ class QuantizeConfig(_Section):
             lr=1e-6,
             range_lr=0.0,
             cosine_steps=20_000,
+            average_decay=0.0,
             max_grad_norm=math.inf,
             synthesis=SynthesisConfig.reference(),
         )

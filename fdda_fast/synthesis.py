@@ -63,7 +63,9 @@ class GeneratorTrainer:
             torch.manual_seed(stream(config.seed, _INIT_STREAM).initial_seed())
             self.generator = Generator(centers.num_classes, centers.image_shape)
         self.generator.train()
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), config.lr, config.betas)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), config.lr, config.betas, fused=True
+        )
 
     def step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """One step; returns batch A (images detached, labels) and the losses."""

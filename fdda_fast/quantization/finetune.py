@@ -61,6 +61,7 @@ class Finetuner:
         self.config = config
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
+        self.average = [p.detach().clone() for p in student.parameters()]
         known = {id(parameter) for parameter in ranges}
         self.weights = [p for p in student.parameters() if id(p) not in known]
         self.optimizer = torch.optim.SGD(
@@ -145,14 +146,23 @@ class Finetuner:
             nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
         self.optimizer.step()
         self.range_optimizer.step()
+        self._move_average(index)
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"student_loss": loss.item(), "agreement": float(agreement)}
 
     @torch.no_grad()
+    def _move_average(self, index: int) -> None:
+        decay = min(self.config.average_decay, (1 + index) / (10 + index))
+        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
+            average.lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
     def finish(self) -> fx.GraphModule:
-        """The student, its learned ranges made final; ValueError where the last step diverged."""
-        if not all(bool(p.isfinite().all()) for p in self.student.parameters()):
-            raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
+        """The averaged student, its learned ranges made final; ValueError where a step diverged."""
+        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
+            if not bool(average.isfinite().all()):
+                raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
+            parameter.copy_(average)
         for quantizer in activation_quantizers(self.student):
             quantizer.keep_learned_range()
         return self.student
@@ -160,12 +170,15 @@ class Finetuner:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {
             **prefixed("student", self.student.state_dict()),
+            **prefixed("average", {str(i): t for i, t in enumerate(self.average)}),
             **prefixed("student_optimizer", optimizer_tensors(self.optimizer)),
             **prefixed("range_optimizer", optimizer_tensors(self.range_optimizer)),
         }
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         self.student.load_state_dict(below("student", tensors))
+        for index, average in enumerate(self.average):
+            average.copy_(tensors[f"average.{index}"])
         load_optimizer_tensors(self.optimizer, below("student_optimizer", tensors))
         load_optimizer_tensors(self.range_optimizer, below("range_optimizer", tensors))
 

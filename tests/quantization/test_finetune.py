@@ -221,6 +221,34 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
         assert size > 0.1  # or the smaller max_grad_norm is not tested
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.995])
+def test_the_result_is_the_average(teacher, calibration, decay):
+    """Of the parameters after every step, the learned ranges' among them."""
+    config = REAL.replace(average_decay=decay, range_lr=0.1)
+    tuner = Finetuner(prepare(teacher, Bits(2, 4)), teacher, calibration, config)
+    tuner.calibrate([calibration[0]])
+    expected = None
+    for index in range(4):
+        tuner.step(index, None)
+        now = [p.detach().double() for p in tuner.student.parameters()]
+        keep = min(decay, (1 + index) / (10 + index))
+        if expected is None:
+            expected = [p.double() for p in prepare(teacher, Bits(2, 4)).parameters()]
+        expected = [keep * e + (1 - keep) * p for e, p in zip(expected, now, strict=True)]
+    ranges = [q.x_max.item() for q in activation_quantizers(tuner.student)]
+    student = tuner.finish()
+    learned = {
+        id(q.log_range): (q, x_max)
+        for q, x_max in zip(activation_quantizers(student), ranges, strict=True)
+    }
+    for parameter, value in zip(student.parameters(), expected, strict=True):
+        if id(parameter) in learned:
+            quantizer, x_max = learned[id(parameter)]
+            assert quantizer.x_max.item() == pytest.approx(x_max * value.exp().item(), rel=1e-5)
+        else:
+            torch.testing.assert_close(parameter.double(), value, rtol=1e-5, atol=1e-6)
+
+
 def test_cosine_steps(teacher, calibration):
     config = REAL.replace(steps=5, cosine_steps=10)
     tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
