@@ -52,7 +52,7 @@ def bn_relu_class_moments(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = _folded_norm(x, weight, bias, running_mean, running_var, eps)[0].clamp(low, high)
+    y = folded_norm(x, weight, bias, running_mean, running_var, eps)[0].clamp(low, high)
     return like(y, x), *class_moments(x, labels, num_classes)
 
 
@@ -72,13 +72,13 @@ def bn_relu_class_moments_backward(
     low: float,
     high: float,
 ) -> Tensor:
-    y, scale = _folded_norm(x, weight, bias, running_mean, running_var, eps)
+    y, scale = folded_norm(x, weight, bias, running_mean, running_var, eps)
     through = torch.where((y > low) & (y < high), grad_y.float() * scale, 0.0)
     moments = class_moments_backward(grad_mean, grad_var, x.float(), labels, mean, count)
     return like(through + moments, x)
 
 
-def _folded_norm(
+def folded_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Eval-mode batch norm on float32, and its scale, broadcast over x."""
