@@ -29,6 +29,7 @@ from ..training import (
 from .bits import Bits
 from .clipping import clip_weights
 from .correction import correct_batch_norms
+from .fusion import fuse_norms
 from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
 
@@ -54,6 +55,7 @@ class Finetuner:
         config: QuantizeConfig,
     ) -> None:
         self.student = student.eval()
+        self.fused = fuse_norms(student)  # the same parameters; for the steps alone
         self.teacher = teacher
         self.images, self.labels = calibration
         self.config = config
@@ -67,9 +69,10 @@ class Finetuner:
             config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
+            fused=True,
         )
         # As a group, since there may be no ranges at all.
-        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr)
+        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr, fused=True)
 
     @torch.no_grad()
     def observe(self, images: torch.Tensor) -> None:
@@ -126,9 +129,10 @@ class Finetuner:
         factor = 0.5 * (1 + math.cos(math.pi * phase))
         self.optimizer.param_groups[0]["lr"] = config.lr * factor
         self.range_optimizer.param_groups[0]["lr"] = config.range_lr * factor
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             teacher_logits = self.teacher(images)
-        logits = self.student(images)
+        logits = self.fused(images)
         divergence = distillation(logits, teacher_logits, config.temperature)
         loss = config.distillation_weight * divergence
         if config.label_weight:

@@ -273,7 +273,7 @@ def test_steps_see_blended_images(teacher, calibration):
     tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, REAL.replace(blend=0.7))
     tuner.calibrate([calibration[0]])
     seen = []
-    tuner.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tuner.fused.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     tuner.step(1, None)
     images = tuner.batch(1, None)[0]
     assert torch.equal(seen[0], blended(images, 0.7, stream(0, 33, 1)))
