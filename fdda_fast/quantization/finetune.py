@@ -29,7 +29,7 @@ from ..training import (
 from .bits import Bits
 from .clipping import clip_weights
 from .correction import correct_batch_norms
-from .fusion import fuse_norms
+from .fusion import cast_convolutions, fuse_norms
 from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
 
@@ -45,6 +45,8 @@ class Finetuner:
         student: from `prepare`, ranges not yet known.
         teacher: the caller keeps it frozen.
         calibration: real images float32 [N, C, H, W] and labels int64 [N].
+        dtype: of the convolutions in a step, the teacher's and the student's, and of what lies
+            between them. Parameters, ranges, batch norms' arithmetic and losses are float32.
     """
 
     def __init__(
@@ -53,9 +55,15 @@ class Finetuner:
         teacher: nn.Module,
         calibration: Batch,
         config: QuantizeConfig,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.student = student.eval()
-        self.fused = fuse_norms(student)  # the same parameters; for the steps alone
+        # For the steps alone, with the same parameters.
+        self.fused, self.fast_teacher = fuse_norms(student), teacher
+        if dtype != torch.float32:
+            cast_convolutions(self.fused, dtype)
+            with frozen(teacher):
+                self.fast_teacher = cast_convolutions(fx.symbolic_trace(teacher), dtype)
         self.teacher = teacher
         self.images, self.labels = calibration
         self.config = config
@@ -131,7 +139,7 @@ class Finetuner:
         self.range_optimizer.param_groups[0]["lr"] = config.range_lr * factor
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            teacher_logits = self.teacher(images)
+            teacher_logits = self.fast_teacher(images)
         logits = self.fused(images)
         divergence = distillation(logits, teacher_logits, config.temperature)
         loss = config.distillation_weight * divergence

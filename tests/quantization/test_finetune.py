@@ -221,6 +221,25 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
         assert size > 0.1  # or the smaller max_grad_norm is not tested
 
 
+def test_steps_in_bfloat16(teacher, calibration):
+    """Near those in float32; parameters, momentum and the teacher stay float32 and as they were."""
+    config, students = REAL.replace(steps=8, real_batch=64, blend=0.0, lr=1e-6), []
+    before = state(teacher)
+    for dtype in (torch.float32, torch.bfloat16):
+        tuner = Finetuner(prepare(teacher, Bits(4, 4)), teacher, calibration, config, dtype)
+        tuner.calibrate([calibration[0]])
+        start = state(tuner.student)
+        losses = [tuner.step(index, None)["student_loss"] for index in range(8)]
+        students.append((start, state(tuner.finish()), losses))
+        assert all(t.dtype != torch.bfloat16 for t in tuner.state_tensors().values())
+    assert equal(state(teacher), before)
+    (start, exact, exact_losses), (_, near, losses) = students
+    assert sum(losses) == pytest.approx(sum(exact_losses), rel=0.2)
+    assert losses != exact_losses
+    moved = [torch.cat([(s[n] - start[n]).flatten() for n in before]) for s in (exact, near)]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+
+
 def test_cosine_steps(teacher, calibration):
     config = REAL.replace(steps=5, cosine_steps=10)
     tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)

@@ -9,7 +9,7 @@ from norms import randomize_norms
 from torch import fx, nn
 
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.fusion import FusedNormQuantizer, fuse_norms
+from fdda_fast.quantization.fusion import FusedNormQuantizer, cast_convolutions, fuse_norms
 from fdda_fast.quantization.modules import activation_quantizers, quantizer_mode
 from fdda_fast.quantization.prepare import prepare
 
@@ -152,3 +152,28 @@ def test_the_fused_student_traces_under_compile():
     _, fused, images = students(Net(), 8)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(images).detach(), fused(images).detach())
+
+
+def test_convolutions_in_bfloat16():
+    """Activations are bfloat16, logits and gradients float32 and near those of float32."""
+    student, fused, images = students(Net(), 16)
+    cast = cast_convolutions(fuse_norms(student), torch.bfloat16)
+    assert {id(p) for p in cast.parameters()} == {id(p) for p in student.parameters()}
+    seen = []
+    for module in fused_modules(cast):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    gradients = []
+    for model in (fused, cast):
+        y = model(images)
+        assert y.dtype == torch.float32
+        loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+        gradients.append(torch.autograd.grad(loss, parameters))
+    assert seen == [torch.bfloat16] * 4
+    assert all(g.dtype == torch.float32 for g in gradients[1])
+    one, two = (torch.cat([g.flatten() for g in group]) for group in gradients)
+    assert torch.cosine_similarity(one, two, dim=0) > 0.95
+    assert not torch.equal(one, two)
+    assert all(
+        not isinstance(m, nn.Conv2d) or m.weight.dtype == torch.float32 for m in student.modules()
+    )
