@@ -8,12 +8,13 @@
 #include "half.h"
 #include "parallel.h"
 #include "range.h"
+#include "stream.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-template <bool RESIDUAL, class T>
+template <bool RESIDUAL, bool STREAM, class T>
 struct Forward {
   const T *x, *residual;
   T* y;
@@ -21,35 +22,30 @@ struct Forward {
   float low, high;
   Range range;
 
-  float quantized(float v, float scale, float shift, const T* residual) const {
-    v = v * scale + shift;
-    if (RESIDUAL) v += load(*residual);
+  float quantized(int64_t i, float scale, float shift) const {
+    float v = load(x[i]) * scale + shift;
+    if (RESIDUAL) v += load(residual[i]);
     return range(clamp(v, low, high));
   }
   void row(int64_t offset, int64_t n, int64_t channel) const {
-    const Forward f = *this;  // locals: no store to y can change them
-    const float a = scale[channel], b = shift[channel];
-#pragma GCC ivdep
-    for (int64_t i = offset; i < offset + n; ++i) {
-      store(f.y[i], f.quantized(load(f.x[i]), a, b, f.residual + i));
-    }
-  }
-  void interleaved(int64_t offset, int64_t n) const {
     const Forward f = *this;
-#pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c) {
-      const int64_t i = offset + c;
-      store(f.y[i], f.quantized(load(f.x[i]), f.scale[c], f.shift[c], f.residual + i));
-    }
+    const float a = scale[channel], b = shift[channel];
+    write_row<STREAM>(y + offset, n, [=](int64_t i) { return f.quantized(offset + i, a, b); });
+  }
+  void pixels(int64_t offset, int64_t rows, int64_t n) const {
+    const Forward f = *this;
+    write_pixels<STREAM>(y + offset, rows, n, [=](int64_t i, int64_t c) {
+      return f.quantized(offset + i, f.scale[c], f.shift[c]);
+    });
   }
 };
 
-template <bool RESIDUAL, class T>
+template <bool RESIDUAL, bool STREAM, class T>
 void run_forward(const BnReluFakeQuantize& a) {
-  for_each_row(a.view,
-               Forward<RESIDUAL, T>{static_cast<const T*>(a.x), static_cast<const T*>(a.residual),
-                                    static_cast<T*>(a.y), a.norm.scale, a.norm.shift, a.norm.low,
-                                    a.norm.high, make_range(a.x_min, a.x_max, a.bits)});
+  for_each_row(a.view, Forward<RESIDUAL, STREAM, T>{
+                           static_cast<const T*>(a.x), static_cast<const T*>(a.residual),
+                           static_cast<T*>(a.y), a.norm.scale, a.norm.shift, a.norm.low,
+                           a.norm.high, make_range(a.x_min, a.x_max, a.bits)});
 }
 
 // An element's gradients with respect to x and residual, and its addends to those of weight, bias
@@ -115,7 +111,11 @@ void run_backward(const BnReluFakeQuantizeBackward& b) {
 
 template <class T>
 void run_forward(const BnReluFakeQuantize& a) {
-  (a.residual ? run_forward<true, T> : run_forward<false, T>)(a);
+  if (a.residual) {
+    (streams<T>(a.view) ? run_forward<true, true, T> : run_forward<true, false, T>)(a);
+  } else {
+    (streams<T>(a.view) ? run_forward<false, true, T> : run_forward<false, false, T>)(a);
+  }
 }
 
 template <class T>

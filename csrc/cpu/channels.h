@@ -3,6 +3,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -11,23 +12,27 @@ namespace {
 // Elements a thread takes at least: below this, waking another thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 
-// Calls apply.interleaved for rows that run through the channels (inner == 1), else apply.row for
-// rows of one channel.
+// Calls apply.pixels for rows that run through the channels (inner == 1), else apply.row for rows
+// of one channel.
 template <class Apply>
 void for_each_row(const ChannelView& v, Apply apply) {
   if (v.inner == 1) {
     parallel_for(v.outer, max64(1, kGrain / max64(1, v.channels)), [&](int64_t begin, int64_t end) {
-      for (int64_t o = begin; o < end; ++o) apply.interleaved(o * v.channels, v.channels);
+      apply.pixels(begin * v.channels, end - begin, v.channels);
+      stream_fence();
     });
   } else if (v.outer * v.channels == 1) {
-    parallel_for(v.inner, kGrain,
-                 [&](int64_t begin, int64_t end) { apply.row(begin, end - begin, 0); });
+    parallel_for(v.inner, kGrain, [&](int64_t begin, int64_t end) {
+      apply.row(begin, end - begin, 0);
+      stream_fence();
+    });
   } else {
     parallel_for(v.outer * v.channels, max64(1, kGrain / max64(1, v.inner)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t r = begin; r < end; ++r) {
                      apply.row(r * v.inner, v.inner, r % v.channels);
                    }
+                   stream_fence();
                  });
   }
 }

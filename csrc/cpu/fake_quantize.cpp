@@ -8,6 +8,7 @@
 #include "half.h"
 #include "parallel.h"
 #include "range.h"
+#include "stream.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -25,10 +26,13 @@ struct Affine {
 // 1 where round(x / scale + zero_point) lies inside [lo, hi].
 struct Inside {
   float scale, zero_point, lo, hi;
-  bool operator()(float x) const { return holds(x / scale + zero_point); }
-  bool holds(float position) const {
-    const float q = round_half_even(clamp(position, lo - 1.0f, hi + 1.0f));
-    return q >= lo && q <= hi;
+  // The code before it is clamped, or one beyond the end.
+  float code(float position) const {
+    return round_half_even(clamp(position, lo - 1.0f, hi + 1.0f));
+  }
+  bool operator()(float x) const {
+    const float q = code(x / scale + zero_point);
+    return q == clamp(q, lo, hi);
   }
 };
 
@@ -39,24 +43,34 @@ struct Within {
 };
 
 // `make(channel)` returns the element function of a channel.
-template <class T, class Make>
+template <bool STREAM, class T, class Make>
 struct Forward {
   const T* x;
   T* y;
   Make make;
   void row(int64_t offset, int64_t n, int64_t channel) const {
     const auto f = make(channel);
-    const T* __restrict in = x + offset;
-    T* __restrict out = y + offset;
-    for (int64_t i = 0; i < n; ++i) store(out[i], f(load(in[i])));
+    const T* in = x + offset;
+    write_row<STREAM>(y + offset, n, [=](int64_t i) { return f(load(in[i])); });
   }
-  void interleaved(int64_t offset, int64_t n) const {
-    const T* __restrict in = x + offset;
-    T* __restrict out = y + offset;
-#pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c) store(out[c], make(c)(load(in[c])));
+  void pixels(int64_t offset, int64_t rows, int64_t n) const {
+    const Make f = make;
+    const T* in = x + offset;
+    write_pixels<STREAM>(y + offset, rows, n,
+                         [=](int64_t i, int64_t c) { return f(c)(load(in[i])); });
   }
 };
+
+template <class T, class Make>
+void quantize_rows(const ChannelView& v, const void* x_in, void* y_out, Make make) {
+  const T* x = static_cast<const T*>(x_in);
+  T* y = static_cast<T*>(y_out);
+  if (streams<T>(v)) {
+    for_each_row(v, Forward<true, T, Make>{x, y, make});
+  } else {
+    for_each_row(v, Forward<false, T, Make>{x, y, make});
+  }
+}
 
 template <class T, class Make>
 struct Masked {
@@ -71,12 +85,12 @@ struct Masked {
     T* __restrict out = y + offset;
     for (int64_t i = 0; i < n; ++i) store(out[i], inside(load(in[i])) ? load(g[i]) : 0.0f);
   }
-  void interleaved(int64_t offset, int64_t n) const {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c) {
-      const int64_t i = offset + c;
-      store(y[i], make(c)(load(x[i])) ? load(grad[i]) : 0.0f);
-    }
+  void pixels(int64_t offset, int64_t rows, int64_t n) const {
+    const Make f = make;
+    const T *in = x + offset, *g = grad + offset;
+    write_pixels<false>(y + offset, rows, n, [=](int64_t i, int64_t c) {
+      return f(c)(load(in[i])) ? load(g[i]) : 0.0f;
+    });
   }
 };
 
@@ -174,7 +188,7 @@ void run_range(const FakeQuantizeRange& a) {
         const MinMax m = min_max(x + c * v.inner, v.inner);
         const Range range = make_range(m.min(), m.max(), a.bits);
         const auto same = [&](int64_t) { return range; };
-        Forward<T, decltype(same)>{x, y, same}.row(c * v.inner, v.inner, c);
+        Forward<false, T, decltype(same)>{x, y, same}.row(c * v.inner, v.inner, c);
       }
     });
     return;
@@ -190,15 +204,14 @@ void run_range(const FakeQuantizeRange& a) {
                    [&](int64_t c) { return Within{m[c].min(), m[c].max()}; });
   }
   const auto make = make_ranges(scale, v.channels, a.bits);
-  for_each_row(v, Forward<T, decltype(make)>{x, y, make});
+  quantize_rows<T>(v, a.x, a.y, make);
 }
 
 template <class T>
 void run_forward(const FakeQuantize& a) {
   const float *scale = a.scale, *zero_point = a.zero_point, lo = a.quant_min, hi = a.quant_max;
   const auto make = [=](int64_t c) { return Affine{scale[c], zero_point[c], lo, hi}; };
-  for_each_row(a.view,
-               Forward<T, decltype(make)>{static_cast<const T*>(a.x), static_cast<T*>(a.y), make});
+  quantize_rows<T>(a.view, a.x, a.y, make);
 }
 
 // An element's gradient with respect to x, written where WRITE, and its addends to those of scale
@@ -211,8 +224,9 @@ struct AffineGradient {
   void operator()(int64_t i, float* sum) const {
     const float g = load(grad[i]);
     const float position = load(x[i]) / inside.scale + inside.zero_point;
-    const bool kept = inside.holds(position);
-    const float code = round_half_even(clamp(position, inside.lo, inside.hi));
+    const float q = inside.code(position);
+    const float code = clamp(q, inside.lo, inside.hi);
+    const bool kept = q == code;
     if (WRITE) store(grad_x[i], kept ? g : 0.0f);
     sum[0] = g * (code - (kept ? position : inside.zero_point));
     sum[1] = kept ? 0.0f : g;

@@ -317,6 +317,35 @@ def test_threads_do_not_change_a_gradient(isa, axis):
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd channels_last", "shifted"])
+def test_tensors_larger_than_the_caches(dtype, layout):
+    """They are written past the caches, line by line, with what is left at both ends."""
+    channels = 64 if layout == "channels_last" else 65
+    shape = (5, channels, 120, 229)
+    x = torch.randn(shape, generator=generator(6)).to(dtype)
+    if "channels_last" in layout:
+        x = x.contiguous(memory_format=torch.channels_last)
+    low, high = torch.full((channels,), -1.0), torch.linspace(1, 2, channels)
+    whole = reference.fake_quantize_range(x, low[0], high[0], 4)
+    parts = reference.fake_quantize_range(x, low, high, 4, 1)
+    norm = torch.linspace(0.5, 1.5, channels)
+    case = (x, norm, low, low, norm, 1e-5, low[0], high[0], 4, 0.0, 6.0, x)
+    normed = reference.bn_relu_fake_quantize(*case)
+    if layout == "shifted":  # rows start inside a line
+        x = torch.cat([x[:1, :1, :1, :1].flatten(), x.flatten()])[1:].view(shape)
+    before = torch.get_num_threads()
+    for isa in ISAS:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with on_isa(isa):
+                assert torch.equal(ops.fake_quantize_range(x, low[0], high[0], 4), whole)
+                assert torch.equal(ops.fake_quantize_range(x, low, high, 4, 1), parts)
+                found = torch.ops.fdda.bn_relu_fake_quantize(x, *case[1:])
+                assert torch.equal(found, normed)
+    torch.set_num_threads(before)
+
+
 def test_only_wanted_gradients_are_made():
     x = torch.randn(5, requires_grad=True)
     low, high = torch.tensor(-1.0), torch.tensor(1.0, requires_grad=True)
