@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -62,8 +63,7 @@ class Finetuner:
         self.fused, self.fast_teacher = fuse_norms(student), teacher
         if dtype != torch.float32:
             cast_convolutions(self.fused, dtype)
-            with frozen(teacher):
-                self.fast_teacher = cast_convolutions(fx.symbolic_trace(teacher), dtype)
+            self.fast_teacher = _cast_copy(teacher, dtype)
         self.teacher = teacher
         self.images, self.labels = calibration
         self.config = config
@@ -176,6 +176,15 @@ class Finetuner:
         self.student.load_state_dict(below("student", tensors))
         load_optimizer_tensors(self.optimizer, below("student_optimizer", tensors))
         load_optimizer_tensors(self.range_optimizer, below("range_optimizer", tensors))
+
+
+def _cast_copy(teacher: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
+    """The teacher, its convolutions in `dtype` for good: its weights do not change."""
+    copied = fx.symbolic_trace(copy.deepcopy(teacher).eval().requires_grad_(False))
+    for module in copied.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype=dtype, memory_format=torch.channels_last)
+    return cast_convolutions(copied, dtype)
 
 
 class _Together:
