@@ -68,6 +68,47 @@ def test_fake_quantize(benchmark, provider):
     benchmark(runs[provider])
 
 
+@pytest.mark.parametrize("provider", ["torch", "fdda_fast"])
+def test_weight_fake_quantize(benchmark, provider):
+    benchmark.group = "fake quantisation of a weight to its own ranges, [512, 512, 3, 3]"
+    weight = torch.randn(512, 512, 3, 3)
+
+    def plain():
+        low, high = torch.aminmax(weight.flatten(1), dim=1)
+        scale = (high - low) / 15
+        zero_point = (-low / scale).round().int()
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, 0, 15)
+
+    benchmark(plain if provider == "torch" else lambda: ops.fake_quantize_minmax(weight, 4, 0))
+
+
+@pytest.mark.parametrize("provider", ["torch", "fdda_fast"])
+def test_norm_residual_relu_quantizer(benchmark, provider):
+    """Forward and backward, the range learned; for torch without a gradient of the range."""
+    benchmark.group = f"batch norm + residual + ReLU + quantiser, both ways, {list(ACTIVATION)}"
+    channels = ACTIVATION[1]
+    x, residual, grad = (
+        torch.randn(ACTIVATION).contiguous(memory_format=torch.channels_last) for _ in range(3)
+    )
+    norm = torch.nn.BatchNorm2d(channels).eval()
+    low, high = torch.tensor(0.0), torch.tensor(2.0, requires_grad=True)
+    leaves = [x.requires_grad_(), residual.requires_grad_(), norm.weight, norm.bias]
+
+    def plain():
+        y = F.relu(norm(x) + residual)
+        y = torch.fake_quantize_per_tensor_affine(y, 2 / 15, 0, 0, 15)
+        return torch.autograd.grad(y, leaves, grad)
+
+    def fused():
+        y = ops.bn_relu_fake_quantize(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, low, high, 4,
+            True, residual, "clipped",
+        )  # fmt: skip
+        return torch.autograd.grad(y, [*leaves, high], grad)
+
+    benchmark(plain if provider == "torch" else fused)
+
+
 @pytest.mark.parametrize("provider", ["mean and var", "fdda_fast"])
 def test_class_moments(benchmark, provider):
     benchmark.group = f"moments of 8 classes, {list(ACTIVATION)}"

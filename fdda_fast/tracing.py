@@ -120,17 +120,17 @@ def norm_chains(graph_module: fx.GraphModule) -> list[NormChain]:
     chains = []
     for norm in norms:
         chain, addition, relu = [norm], None, False
-        user = _only_user(norm)
+        user = only_user(norm)
         operands = addends(graph_module, user) if user is not None else None
         if operands is not None:
             other = operands[operands[0] is norm]
-            later = other in norms and _only_user(other) and order[other] > order[norm]
+            later = other in norms and only_user(other) and order[other] > order[norm]
             # In place, the addition writes to its first operand, which others may read.
             in_place = user.target in IN_PLACE_ADDS and other is operands[0]
-            visible = in_place and not _only_user(other)
+            visible = in_place and not only_user(other)
             if not (later or visible):
                 chain.append(user)
-                addition, user = user, _only_user(user)
+                addition, user = user, only_user(user)
         clip = clip_of(graph_module, user) if user is not None else None
         if clip is not None and clip[0] == 0:
             chain.append(user)
@@ -139,7 +139,8 @@ def norm_chains(graph_module: fx.GraphModule) -> list[NormChain]:
     return chains
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
+    """Who alone reads a node, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

@@ -47,7 +47,12 @@ def fake_quantize_kernel(
 
 
 def fake_quantize_range(
-    x: Tensor, x_min: Tensor, x_max: Tensor, bits: int, axis: int | None = None
+    x: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    bits: int,
+    axis: int | None = None,
+    clipped: bool = False,
 ) -> Tensor:
     """`fdda::fake_quantize_range`; see `fdda_fast.ops.fake_quantize_range`."""
     half = 2.0 ** (bits - 1)

@@ -11,6 +11,10 @@ namespace FDDA_ISA {
 void fake_quantize(const FakeQuantize&);
 void fake_quantize_backward(const FakeQuantizeBackward&);
 void fake_quantize_range(const FakeQuantizeRange&);
+void fake_quantize_range_backward(const FakeQuantizeRangeBackward&);
+void observe_range(const ObserveRange&);
+void bn_relu_fake_quantize(const BnReluFakeQuantize&);
+void bn_relu_fake_quantize_backward(const BnReluFakeQuantizeBackward&);
 void class_moments(const ClassMoments&);
 void class_moments_backward(const ClassMomentsBackward&);
 void quantize(const Quantize&);

@@ -26,8 +26,11 @@ struct FakeQuantize {
 };
 
 struct FakeQuantizeBackward {
-  FakeQuantize forward;  // `y` receives the gradient with respect to x
+  FakeQuantize forward;  // `y` receives the gradient with respect to x; null: that is `grad`
   const void* grad;
+  int64_t channels;        // of scale; the view of an empty tensor has none
+  float* grad_scale;       // [channels] or null
+  float* grad_zero_point;  // [channels] or null, with grad_scale
 };
 
 // x_min and x_max null: taken from x.
@@ -39,6 +42,24 @@ struct FakeQuantizeRange {
   const float* x_min;  // [channels]
   const float* x_max;  // [channels]
   int bits;
+};
+
+struct FakeQuantizeRangeBackward {
+  FakeQuantizeRange forward;  // `y` receives the gradient with respect to x; null: that is `grad`
+  const void* grad;
+  int64_t channels;   // of x_min
+  float* grad_x_min;  // [channels] or null
+  float* grad_x_max;  // [channels] or null, with grad_x_min
+};
+
+struct ObserveRange {
+  Dtype dtype;
+  const void* x;
+  int64_t count;
+  const float *x_min, *x_max;
+  double keep;
+  bool include_zero;
+  float *new_min, *new_max;
 };
 
 // Eval-mode batch norm, an optional addition and clipping of the x of ClassMoments:
@@ -81,6 +102,32 @@ struct ClassMomentsBackward {
   const void* residual;   // laid out like x, or null; with bn_relu only
   const void* grad_y;     // laid out like x; with bn_relu only
   void* grad_residual;    // laid out like x; with residual only
+};
+
+// y = quantise(clamp(x * scale + shift [+ residual], low, high)); the view's channels are the batch
+// norm's.
+struct BnReluFakeQuantize {
+  Dtype dtype;
+  const void* x;
+  const void* residual;  // laid out like x, or null
+  void* y;               // laid out like x
+  ChannelView view;
+  BnRelu norm;
+  float x_min, x_max;
+  int bits;
+};
+
+struct BnReluFakeQuantizeBackward {
+  BnReluFakeQuantize forward;  // `y` receives the gradient with respect to x
+  const void* grad;            // laid out like x
+  bool clipped;                // no gradient beyond the range
+  bool range;                  // whether the range's gradient is wanted
+  int64_t channels;
+  const float* mean;               // [channels], of the batch norm
+  const float* inv_std;            // [channels]
+  void* grad_residual;             // laid out like x, with residual
+  float *grad_weight, *grad_bias;  // [channels]
+  float *grad_x_min, *grad_x_max;  // with range
 };
 
 struct Quantize {
@@ -215,6 +262,10 @@ struct Kernels {
   void (*fake_quantize)(const FakeQuantize&);
   void (*fake_quantize_backward)(const FakeQuantizeBackward&);
   void (*fake_quantize_range)(const FakeQuantizeRange&);
+  void (*fake_quantize_range_backward)(const FakeQuantizeRangeBackward&);
+  void (*observe_range)(const ObserveRange&);
+  void (*bn_relu_fake_quantize)(const BnReluFakeQuantize&);
+  void (*bn_relu_fake_quantize_backward)(const BnReluFakeQuantizeBackward&);
   void (*class_moments)(const ClassMoments&);
   void (*class_moments_backward)(const ClassMomentsBackward&);
   void (*quantize)(const Quantize&);

@@ -1,43 +1,10 @@
 // CPU implementations of the moments operators: checks and pointers, nothing numerical.
-#include <cmath>
 #include <tuple>
 
-#include "moments_layout.h"
+#include "norm.h"
 
 namespace fdda {
 namespace {
-
-// Scale and shift of an eval-mode batch norm, and the clipping behind it.
-class FoldedNorm {
- public:
-  FoldedNorm(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
-             double eps, double low, double high, int64_t channels)
-      : scale_(channels), shift_(channels) {
-    const Tensor tensors[] = {values(weight, channels, "weight"), values(bias, channels, "bias"),
-                              values(mean, channels, "running_mean"),
-                              values(var, channels, "running_var")};
-    const float* value[4];
-    for (int i = 0; i < 4; ++i) value[i] = tensors[i].const_data_ptr<float>();
-    for (int64_t c = 0; c < channels; ++c) {
-      const double scale = value[0][c] / std::sqrt(static_cast<double>(value[3][c]) + eps);
-      scale_[c] = static_cast<float>(scale);
-      shift_[c] = static_cast<float>(value[1][c] - value[2][c] * scale);
-    }
-    view = {scale_.data(), shift_.data(), static_cast<float>(low), static_cast<float>(high)};
-  }
-  FoldedNorm(const FoldedNorm&) = delete;
-
-  BnRelu view;
-
- private:
-  static Tensor values(const Tensor& t, int64_t channels, const char* argument) {
-    check_dtype(t, ScalarType::Float, argument);
-    check_numel(t, channels, argument);
-    return torch::stable::contiguous(t);
-  }
-
-  std::vector<float> scale_, shift_;
-};
 
 // y and residual are laid out like l.x and may be null.
 std::tuple<Tensor, Tensor, Tensor> moments_of(const MomentsLayout& l, const Tensor& labels_in,

@@ -57,12 +57,16 @@ def bn_relu_class_moments(
     check_classes(x, labels, num_classes)
     if residual is not None:
         check_tensor(residual, "residual", (x.dtype,), x.shape)
-    check(isinstance(relu, bool) or relu > 0, "relu", "True, False or a number > 0", relu)
-    low = -math.inf if relu is False else 0.0
-    high = math.inf if isinstance(relu, bool) else float(relu)
+    low, high = clip_limits(relu)
     return torch.ops.fdda.bn_relu_class_moments(
         x, weight, bias, running_mean, running_var, eps, labels, num_classes, low, high, residual
     )[:3]
+
+
+def clip_limits(relu: bool | float) -> tuple[float, float]:
+    """The limits that `relu` (True, False, a number > 0) stands for; ValueError for others."""
+    check(isinstance(relu, bool) or relu > 0, "relu", "True, False or a number > 0", relu)
+    return -math.inf if relu is False else 0.0, math.inf if isinstance(relu, bool) else float(relu)
 
 
 def _fake(x, weight, bias, running_mean, running_var, eps, labels, num_classes, *_):

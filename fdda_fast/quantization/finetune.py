@@ -30,6 +30,7 @@ from ..training import (
 from .bits import Bits
 from .clipping import clip_weights
 from .correction import correct_batch_norms
+from .fusion import cast_convolutions, fuse_norms
 from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
 
@@ -56,9 +57,13 @@ class Finetuner:
     ) -> None:
         self.student = student.eval()
         self.images, self.labels = calibration
-        self.model, image_shape = model, tuple(self.images.shape[1:])
-        self.teacher = FrozenTeacher(model, image_shape, getattr(torch, config.dtype))
-        self.config = config
+        self.model, self.config = model, config
+        image_shape, dtype = tuple(self.images.shape[1:]), getattr(torch, config.dtype)
+        self.teacher = FrozenTeacher(model, image_shape, dtype)
+        # For the steps alone, with the same parameters.
+        self.fused = fuse_norms(student, image_shape)
+        if dtype != torch.float32:
+            cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
         self.average = [p.detach().clone() for p in student.parameters()]
@@ -70,9 +75,10 @@ class Finetuner:
             config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
+            fused=True,
         )
         # As a group, since there may be no ranges at all.
-        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr)
+        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr, fused=True)
 
     @torch.no_grad()
     def observe(self, images: torch.Tensor) -> None:
@@ -131,9 +137,10 @@ class Finetuner:
         factor = 0.5 * (1 + math.cos(math.pi * phase))
         self.optimizer.param_groups[0]["lr"] = config.lr * factor
         self.range_optimizer.param_groups[0]["lr"] = config.range_lr * factor
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             teacher_logits = self.teacher(images)
-        logits = self.student(images)
+        logits = self.fused(images)
         divergence = distillation(logits, teacher_logits, config.temperature)
         loss = config.distillation_weight * divergence
         if config.label_weight:

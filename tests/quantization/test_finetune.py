@@ -249,6 +249,26 @@ def test_the_result_is_the_average(teacher, calibration, decay):
             torch.testing.assert_close(parameter.double(), value, rtol=1e-5, atol=1e-6)
 
 
+def test_steps_in_bfloat16(teacher, calibration):
+    """Near those in float32; parameters, momentum and the teacher stay float32 and as they were."""
+    config, students = REAL.replace(steps=8, real_batch=64, blend=0.0, lr=1e-6), []
+    before = state(teacher)
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = config.replace(dtype=str(dtype).removeprefix("torch."))
+        tuner = Finetuner(prepare(teacher, Bits(4, 4)), teacher, calibration, settings)
+        tuner.calibrate([calibration[0]])
+        start = state(tuner.student)
+        losses = [tuner.step(index, None)["student_loss"] for index in range(8)]
+        students.append((start, state(tuner.finish()), losses))
+        assert all(t.dtype != torch.bfloat16 for t in tuner.state_tensors().values())
+    assert equal(state(teacher), before)
+    (start, exact, exact_losses), (_, near, losses) = students
+    assert sum(losses) == pytest.approx(sum(exact_losses), rel=0.2)
+    assert losses != exact_losses
+    moved = [torch.cat([(s[n] - start[n]).flatten() for n in before]) for s in (exact, near)]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+
+
 def test_cosine_steps(teacher, calibration):
     config = REAL.replace(steps=5, cosine_steps=10)
     tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
@@ -311,7 +331,7 @@ def test_steps_see_blended_images(teacher, calibration):
     )
     tuner.calibrate([calibration[0]])
     seen = []
-    tuner.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tuner.fused.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     tuner.step(1, None)
     images = tuner.batch(1, None)[0]
     assert torch.equal(seen[0], blended(images, 0.7, stream(0, 33, 1)))

@@ -4,6 +4,10 @@ Signatures are those of the `fdda::` schemas. Integer results are exact: sums ru
 they stay below 2^53, else in int64.
 """
 
+from fdda_fast.ops.reference.bn_relu_fake_quantize import (
+    bn_relu_fake_quantize,
+    bn_relu_fake_quantize_backward,
+)
 from fdda_fast.ops.reference.class_moments import (
     bn_relu_class_moments,
     bn_relu_class_moments_backward,
@@ -25,6 +29,8 @@ from fdda_fast.ops.reference.fake_quantize import (
     fake_quantize_backward,
     fake_quantize_minmax,
     fake_quantize_range,
+    fake_quantize_range_backward,
+    observe_range,
 )
 from fdda_fast.ops.reference.packed import (
     BLOCK_DEPTH,
@@ -43,6 +49,8 @@ __all__ = [
     "PANEL_ROWS",
     "bn_relu_class_moments",
     "bn_relu_class_moments_backward",
+    "bn_relu_fake_quantize",
+    "bn_relu_fake_quantize_backward",
     "class_moments",
     "class_moments_backward",
     "conditional_bn_lrelu",
@@ -53,7 +61,9 @@ __all__ = [
     "fake_quantize_backward",
     "fake_quantize_minmax",
     "fake_quantize_range",
+    "fake_quantize_range_backward",
     "max_pool2d_codes",
+    "observe_range",
     "pack_weight",
     "packed_conv2d",
     "packed_linear",
