@@ -5,18 +5,12 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from .. import ops
 from .modules import ActivationQuantizer, QuantConv2d
-from .prepare import ADDS, node_kind
+from .prepare import ADDS, RELUS, node_kind
 
-# What `relu` of ops.bn_relu_fake_quantize stands for them.
-_RELUS = {
-    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), True),
-    **dict.fromkeys((nn.ReLU6, F.relu6), 6.0),
-}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
 
 
@@ -120,8 +114,8 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 def _fuse(graph_module: fx.GraphModule, end: fx.Node) -> None:
     """Replaces the chain that ends in the quantiser `end`, if there is one."""
     node, relu, residual = end.args[0], False, None
-    if node_kind(graph_module, node) in _RELUS and len(node.users) == 1:
-        relu = _RELUS[node_kind(graph_module, node)]
+    if node_kind(graph_module, node) in RELUS and len(node.users) == 1:
+        relu = RELUS[node_kind(graph_module, node)]
         node = node.args[0]
     addition = node
     norm = _norm(graph_module, node)

@@ -22,7 +22,11 @@ _VALUE_PRESERVING = {
     F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
     "flatten", "view", "reshape", "contiguous",
 }  # fmt: skip
-_RELUS = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}
+# And what `relu` of ops.bn_relu_fake_quantize stands for them.
+RELUS = {
+    **dict.fromkeys((nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"), True),
+    **dict.fromkeys((nn.ReLU6, F.relu6), 6.0),
+}
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # Arithmetic on activations against weights or other activations for which there is no low-bit form.
 _UNQUANTIZABLE = {
@@ -93,7 +97,7 @@ def prepare(
     if integer:
         spots = list(dict.fromkeys(reader.producer for reader in readers))
     else:
-        spots = [n for n in graph_module.graph.nodes if node_kind(graph_module, n) in _RELUS]
+        spots = [n for n in graph_module.graph.nodes if node_kind(graph_module, n) in RELUS]
     widths = _activation_bits(graph_module, readers, spots, bits)
 
     def quantize(node: fx.Node, name: str, width: int, users: Sequence[fx.Node]) -> fx.Node:
