@@ -59,12 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_relu_fake_quantize
   const MomentsLayout l = moments_layout(x);
   const FoldedNorm norm(weight, bias, running_mean, running_var, eps, low, high, l.channels);
   const std::optional<Tensor> residual = laid_out(l, residual_in);
-  check_dtype(grad_in, x.scalar_type(), "grad");
-  check_numel(grad_in, x.numel(), "grad");
-  const Tensor grad = with_strides_of(l.x, grad_in);
-  const auto wanted_like = [](const Tensor& t, bool wanted) {
-    return wanted ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
-  };
+  const Tensor grad = checked_grad(grad_in, l.x);
   Tensor grad_x = torch::stable::empty_like(l.x);
   Tensor grad_residual = wanted_like(l.x, residual.has_value());
   Tensor grad_weight = torch::stable::new_empty(x, {l.channels}, ScalarType::Float);

@@ -52,17 +52,6 @@ Tensor fake_quantize(const Tensor& x_in, const Tensor& scale_in, const Tensor& z
   return y;
 }
 
-// t, or nothing where it is not wanted.
-Tensor wanted_like(const Tensor& t, bool wanted) {
-  return wanted ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
-}
-
-Tensor checked_grad(const Tensor& grad, const Tensor& x) {
-  check_dtype(grad, x.scalar_type(), "grad");
-  check_numel(grad, x.numel(), "grad");
-  return with_strides_of(x, grad);
-}
-
 float* pointer_or_null(const Tensor& t, bool wanted) {
   return wanted ? t.mutable_data_ptr<float>() : nullptr;
 }

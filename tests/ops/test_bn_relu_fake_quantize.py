@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa
+from backends import ISAS, QUICK, assert_same_bits, generator, limits, norm_tensors, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,12 +12,6 @@ from fdda_fast.ops import reference
 
 EPS = 1e-5
 NAMES = ("weight", "bias", "running_mean", "running_var")
-
-
-def norm_tensors(channels, g):
-    weight, bias, mean = torch.randn(3, channels, generator=g)
-    weight[0] = 0.0
-    return weight, bias, mean, torch.rand(channels, generator=g) + 0.05
 
 
 @st.composite
@@ -44,10 +38,6 @@ def cases(draw):
         "bits": draw(st.integers(2, 8)), "relu": draw(st.sampled_from([True, False, 6.0, 2.0])),
         "residual": residual, "ste": draw(st.sampled_from(["identity", "clipped"])),
     }  # fmt: skip
-
-
-def limits(relu):
-    return -math.inf if relu is False else 0.0, math.inf if isinstance(relu, bool) else relu
 
 
 def reference_arguments(case):
