@@ -30,7 +30,6 @@ from fdda_fast.quantization.finetune import Finetuner
 from fdda_fast.quantization.modules import activation_quantizers
 from fdda_fast.quantization.prepare import prepare
 from fdda_fast.synthesis import GeneratorTrainer
-from fdda_fast.teacher import FrozenTeacher
 
 CLASSES, SHAPE = 1000, (3, 224, 224)
 STEPS = ("generator", "student")
@@ -83,19 +82,18 @@ class Bench:
         return lambda _: plain.generator_step(draws)
 
     def _library(self, step: str, dtype: str):
-        teacher = FrozenTeacher(self.teacher, SHAPE, getattr(torch, dtype))
         if step == "generator":
             config = fdda.SynthesisConfig.reference().replace(
                 batch_size=self.batch, images_per_class=self.batch, dtype=dtype
             )
-            return GeneratorTrainer(teacher, self.centers, config).step
+            return GeneratorTrainer(self.teacher, self.centers, config).step
         config = fdda.QuantizeConfig.reference().replace(
             real_batch=self.batch, synthetic_batch=self.batch, dtype=dtype
         )
         student = prepare(self.teacher, fdda.Bits(4, 4), placement="paper", from_zero=True)
         for quantizer in activation_quantizers(student):
             quantizer.x_max.fill_(RANGE)
-        tuner = Finetuner(student, teacher, self.images, config)
+        tuner = Finetuner(student, self.teacher, self.images, config)
         return lambda index: tuner.step(index, self.images)
 
 
