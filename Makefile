@@ -14,6 +14,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)
+	$(BIN)/python bench/operators.py
+	$(BIN)/python bench/step.py
 	$(BIN)/python -m pytest bench --benchmark-only
 
 lint: $(INSTALLED)
