@@ -22,7 +22,9 @@ PROGRAMS = 528
 
 # Alignment is told by ALIGN; specialising on the value would only compile more often.
 kernel = triton.jit(
-    do_not_specialize=["pixel_units", "channel_units", "splits", "tiles", "rows", "groups"]
+    do_not_specialize=[
+        *("pixel_units", "channel_units", "pixels", "splits", "tiles", "chunk", "rows", "groups")
+    ]
 )
 
 
@@ -183,7 +185,7 @@ class View(NamedTuple):
         along = triton.cdiv(self.pixels, block_p)
         tiles = 1
         if programs is not None:
-            tiles = triton.cdiv(along, max(1, min(along, programs // across)))
+            tiles = max(1, triton.cdiv(along, max(1, programs // max(1, across))))
         return Grid(self, across, triton.cdiv(along, tiles), tiles)
 
 

@@ -90,9 +90,13 @@ def affine_backward_kernel(
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    LEARNED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PARAMETERS: tl.constexpr,
 ):
-    """LEARNED: also sums for scale and zero_point (Esser et al., LSQ, ICLR 2020; Bhalgat, LSQ+)."""
+    """CLIPPED: the gradient of x; PARAMETERS: sums for those of scale and zero_point.
+
+    The latter after LSQ (Esser et al., ICLR 2020) and LSQ+ (Bhalgat et al., 2020).
+    """
     pixels, channels, sample, channel, split = place(
         pixel_units, channel_units, splits, ALIGN, LAST, BLOCK_C
     )
@@ -107,12 +111,14 @@ def affine_backward_kernel(
         steps = tl.div_rn(value, tl.broadcast_to(s, value.shape))
         code = round_code(clip(steps + z, quant_min - 1.0, quant_max + 1.0))
         inside = (code >= quant_min) & (code <= quant_max)
-        tl.store(grad_x + offset, tl.where(inside, g, 0.0).to(grad_x.dtype.element_ty), mask=mask)
-        if LEARNED:
+        if CLIPPED:
+            through = tl.where(inside, g, 0.0)
+            tl.store(grad_x + offset, through.to(grad_x.dtype.element_ty), mask=mask)
+        if PARAMETERS:
             stretch = clip(code, quant_min, quant_max) - z
             scale_sum += g * tl.where(inside, stretch - steps, stretch)
             zero_sum -= tl.where(inside, 0.0, g * s)
-    if LEARNED:
+    if PARAMETERS:
         store_partial(partials, 0, tl.sum(scale_sum, 0), sample, split, splits, channel, channels)
         store_partial(partials, 1, tl.sum(zero_sum, 0), sample, split, splits, channel, channels)
 
@@ -145,13 +151,20 @@ def range_kernel(
 
 
 @triton.jit
-def range_gradients(g, error, above, below, width):
+def range_gradients(x, g, low, high, scale, zero_point, half):
     """What an element adds to the gradients of x_min and x_max: a clipped value moves the end that
     clips it, every other one contributes its rounding error, which grows with the step.
+
+    After LSQ (Esser et al., ICLR 2020). The error is taken in codes, 2^bits - 1 of which make the
+    range: that saves dividing by the scale.
     """
-    stretch = g * error / width
-    low = tl.where(below, g, tl.where(above, 0.0, -stretch))
-    return low, tl.where(above, g, tl.where(below, 0.0, stretch))
+    position = scale * x - zero_point
+    code = round_code(clip(position, -half, half - 1.0))
+    levels = scale * tl.maximum(high - low, 1e-8)
+    stretch = g * (code - position) * (1.0 / levels)
+    below, above = x < low, x > high
+    low_part = tl.where(below, g, tl.where(above, 0.0, -stretch))
+    return low_part, tl.where(above, g, tl.where(below, 0.0, stretch))
 
 
 @kernel
@@ -171,29 +184,34 @@ def range_backward_kernel(
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
+    """CLIPPED: the gradient of x; ENDS: sums for those of x_min and x_max."""
     pixels, channels, sample, channel, split = place(
         pixel_units, channel_units, splits, ALIGN, LAST, BLOCK_C
     )
     low = tl.load(x_min + channel, mask=channel < channels, other=0.0)
     high = tl.load(x_max + channel, mask=channel < channels, other=1.0)
     scale, zero_point = range_parameters(low, high, half)
-    width = tl.maximum(high - low, 1e-8)[None, :]
+    low, high, scale, zero_point = low[None, :], high[None, :], scale[None, :], zero_point[None, :]
     low_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     high_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for number in range(split * tiles, (split + 1) * tiles):
         offset, mask = tile(sample, number, channel, pixels, channels, BLOCK_P, LAST)
         value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
-        below, above = value < low[None, :], value > high[None, :]
-        inside = tl.where(below | above, 0.0, g)
-        tl.store(grad_x + offset, inside.to(grad_x.dtype.element_ty), mask=mask)
-        y = quantize_to_range(value, scale[None, :], zero_point[None, :], half)
-        low_part, high_part = range_gradients(g, y - value, above, below, width)
-        low_sum += low_part
-        high_sum += high_part
-    store_partial(partials, 0, tl.sum(low_sum, 0), sample, split, splits, channel, channels)
-    store_partial(partials, 1, tl.sum(high_sum, 0), sample, split, splits, channel, channels)
+        if CLIPPED:
+            through = tl.where((value < low) | (value > high), 0.0, g)
+            tl.store(grad_x + offset, through.to(grad_x.dtype.element_ty), mask=mask)
+        if ENDS:
+            low_part, high_part = range_gradients(value, g, low, high, scale, zero_point, half)
+            low_sum += low_part
+            high_sum += high_part
+    if ENDS:
+        low_sum, high_sum = tl.sum(low_sum, 0), tl.sum(high_sum, 0)
+        store_partial(partials, 0, low_sum, sample, split, splits, channel, channels)
+        store_partial(partials, 1, high_sum, sample, split, splits, channel, channels)
 
 
 def fake_quantize(
@@ -232,24 +250,11 @@ def fake_quantize_backward(
     axis: int | None = None,
 ) -> Tensor:
     """`fdda::fake_quantize_backward`: the gradient where the code needed no clamping."""
-    return _affine_backward(grad, x, scale, zero_point, quant_min, quant_max, axis, False)[0]
+    parameters = (scale, zero_point, quant_min, quant_max, axis)
+    return fake_quantize_gradients(grad, x, *parameters, clipped=True, parameters=False)[0]
 
 
-def fake_quantize_learned_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (clipped), scale and zero_point (LSQ)."""
-    grad_x, sums = _affine_backward(grad, x, scale, zero_point, quant_min, quant_max, axis, True)
-    return grad_x, *(s.reshape(scale.shape) for s in sums)
-
-
-def _affine_backward(
+def fake_quantize_gradients(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -257,32 +262,56 @@ def _affine_backward(
     quant_min: int,
     quant_max: int,
     axis: int | None,
-    learned: bool,
-) -> tuple[Tensor, Tensor]:
+    clipped: bool,
+    parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and zero_point of `fake_quantize`.
+
+    That of x is empty unless `clipped`, otherwise it is `grad` itself; those of scale and
+    zero_point are empty unless `parameters`.
+    """
+    x, grad_x = _gradient(x, clipped)
+    grad_scale, grad_zero_point = (_wanted(t, parameters) for t in (scale, zero_point))
+    if x.numel() and (clipped or parameters):
+        grid = View.along(x, axis).grid(PROGRAMS if parameters else None)
+        partials = grid.partials(2 if parameters else 0, x)
+        affine_backward_kernel[grid.programs](
+            matching(grad, x),
+            x,
+            grad_x,
+            scale.contiguous(),
+            zero_point.contiguous(),
+            partials,
+            float(quant_min),
+            float(quant_max),
+            tiles=grid.tiles,
+            **grid.sizes,
+            CLIPPED=clipped,
+            PARAMETERS=parameters,
+            enable_fp_fusion=False,
+        )
+        if parameters:
+            grad_scale, grad_zero_point = (t.reshape(scale.shape) for t in total(partials))
+    return grad_x, grad_scale, grad_zero_point
+
+
+def _gradient(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """x without gaps, and its gradient, uninitialised or empty."""
     x, grad_x = dense(x)
-    if not x.numel():
-        return grad_x, x.new_zeros((2, scale.numel()), dtype=torch.float32)
-    grid = View.along(x, axis).grid(PROGRAMS if learned else None)
-    partials = grid.partials(2 if learned else 0, x)
-    affine_backward_kernel[grid.programs](
-        matching(grad, x),
-        x,
-        grad_x,
-        scale.contiguous(),
-        zero_point.contiguous(),
-        partials,
-        float(quant_min),
-        float(quant_max),
-        tiles=grid.tiles,
-        **grid.sizes,
-        LEARNED=learned,
-        enable_fp_fusion=False,
-    )
-    return grad_x, total(partials)
+    return x, grad_x if wanted else x.new_empty(0)
+
+
+def _wanted(parameter: Tensor, wanted: bool) -> Tensor:
+    return torch.zeros_like(parameter) if wanted else parameter.new_empty(0)
 
 
 def fake_quantize_range(
-    x: Tensor, x_min: Tensor, x_max: Tensor, bits: int, axis: int | None = None
+    x: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    bits: int,
+    axis: int | None = None,
+    clipped: bool = False,
 ) -> Tensor:
     """`fdda::fake_quantize_range`; see `fdda_fast.ops.fake_quantize_range`."""
     x, y = dense(x)
@@ -301,25 +330,39 @@ def fake_quantize_range(
 
 
 def fake_quantize_range_backward(
-    grad: Tensor, x: Tensor, x_min: Tensor, x_max: Tensor, bits: int, axis: int | None = None
+    grad: Tensor,
+    x: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    bits: int,
+    axis: int | None,
+    clipped: bool,
+    ends: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (zero where clipped), x_min and x_max."""
-    x, grad_x = dense(x)
-    if not x.numel():
-        return grad_x, torch.zeros_like(x_min), torch.zeros_like(x_max)
-    grid = View.along(x, axis).grid(PROGRAMS)
-    partials = grid.partials(2, x)
-    range_backward_kernel[grid.programs](
-        matching(grad, x),
-        x,
-        grad_x,
-        x_min.contiguous(),
-        x_max.contiguous(),
-        partials,
-        2.0 ** (bits - 1),
-        tiles=grid.tiles,
-        **grid.sizes,
-        enable_fp_fusion=False,
-    )
-    low, high = total(partials)
-    return grad_x, low.reshape(x_min.shape), high.reshape(x_max.shape)
+    """Gradients of x, x_min and x_max of `fake_quantize_range`.
+
+    That of x is empty unless `clipped`, otherwise it is `grad` itself; those of the ends are empty
+    unless `ends`.
+    """
+    x, grad_x = _gradient(x, clipped)
+    grad_min, grad_max = (_wanted(t, ends) for t in (x_min, x_max))
+    if x.numel() and (clipped or ends):
+        grid = View.along(x, axis).grid(PROGRAMS if ends else None)
+        partials = grid.partials(2 if ends else 0, x)
+        range_backward_kernel[grid.programs](
+            matching(grad, x),
+            x,
+            grad_x,
+            x_min.contiguous(),
+            x_max.contiguous(),
+            partials,
+            2.0 ** (bits - 1),
+            tiles=grid.tiles,
+            **grid.sizes,
+            CLIPPED=clipped,
+            ENDS=ends,
+            enable_fp_fusion=False,
+        )
+        if ends:
+            grad_min, grad_max = (t.reshape(x_min.shape) for t in total(partials))
+    return grad_x, grad_min, grad_max

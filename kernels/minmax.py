@@ -122,7 +122,8 @@ def fake_quantize_minmax(x: Tensor, bits: int, axis: int | None = None) -> Tenso
     if not x.numel():
         return y
     view = View.along(x, axis)
-    if view.channels == 1 and view.pixels > ROW_CONFIGS[-1][0] or view.outer > 1 or view.last:
+    too_long = view.channels == 1 and view.pixels > ROW_CONFIGS[-1][0]
+    if too_long or view.outer > 1 or view.last:
         return fake_quantize_range(x, *_range(x, view), bits, axis)
     align = math.gcd(view.pixels, 16)
     block, looped, warps = row_config(view.pixels)
