@@ -20,6 +20,10 @@ from torch import Tensor
 # that results do not depend on the device.
 PROGRAMS = 528
 
+# A tile of 1024 elements is 8 a thread: 128 bits of half precision.
+THREADS = 128
+WARP = 64 if torch.version.hip else 32
+
 # Alignment is told by ALIGN; specialising on the value would only compile more often.
 kernel = triton.jit(
     do_not_specialize=[
@@ -165,14 +169,14 @@ class View(NamedTuple):
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """BLOCK_P, BLOCK_C: 2048 elements that waste little at the borders."""
+        """BLOCK_P, BLOCK_C: 1024 elements that waste little at the borders."""
         if self.last:
             if self.pixels == 1:
                 return 1, 1024
-            return (128, 16) if self.channels <= 16 else (32, 64)
+            return (64, 16) if self.channels <= 16 else (16, 64)
         if self.channels == 1 or self.pixels > 256:
-            return 2048, 1
-        return (256, 8) if self.pixels > 64 else (64, 32)
+            return 1024, 1
+        return (256, 4) if self.pixels > 64 else (64, 16)
 
     @property
     def size(self) -> int:
@@ -212,7 +216,7 @@ class Grid(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """pixel_units, channel_units, splits, the layout and the blocks."""
+        """pixel_units, channel_units, splits, the layout, the blocks and the number of warps."""
         view = self.view
         align = math.gcd(view.channels if view.last else view.pixels, 16)
         block_p, block_c = view.blocks
@@ -224,6 +228,7 @@ class Grid(NamedTuple):
             "LAST": view.last,
             "BLOCK_P": block_p,
             "BLOCK_C": block_c,
+            "num_warps": THREADS // WARP,
         }
 
 

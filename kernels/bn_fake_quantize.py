@@ -6,7 +6,6 @@ The backward pass recomputes them and sums the gradients of all parameters while
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -27,13 +26,16 @@ from fdda_fast.kernels.class_moments import fold
 from fdda_fast.kernels.fake_quantize import quantize_to_range, range_gradients, range_parameters
 
 
-@triton.jit
-def one_range(x_min, x_max, half):
-    """x_min, x_max, scale and zero point of the whole tensor, [1, 1]."""
-    zero = tl.zeros((1, 1), tl.float32)
-    low, high = tl.load(x_min) + zero, tl.load(x_max) + zero
+@kernel
+def range_parameters_kernel(x_min, x_max, quantizer, half):
+    """quantizer [4] = x_min, x_max, scale, zero point: divided once, not by every program."""
+    one = tl.arange(0, 1)
+    low, high = tl.load(x_min + one), tl.load(x_max + one)
     scale, zero_point = range_parameters(low, high, half)
-    return low, high, scale, zero_point
+    tl.store(quantizer + one, low)
+    tl.store(quantizer + 1 + one, high)
+    tl.store(quantizer + 2 + one, scale)
+    tl.store(quantizer + 3 + one, zero_point)
 
 
 @kernel
@@ -42,8 +44,7 @@ def bn_fake_quantize_kernel(
     residual,
     y,
     folded,
-    x_min,
-    x_max,
+    quantizer,
     half,
     low,
     high,
@@ -59,7 +60,7 @@ def bn_fake_quantize_kernel(
     pixels, channels, sample, channel, split = place(
         pixel_units, channel_units, splits, ALIGN, LAST, BLOCK_C
     )
-    _, _, q_scale, zero_point = one_range(x_min, x_max, half)
+    q_scale, zero_point = tl.load(quantizer + 2), tl.load(quantizer + 3)
     scale = tl.load(folded + channel, mask=channel < channels, other=0.0)[None, :]
     shift = tl.load(folded + channels + channel, mask=channel < channels, other=0.0)[None, :]
     offset, mask = tile(sample, split, channel, pixels, channels, BLOCK_P, LAST)
@@ -79,12 +80,13 @@ def bn_fake_quantize_backward_kernel(
     grad_residual,
     running_mean,
     folded,
-    x_min,
-    x_max,
+    quantizer,
     partials,
     half,
     low,
     high,
+    above_low,
+    below_high,
     pixel_units,
     channel_units,
     splits,
@@ -97,11 +99,19 @@ def bn_fake_quantize_backward_kernel(
     CLIPPED: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    """Gradients of x and residual; sums for weight, bias and, with ENDS, x_min and x_max."""
+    """Gradients of x and residual; sums for weight, bias and, with ENDS, x_min and x_max.
+
+    above_low, below_high: the floats next to low and high, where the gradient begins to pass.
+    """
     pixels, channels, sample, channel, split = place(
         pixel_units, channel_units, splits, ALIGN, LAST, BLOCK_C
     )
-    range_low, range_high, q_scale, zero_point = one_range(x_min, x_max, half)
+    range_low, range_high = tl.load(quantizer), tl.load(quantizer + 1)
+    q_scale, zero_point = tl.load(quantizer + 2), tl.load(quantizer + 3)
+    pass_low, pass_high = above_low, below_high
+    if CLIPPED:
+        pass_low = tl.maximum(above_low, range_low)
+        pass_high = tl.minimum(below_high, range_high)
     valid = channel < channels
     scale = tl.load(folded + channel, mask=valid, other=0.0)[None, :]
     shift = tl.load(folded + channels + channel, mask=valid, other=0.0)[None, :]
@@ -118,11 +128,11 @@ def bn_fake_quantize_backward_kernel(
         v = value * scale + shift
         if RESIDUAL:
             v += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-        kept = clip(v, low, high)
-        passes = (v > low) & (v < high)
-        if CLIPPED:
-            passes = passes & ~((kept < range_low) | (kept > range_high))
-        through = tl.where(passes, g, 0.0)
+        kept = tl.minimum(tl.maximum(v, low), high)
+        _, low_part, high_part = range_gradients(
+            kept, g, range_low, range_high, q_scale, zero_point, half
+        )
+        through = tl.where((v >= pass_low) & (v <= pass_high), g, 0.0)
         tl.store(grad_x + offset, (through * scale).to(grad_x.dtype.element_ty), mask=mask)
         if RESIDUAL:
             out = through.to(grad_residual.dtype.element_ty)
@@ -130,9 +140,6 @@ def bn_fake_quantize_backward_kernel(
         weight_sum += through * (value - mean)
         bias_sum += through
         if ENDS:
-            low_part, high_part = range_gradients(
-                kept, g, range_low, range_high, q_scale, zero_point, half
-            )
             low_sum += low_part
             high_sum += high_part
     weight_sum, bias_sum = tl.sum(weight_sum, 0) * inverse, tl.sum(bias_sum, 0)
@@ -142,6 +149,19 @@ def bn_fake_quantize_backward_kernel(
         low_sum, high_sum = tl.sum(low_sum, 0), tl.sum(high_sum, 0)
         store_partial(partials, 2, low_sum, sample, split, splits, channel, channels)
         store_partial(partials, 3, high_sum, sample, split, splits, channel, channels)
+
+
+def _quantizer(x_min: Tensor, x_max: Tensor, bits: int) -> Tensor:
+    quantizer = torch.empty(4, dtype=torch.float32, device=x_min.device)
+    half = 2.0 ** (bits - 1)
+    range_parameters_kernel[(1,)](x_min, x_max, quantizer, half, enable_fp_fusion=False)
+    return quantizer
+
+
+def _inner(low: float, high: float) -> list[float]:
+    """The smallest and the largest float32 strictly between low and high."""
+    ends = torch.tensor([low, high])
+    return torch.nextafter(ends, ends.flip(0)).tolist()
 
 
 def bn_relu_fake_quantize(
@@ -169,8 +189,7 @@ def bn_relu_fake_quantize(
             read if residual is None else matching(residual, read),
             y,
             fold(weight, bias, running_mean, running_var, eps),
-            x_min,
-            x_max,
+            _quantizer(x_min, x_max, bits),
             2.0 ** (bits - 1),
             low,
             high,
@@ -217,12 +236,12 @@ def bn_relu_fake_quantize_backward(
             grad_residual,
             running_mean.contiguous(),
             fold(weight, bias, running_mean, running_var, eps),
-            x_min,
-            x_max,
+            _quantizer(x_min, x_max, bits),
             partials,
             2.0 ** (bits - 1),
             low,
             high,
+            *_inner(low, high),
             tiles=grid.tiles,
             **grid.sizes,
             RESIDUAL=residual is not None,

@@ -152,19 +152,20 @@ def range_kernel(
 
 @triton.jit
 def range_gradients(x, g, low, high, scale, zero_point, half):
-    """What an element adds to the gradients of x_min and x_max: a clipped value moves the end that
-    clips it, every other one contributes its rounding error, which grows with the step.
+    """The gradient that a clipped range passes on, and what an element adds to those of x_min and
+    x_max: a clipped value moves the end that clips it, every other one contributes its rounding
+    error, which grows with the step.
 
     After LSQ (Esser et al., ICLR 2020). The error is taken in codes, 2^bits - 1 of which make the
     range: that saves dividing by the scale.
     """
     position = scale * x - zero_point
-    code = round_code(clip(position, -half, half - 1.0))
+    code = round_code(tl.minimum(tl.maximum(position, -half), half - 1.0))
     levels = scale * tl.maximum(high - low, 1e-8)
-    stretch = g * (code - position) * (1.0 / levels)
     below, above = x < low, x > high
-    low_part = tl.where(below, g, tl.where(above, 0.0, -stretch))
-    return low_part, tl.where(above, g, tl.where(below, 0.0, stretch))
+    inside = tl.where(below | above, 0.0, g)
+    stretch = inside * (code - position) * (1.0 / levels)
+    return inside, tl.where(below, g, 0.0) - stretch, tl.where(above, g, 0.0) + stretch
 
 
 @kernel
@@ -201,11 +202,10 @@ def range_backward_kernel(
         offset, mask = tile(sample, number, channel, pixels, channels, BLOCK_P, LAST)
         value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+        inside, low_part, high_part = range_gradients(value, g, low, high, scale, zero_point, half)
         if CLIPPED:
-            through = tl.where((value < low) | (value > high), 0.0, g)
-            tl.store(grad_x + offset, through.to(grad_x.dtype.element_ty), mask=mask)
+            tl.store(grad_x + offset, inside.to(grad_x.dtype.element_ty), mask=mask)
         if ENDS:
-            low_part, high_part = range_gradients(value, g, low, high, scale, zero_point, half)
             low_sum += low_part
             high_sum += high_part
     if ENDS:

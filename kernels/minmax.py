@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdda_fast.kernels._tiles import PROGRAMS, View, dense, kernel, place, store_partial, tile
+from fdda_fast.kernels._tiles import PROGRAMS, WARP, View, dense, kernel, place, store_partial, tile
 from fdda_fast.kernels.fake_quantize import fake_quantize_range, quantize_to_range, range_parameters
 
-# (BLOCK, LOOPED, warps): rows up to BLOCK are held in registers.
-ROW_CONFIGS = ((256, False, 1), (1024, False, 4), (4096, False, 4), (16384, False, 16))
-LONG_ROW_CONFIG = (8192, True, 8)
+# (BLOCK, LOOPED, threads): rows up to BLOCK are held in registers.
+ROW_CONFIGS = ((512, False, 64), (1024, False, 128), (4096, False, 256), (16384, False, 512))
+LONG_ROW_CONFIG = (4096, True, 256)
 
 
 @kernel
@@ -126,7 +126,7 @@ def fake_quantize_minmax(x: Tensor, bits: int, axis: int | None = None) -> Tenso
     if too_long or view.outer > 1 or view.last:
         return fake_quantize_range(x, *_range(x, view), bits, axis)
     align = math.gcd(view.pixels, 16)
-    block, looped, warps = row_config(view.pixels)
+    block, looped, threads = row_config(view.pixels)
     row_kernel[(view.channels,)](
         x,
         y,
@@ -135,7 +135,7 @@ def fake_quantize_minmax(x: Tensor, bits: int, axis: int | None = None) -> Tenso
         ALIGN=align,
         BLOCK=block,
         LOOPED=looped,
-        num_warps=warps,
+        num_warps=threads // WARP,
         enable_fp_fusion=False,
     )
     return y

@@ -23,7 +23,7 @@ KINDS = ["contiguous", "channels_last", "sliced", "2d", "swapped"]
 EPS = 1e-5
 
 CASES = settings(
-    max_examples=50,
+    max_examples=35,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
