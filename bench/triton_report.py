@@ -21,7 +21,7 @@ def row(entry: offline.Entry, target: str) -> list[str]:
     """Name, target, configurations, registers, spills, shared memory, bytes, 128-bit accesses."""
     found = []
     wide = True
-    configurations = list(product(entry.constants(), entry.dtypes))
+    configurations = list(entry.builds())
     for constants, dtype in configurations:
         binary = offline.build(entry, constants, dtype, offline.TARGETS[target])
         found.append(offline.resources(binary))

@@ -27,7 +27,8 @@ WARP = 64 if torch.version.hip else 32
 # Alignment is told by ALIGN; specialising on the value would only compile more often.
 kernel = triton.jit(
     do_not_specialize=[
-        *("pixel_units", "channel_units", "pixels", "splits", "tiles", "chunk", "rows", "groups")
+        *("pixel_units", "channel_units", "pixels", "splits", "tiles", "chunk", "rows", "groups"),
+        *("height", "width", "in_channels", "out_channels"),
     ]
 )
 

@@ -21,6 +21,7 @@ from fdda_fast.kernels import (
     conditional_bn,
     fake_quantize,
     minmax,
+    upsample_conv,
 )
 
 TARGETS = {
@@ -34,11 +35,13 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # An argument of one name has one type in all kernels; T: the tensors' dtype. Others: *fp32.
 _TYPES = {
     **dict.fromkeys(("x", "y", "residual", "grad", "grad_y", "grad_x", "grad_residual"), "*T"),
+    "factors": "*T",
     **dict.fromkeys(("ids", "labels", "count", "counts", "sizes"), "*i64"),
     **dict.fromkeys(("half", "low", "high", "eps", "negative_slope"), "fp32"),
     **dict.fromkeys(("quant_min", "quant_max", "above_low", "below_high"), "fp32"),
     **dict.fromkeys(("pixel_units", "channel_units", "pixels", "chunk", "rows"), "i32"),
     **dict.fromkeys(("splits", "tiles", "groups"), "i32"),
+    **dict.fromkeys(("height", "width", "in_channels", "out_channels"), "i32"),
 }
 
 # One view for every layout and pair of blocks that `View.blocks` gives, rows on 16 bytes; then
@@ -74,21 +77,24 @@ class Entry(NamedTuple):
     def name(self) -> str:
         return self.kernel.__name__.removesuffix("_kernel")
 
-    @property
-    def dtypes(self) -> list[str]:
-        """Those that make a difference."""
-        return ["fp32", "bf16"] if "x" in self.kernel.arg_names and self.passes else ["fp32"]
+    def builds(self, views: list[_tiles.View] = VIEWS) -> Iterator[tuple[dict, str]]:
+        """Constants and dtype of every configuration."""
+        tensors = any(_TYPES.get(name) == "*T" for name in self.kernel.arg_names)
+        dtypes = ("fp32", "bf16") if tensors else ("fp32",)
+        for constants, dtype in product(self._constants(views), dtypes):
+            if constants.get("bytes", DTYPES[dtype]) == DTYPES[dtype]:
+                yield constants, dtype
 
     @property
     def tested(self) -> Iterator[tuple[dict, str]]:
-        """Constants and dtypes: the plainest and the fullest variant in both memory orders."""
+        """The plainest and the fullest variant in both memory orders."""
         some = self._replace(variants=(self.variants[0], self.variants[-1])[: len(self.variants)])
-        for constants, dtype in product(some.constants(TESTED_VIEWS), self.dtypes):
+        for constants, dtype in some.builds(TESTED_VIEWS):
             if dtype == "bf16" or not constants.get("LAST"):
                 yield constants, dtype
 
-    def constants(self, views: list[_tiles.View] = VIEWS) -> Iterator[dict]:
-        """Every configuration, "threads" among them where they are not `_tiles.THREADS`."""
+    def _constants(self, views: list[_tiles.View]) -> Iterator[dict]:
+        """ "threads" among them where they are not `_tiles.THREADS`."""
         if self.configs:
             yield from self.configs
             return
@@ -115,6 +121,15 @@ _ROWS = tuple(
 
 # A residual is added to a batch norm only.
 _NORMS = tuple(v for v in _variants("NORM", "RESIDUAL") if v["NORM"] or not v["RESIDUAL"])
+
+
+def _products(*variants: dict) -> tuple[dict, ...]:
+    """Configurations of matrix products, whose blocks depend on the bytes of an element."""
+    names = ("bytes", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+    blocks = (dict(zip(names, (b, *m), strict=True)) for b, m in upsample_conv.BLOCKS.items())
+    common = {"ALIGN": 16, "threads": upsample_conv.PRODUCT_THREADS}
+    return tuple(common | b | v for b, v in product(blocks, variants))
+
 
 TABLE = [
     Entry(fake_quantize.affine_kernel, lambda c: 2),
@@ -160,6 +175,12 @@ TABLE = [
         lambda c: 3 + 2 * c["RESIDUAL"],
         variants=_variants("RESIDUAL", "CLIPPED", "ENDS"),
     ),
+    Entry(
+        upsample_conv.gather_conv_kernel,
+        configs=_products({"TAPS": 2, "PHASED": True}, {"TAPS": 4, "PHASED": False}),
+        exact=False,
+    ),
+    Entry(upsample_conv.weight_gradient_kernel, configs=_products({}), exact=False),
     Entry(
         _tiles.sum_kernel,
         configs=(
@@ -215,7 +236,7 @@ def resources(binary: CompiledKernel) -> Resources:
         for pattern in (
             (r"(?:global|buffer)_load_dwordx4", r"(?:global|buffer)_store_dwordx4")
             if hip
-            else (r"ld\.global\S*\.v4\.b32", r"st\.global\S*\.v4\.b32")
+            else (r"ld\.global\S*\.v4\.b32|cp\.async.*0x10", r"st\.global\S*\.v4\.b32")
         )
     ]
     if hip:
