@@ -215,18 +215,18 @@ def bn_relu_fake_quantize_backward(
     high: float,
     residual: Tensor | None,
     clipped: bool,
-    ends: bool,
+    range_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, weight, bias, x_min and x_max of `bn_relu_fake_quantize`.
 
-    Empty: that of residual where there is none, those of x_min and x_max unless `ends`.
+    Empty: that of residual where there is none, those of x_min and x_max unless `range_gradient`.
     `clipped`: beyond x_min and x_max nothing passes.
     """
     read = by_sample(x)
     grad_x = torch.empty_like(read)
     grad_residual = x.new_empty(0) if residual is None else torch.empty_like(read)
     grid = View.channelwise(read).grid(PROGRAMS)
-    partials = grid.partials(4 if ends else 2, x)
+    partials = grid.partials(4 if range_gradient else 2, x)
     if grid.view.size:
         bn_fake_quantize_backward_kernel[grid.programs](
             matching(grad, read),
@@ -246,12 +246,12 @@ def bn_relu_fake_quantize_backward(
             **grid.sizes,
             RESIDUAL=residual is not None,
             CLIPPED=clipped,
-            ENDS=ends,
+            ENDS=range_gradient,
             enable_fp_fusion=False,
         )
     grad_weight, grad_bias = total(partials[:2])[:, 0]
     grad_min, grad_max = x_min.new_empty(2, 0)
-    if ends:
+    if range_gradient:
         of_range = total(partials[2:].reshape(2, -1, 1))
         grad_min, grad_max = (t.reshape(x_min.shape) for t in of_range)
     grad_residual = grad_residual if residual is None else like(grad_residual, x)

@@ -141,6 +141,20 @@ def fake_quantize_minmax(x: Tensor, bits: int, axis: int | None = None) -> Tenso
     return y
 
 
+def observe_range(
+    x: Tensor, x_min: Tensor, x_max: Tensor, keep: float, include_zero: bool
+) -> tuple[Tensor, Tensor]:
+    """x_min and x_max moved towards the minimum and maximum of x: `keep` of them stays.
+
+    `include_zero` widens what is moved towards to hold 0. Of NaN and infinity come NaN.
+    """
+    x, _ = dense(x)
+    low, high = _range(x, View.along(x, None)).reshape(2, *x_min.shape)
+    if include_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    return x_min * keep + low * (1 - keep), x_max * keep + high * (1 - keep)
+
+
 def _range(x: Tensor, view: View) -> Tensor:
     """Minimum and maximum of every channel, float32 [2, channels]."""
     grid = view.grid(PROGRAMS)

@@ -194,6 +194,20 @@ def test_fake_quantize_minmax(case, bits, axis):
     assert_same_bits(y, rounded_once(reference.fake_quantize_minmax, x, bits, axis))
 
 
+@pytest.mark.parametrize("include_zero", [True, False])
+@pytest.mark.parametrize("value", [1.0, math.nan, -math.inf])
+def test_observe_range(include_zero, value):
+    x = 2 + torch.rand(3, 50, 60, generator=generator(0))
+    x[2, 40, 3] = value
+    old = torch.tensor(-1.0), torch.tensor(1.0)
+    new = minmax.observe_range(x, *old, 0.9, include_zero)
+    low, high = (x.min(), x.max()) if math.isfinite(value) else torch.full((2,), math.nan)
+    if include_zero:
+        low = low.clamp(max=0)
+    for actual, o, t in zip(new, old, (low, high), strict=True):
+        torch.testing.assert_close(actual, 0.9 * o + 0.1 * t, equal_nan=True)
+
+
 @pytest.mark.parametrize("length", [9, 256, 257, 3000, 5000, 16384, 20001])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_minmax_of_rows(length, dtype):
