@@ -148,7 +148,7 @@ class View(NamedTuple):
 
     @classmethod
     def along(cls, x: Tensor, axis: int | None) -> View:
-        """`x` without gaps, as `dense` gives it."""
+        """`x` as `gapless` gives it."""
         if axis is None or x.shape[axis] == 1 or x.numel() == 0:
             return cls(1, 1, x.numel(), False)
         channels, pixels = x.shape[axis], x.stride(axis)
@@ -264,10 +264,9 @@ def total(
     return out
 
 
-def dense(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x without gaps or overlaps, and an uninitialised tensor like it."""
-    y = torch.empty_like(x)
-    return (x if y.stride() == x.stride() else torch.empty_like(y).copy_(x)), y
+def gapless(x: Tensor) -> Tensor:
+    """x with the strides of empty_like(x), which has neither gaps nor overlaps."""
+    return like(x, x)
 
 
 def by_sample(x: Tensor) -> Tensor:
@@ -285,5 +284,5 @@ def matching(grad: Tensor, x: Tensor) -> Tensor:
 
 def like(y: Tensor, x: Tensor) -> Tensor:
     """y with the strides of empty_like(x)."""
-    out = torch.empty_like(x)
-    return y if y.stride() == out.stride() else out.copy_(y)
+    strides = torch.empty_like(x, device="meta").stride()
+    return y if y.stride() == strides else torch.empty_like(x).copy_(y)

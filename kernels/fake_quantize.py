@@ -16,7 +16,7 @@ from fdda_fast.kernels._tiles import (
     PROGRAMS,
     View,
     clip,
-    dense,
+    gapless,
     kernel,
     matching,
     place,
@@ -224,7 +224,8 @@ def fake_quantize(
     clipped: bool = False,
 ) -> Tensor:
     """`fdda::fake_quantize`; see `fdda_fast.ops.fake_quantize`."""
-    x, y = dense(x)
+    x = gapless(x)
+    y = torch.empty_like(x)
     if x.numel():
         grid = View.along(x, axis).grid()
         affine_kernel[grid.programs](
@@ -270,7 +271,8 @@ def fake_quantize_gradients(
     That of x is empty unless `clipped`, otherwise it is `grad` itself; those of scale and
     zero_point are empty unless `parameters`.
     """
-    x, grad_x = _gradient(x, clipped)
+    x = gapless(x)
+    grad_x = torch.empty_like(x) if clipped else x.new_empty(0)
     grad_scale, grad_zero_point = (_wanted(t, parameters) for t in (scale, zero_point))
     if x.numel() and (clipped or parameters):
         grid = View.along(x, axis).grid(PROGRAMS if parameters else None)
@@ -295,12 +297,6 @@ def fake_quantize_gradients(
     return grad_x, grad_scale, grad_zero_point
 
 
-def _gradient(x: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """x without gaps, and its gradient, uninitialised or empty."""
-    x, grad_x = dense(x)
-    return x, grad_x if wanted else x.new_empty(0)
-
-
 def _wanted(parameter: Tensor, wanted: bool) -> Tensor:
     return torch.zeros_like(parameter) if wanted else parameter.new_empty(0)
 
@@ -314,7 +310,8 @@ def fake_quantize_range(
     clipped: bool = False,
 ) -> Tensor:
     """`fdda::fake_quantize_range`; see `fdda_fast.ops.fake_quantize_range`."""
-    x, y = dense(x)
+    x = gapless(x)
+    y = torch.empty_like(x)
     if x.numel():
         grid = View.along(x, axis).grid()
         range_kernel[grid.programs](
@@ -344,7 +341,8 @@ def fake_quantize_range_backward(
     That of x is empty unless `clipped`, otherwise it is `grad` itself; those of the ends are empty
     unless `ends`.
     """
-    x, grad_x = _gradient(x, clipped)
+    x = gapless(x)
+    grad_x = torch.empty_like(x) if clipped else x.new_empty(0)
     grad_min, grad_max = (_wanted(t, ends) for t in (x_min, x_max))
     if x.numel() and (clipped or ends):
         grid = View.along(x, axis).grid(PROGRAMS if ends else None)

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdda_fast.kernels._tiles import PROGRAMS, WARP, View, dense, kernel, place, store_partial, tile
+from fdda_fast.kernels._tiles import (
+    PROGRAMS,
+    WARP,
+    View,
+    gapless,
+    kernel,
+    place,
+    store_partial,
+    tile,
+)
 from fdda_fast.kernels.fake_quantize import fake_quantize_range, quantize_to_range, range_parameters
 
 # (BLOCK, LOOPED, threads): rows up to BLOCK are held in registers.
@@ -118,13 +127,14 @@ def row_config(size: int) -> tuple[int, bool, int]:
 
 def fake_quantize_minmax(x: Tensor, bits: int, axis: int | None = None) -> Tensor:
     """`fdda::fake_quantize_minmax`; see `fdda_fast.ops.fake_quantize_minmax`."""
-    x, y = dense(x)
+    x = gapless(x)
     if not x.numel():
-        return y
+        return torch.empty_like(x)
     view = View.along(x, axis)
     too_long = view.channels == 1 and view.pixels > ROW_CONFIGS[-1][0]
     if too_long or view.outer > 1 or view.last:
         return fake_quantize_range(x, *_range(x, view), bits, axis)
+    y = torch.empty_like(x)
     align = math.gcd(view.pixels, 16)
     block, looped, threads = row_config(view.pixels)
     row_kernel[(view.channels,)](
@@ -148,7 +158,7 @@ def observe_range(
 
     `include_zero` widens what is moved towards to hold 0. Of NaN and infinity come NaN.
     """
-    x, _ = dense(x)
+    x = gapless(x)
     low, high = _range(x, View.along(x, None)).reshape(2, *x_min.shape)
     if include_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
