@@ -116,8 +116,8 @@ def sum_kernel(
     Row r belongs to sample r // splits, and that to group ids[sample]; WEIGHTED multiplies by
     weight[labels[sample]]. float64, always in the same order.
     """
-    group = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    group = tl.program_id(1).to(tl.int64)
     stat = tl.program_id(2).to(tl.int64)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float64)
     for start in range(0, rows, BLOCK_R):
@@ -246,7 +246,7 @@ def total(
     out = torch.empty(stats, groups, channels, dtype=torch.float32, device=partials.device)
     block_r, block_c = (1024, 1) if channels == 1 else (32, 32)
     if out.numel():
-        sum_kernel[(groups, triton.cdiv(channels, block_c), stats)](
+        sum_kernel[(triton.cdiv(channels, block_c), groups, stats)](
             partials,
             partials if ids is None else ids,
             partials if labels is None else labels,
