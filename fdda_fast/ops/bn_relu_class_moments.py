@@ -85,17 +85,7 @@ def _setup(ctx, inputs: tuple, output: tuple) -> None:
 def _backward(ctx, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, _: Tensor | None) -> tuple:
     *norm, labels, mean, count, residual = ctx.saved_tensors
     grad, grad_residual = torch.ops.fdda.bn_relu_class_moments_backward(
-        grad_y,
-        grad_mean,
-        grad_var,
-        *norm,
-        ctx.eps,
-        labels,
-        mean,
-        count,
-        ctx.low,
-        ctx.high,
-        residual,
+        grad_y, grad_mean, grad_var, *norm, ctx.eps, labels, mean, count, ctx.low, ctx.high, residual
     )
     return grad, *[None] * 9, None if residual is None else grad_residual
 
