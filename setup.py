@@ -19,7 +19,10 @@ CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100")
 COMMON_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
 # Neither errno nor floating-point exceptions are read: comparisons and roundings may be vectorised.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-PORTABLE_KERNELS = ["fake_quantize", "class_moments", "pixels", "weights", "depthwise", "table"]
+PORTABLE_KERNELS = [
+    *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
+    *("upsample_conv", "few_outputs_conv", "pixels", "weights", "depthwise", "table"),
+]
 # gcc 12 reports its own "undefined register" intrinsics.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISAS = {

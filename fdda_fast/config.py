@@ -22,6 +22,7 @@ else:
     import tomli as tomllib
 
 PRESETS = ("fast", "reference")
+DTYPES = ("float32", "bfloat16")
 RANGES = ("mse", "minmax", "reference")
 AUGMENTATIONS = ("shift", "crop")
 _EPOCH = 200  # steps, in the paper's settings
@@ -61,6 +62,8 @@ class SynthesisConfig(_Section):
         whiten: compare statistics in units of the teacher's running ones, so that every layer
             and channel counts alike; otherwise as they are, as in the paper.
         clamp_variance: keep the variance targets of L_D at or above zero.
+        dtype: of the convolutions and what is between them; parameters, statistics and losses are
+            float32.
     """
 
     steps: int = 1200
@@ -82,6 +85,7 @@ class SynthesisConfig(_Section):
     distortion_std: tuple[float, float] = (0.2, 0.2)
     whiten: bool = True
     clamp_variance: bool = True
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "classes_per_step", "images_per_class"):
@@ -89,6 +93,7 @@ class SynthesisConfig(_Section):
         for name in ("steps", "seed", "any_class_steps"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("lr", self.lr > 0, "> 0")
+        self._require("dtype", self.dtype in DTYPES, f"one of {DTYPES}")
         for name in ("betas", "distortion_std"):
             self._require(name, len(getattr(self, name)) == 2, "two numbers")
         self._require("betas", all(0 <= b < 1 for b in self.betas), "in [0, 1)")
@@ -143,10 +148,15 @@ class QuantizeConfig(_Section):
             stay as taken.
         lr, momentum, weight_decay: SGD with Nesterov momentum. cosine_steps: half period of the
             cosine that the rate follows; None: `steps`.
+        average_decay: the result is the exponential moving average of the steps' parameters with
+            this decay, smaller in the first steps; 0: those of the last step. At 2 bits weights
+            jump between two levels to the end, and their average settles.
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
         temperature, distillation_weight: of the divergence from the teacher, see
             `fdda_fast.losses.distillation`. label_weight: of the cross entropy with the labels;
             blended images have none, so with `blend` it must be 0.
+        dtype: of the convolutions and what is between them in fine-tuning steps; parameters,
+            ranges, batch norms and losses are float32.
         synthesis: how the generator is trained when none is given.
     """
 
@@ -171,10 +181,12 @@ class QuantizeConfig(_Section):
     momentum: float = 0.9
     weight_decay: float = 1e-4
     cosine_steps: int | None = None
+    average_decay: float = 0.995
     max_grad_norm: float = 1000.0
     temperature: float = 20.0
     distillation_weight: float = 20.0
     label_weight: float = 0.0
+    dtype: str = "float32"
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
 
     def __post_init__(self) -> None:
@@ -192,10 +204,12 @@ class QuantizeConfig(_Section):
         for name in ("real_crop", "synthetic_crop"):
             low, high = getattr(self, name)
             self._require(name, 0 < low <= high <= 1, "(low, high) with 0 < low <= high <= 1")
+        self._require("dtype", self.dtype in DTYPES, f"one of {DTYPES}")
         for name in ("lr", "temperature", "max_grad_norm"):
             self._require(name, getattr(self, name) > 0, "> 0")
         self._require("range_lr", self.range_lr >= 0, ">= 0")
-        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        for name in ("momentum", "average_decay"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("weight_decay", self.weight_decay >= 0, ">= 0")
         self._require(
             "cosine_steps", self.cosine_steps is None or self.cosine_steps >= 1, ">= 1 where given"
@@ -221,6 +235,7 @@ class QuantizeConfig(_Section):
             lr=1e-6,
             range_lr=0.0,
             cosine_steps=20_000,
+            average_decay=0.0,
             max_grad_norm=math.inf,
             synthesis=SynthesisConfig.reference(),
         )

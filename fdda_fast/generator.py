@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import ops
 from .checkpoint import load_tensors, save_tensors
 from .seeding import stream
 
@@ -18,6 +20,40 @@ _SAMPLE_STREAM = 0
 # Samples are always computed in whole chunks of this many, so that the bits of sample i do not
 # depend on how many are asked for (libraries pick their algorithm by batch size).
 _SAMPLE_CHUNK = 16
+
+
+def _normalize(
+    x: torch.Tensor,
+    norm: nn.BatchNorm2d,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: Sequence[int],
+    negative_slope: float,
+) -> torch.Tensor:
+    """Batch norm with weight and bias [K, C] by label, then LeakyReLU.
+
+    In train mode each group has its own statistics, and the running ones move as if `norm` had been
+    called with one group after the other.
+    """
+    if not norm.training:
+        scale = weight[labels] * (norm.running_var + norm.eps).rsqrt()
+        shift = bias[labels] - norm.running_mean * scale
+        y = x * scale[:, :, None, None] + shift[:, :, None, None]
+        return F.leaky_relu(y, negative_slope).to(x.dtype)
+    pixels = x.shape[2] * x.shape[3]
+    if min(groups) * pixels < 2:
+        raise ValueError(f"groups: expected more than 1 value per channel, got {list(groups)}")
+    y, mean, var = ops.conditional_bn_lrelu(
+        x, labels, weight, bias, groups, norm.eps, negative_slope
+    )
+    with torch.no_grad():
+        for size, group_mean, group_var in zip(groups, mean, var, strict=True):
+            count = size * pixels
+            norm.running_mean.lerp_(group_mean, norm.momentum)
+            norm.running_var.lerp_(group_var * (count / (count - 1)), norm.momentum)
+            norm.num_batches_tracked += 1
+    return y
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -31,9 +67,16 @@ class ConditionalBatchNorm2d(nn.Module):
         nn.init.ones_(self.weight.weight)
         nn.init.zeros_(self.bias.weight)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight(labels), self.bias(labels)
-        return weight[:, :, None, None] * self.norm(x) + bias[:, :, None, None]
+    def forward(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        groups: Sequence[int],
+        negative_slope: float = 1.0,
+    ) -> torch.Tensor:
+        """[N, C, H, W], normalised group by group in train mode; then LeakyReLU."""
+        weight, bias = self.weight.weight, self.bias.weight
+        return _normalize(x, self.norm, labels, weight, bias, groups, negative_slope)
 
 
 class Generator(nn.Module):
@@ -63,15 +106,35 @@ class Generator(nn.Module):
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.norm3 = nn.BatchNorm2d(channels, affine=False)
 
-    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """z float32 [N, 100], labels int64 [N] -> images float32 [N, C, H, W]."""
+    def forward(
+        self,
+        z: torch.Tensor,
+        labels: torch.Tensor,
+        groups: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Images of latent vectors and labels.
+
+        Args:
+            z: float32 [N, 100]. labels: int64 [N].
+            groups: sizes of consecutive groups of samples, which train mode treats as one batch
+                after the other; None: one batch.
+            dtype: that of the activations; parameters and statistics are float32.
+
+        Returns:
+            [N, C, H, W] of `dtype`, channels_last.
+        """
+        groups = [len(z)] if groups is None else groups
         x = self.fc(z).view(len(z), 128, *self.seed_size)
-        x = self.norm0(x, labels)
-        x = self.conv1(F.interpolate(x, scale_factor=2))
-        x = F.leaky_relu(self.norm1(x, labels), 0.2)
-        x = self.conv2(F.interpolate(x, scale_factor=2))
-        x = F.leaky_relu(self.norm2(x, labels), 0.2)
-        x = self.norm3(torch.tanh(self.conv3(x)))
+        x = self.norm0(x.to(dtype, memory_format=torch.channels_last), labels, groups)
+        x = ops.upsample_conv3x3(x, self.conv1.weight, self.conv1.bias)
+        x = self.norm1(x, labels, groups, 0.2)
+        x = ops.upsample_conv3x3(x, self.conv2.weight, self.conv2.bias)
+        x = self.norm2(x, labels, groups, 0.2)
+        x = torch.tanh(ops.conv3x3_few_outputs(x, self.conv3.weight, self.conv3.bias))
+        one = self.conv3.bias.new_ones(1, len(self.conv3.bias))
+        no_class = torch.zeros_like(labels)
+        x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), groups, 1.0)
         return x[:, :, : self.image_shape[1], : self.image_shape[2]]
 
     def save(self, path: str | Path) -> None:

@@ -1,60 +1,20 @@
-"""BatchNorm statistics (BNS): the taps that read them, and the per-class centers."""
+"""BatchNorm statistics (BNS): the per-class centers, and the units they are compared in."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from . import ops
 from .checkpoint import load_tensors, save_tensors
+from .teacher import FrozenTeacher, Moments
 
 _FORMAT = "fdda-fast centers 1"
 EPS = 1e-5  # as in BatchNorm2d: a dead channel must not dominate
-
-
-class Moments(NamedTuple):
-    """Mean and biased variance over images and positions, each [G, C] for G groups of images."""
-
-    mean: torch.Tensor
-    var: torch.Tensor
-
-
-class Taps:
-    """The moments of every BatchNorm2d's input, group by group, in forward order.
-
-    Attributes:
-        moments: one entry per BN call of the last forward.
-        modules: the BN modules, in the same order.
-    """
-
-    def __init__(self) -> None:
-        self.moments: list[Moments] = []
-        self.modules: list[nn.BatchNorm2d] = []
-        self._groups = torch.zeros(0, dtype=torch.int64)
-        self._num_groups = 0
-
-    def begin(self, groups: torch.Tensor, num_groups: int) -> None:
-        """Call before a forward: `groups` (int64 [N]) says to which group each image belongs."""
-        self.moments, self.modules = [], []
-        self._groups, self._num_groups = groups, num_groups
-
-    def _read(self, module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
-        mean, var, _ = ops.class_moments(inputs[0], self._groups, self._num_groups)
-        self.moments.append(Moments(mean, var))
-        self.modules.append(module)
-
-    def running(self) -> list[Moments]:
-        """The teacher's own statistics as [1, C_l] moments, layer by layer."""
-        return [
-            Moments(m.running_mean.float()[None], m.running_var.float()[None]) for m in self.modules
-        ]
 
 
 def whitened(moments: Sequence[Moments], running: Sequence[Moments]) -> list[Moments]:
@@ -71,43 +31,6 @@ def whitened(moments: Sequence[Moments], running: Sequence[Moments]) -> list[Mom
         Moments((mean - m) / (v + EPS).sqrt(), var / (v + EPS))
         for (mean, var), (m, v) in zip(moments, running, strict=True)
     ]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in eval mode and without weight gradients for the length of the block."""
-    modes = [(m, m.training) for m in model.modules()]
-    learnable = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield model
-    finally:
-        for parameter in learnable:
-            parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def tapped(model: nn.Module) -> Iterator[Taps]:
-    """Taps every BatchNorm2d of `model` for the length of the block.
-
-    Raises:
-        ValueError: the model has no BatchNorm2d, or one without running statistics.
-    """
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    if not layers:
-        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
-    for name, module in layers:
-        if module.running_mean is None:
-            raise ValueError(f"BatchNorm2d {name!r} has no running statistics")
-    taps = Taps()
-    handles = [m.register_forward_pre_hook(taps._read) for _, m in layers]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -184,6 +107,7 @@ class BNSCenters:
         return centers
 
 
+@torch.no_grad()
 def collect_centers(
     model: nn.Module,
     images: torch.Tensor,
@@ -195,31 +119,29 @@ def collect_centers(
     """The BNS center of every class: moments of each BN input over that class's images alone.
 
     Args:
-        model: teacher; run in eval mode.
+        model: teacher, a CNN that torch.fx can trace; not changed.
         images: float32 [N, C, H, W].
         labels: int64 [N] in 0..num_classes-1; classes may be missing.
         num_classes: K.
         batch_size: images per forward; the classes of a batch are never split.
 
     Raises:
-        ValueError: shapes or labels out of range; no BatchNorm2d in the model.
+        ValueError: shapes or labels out of range; no BatchNorm2d in the model, or one without
+            running statistics; a model that cannot be traced.
     """
     check_labelled_images("images", images, labels, num_classes)
     count = torch.bincount(labels, minlength=num_classes)
-    sums, logits = None, None
-    with frozen(model), tapped(model) as taps, torch.no_grad():
-        for rows in _whole_classes(labels, batch_size):
-            present, groups = labels[rows].unique(return_inverse=True)
-            taps.begin(groups, len(present))
-            out = model(images[rows]).float()
-            if sums is None:
-                sums = [
-                    Moments(*torch.zeros(2, num_classes, m.mean.shape[1])) for m in taps.moments
-                ]
-                logits = torch.zeros(num_classes, out.shape[1])
-            logits.index_add_(0, labels[rows], out)
-            for total, batch in zip(sums, taps.moments, strict=True):
-                total.mean[present], total.var[present] = batch.mean, batch.var
+    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
+    if not teacher.running:
+        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+    sums = [Moments(*torch.zeros(2, num_classes, m.mean.shape[1])) for m in teacher.running]
+    logits = torch.zeros(num_classes, teacher(images[:1]).shape[1])
+    for rows in _whole_classes(labels, batch_size):
+        present, groups = labels[rows].unique(return_inverse=True)
+        out, moments = teacher.with_moments(images[rows], groups, len(present))
+        logits.index_add_(0, labels[rows], out)
+        for total, batch in zip(sums, moments, strict=True):
+            total.mean[present], total.var[present] = batch.mean, batch.var
     logits /= count.clamp(min=1)[:, None]
     reliable = (count > 0) & (logits.argmax(1) == torch.arange(num_classes))
     return BNSCenters(

@@ -19,7 +19,8 @@ from .losses import (
     standard_normal_targets,
 )
 from .seeding import stream
-from .statistics import BNSCenters, Moments, frozen, tapped, whitened
+from .statistics import BNSCenters, whitened
+from .teacher import FrozenTeacher, Moments
 from .training import (
     Metrics,
     Progress,
@@ -37,7 +38,7 @@ class GeneratorTrainer:
     """The generator, its optimizer and the step that trains it.
 
     Args:
-        model: teacher; the caller keeps it frozen (eval mode, no weight gradients).
+        model: teacher; not changed.
         centers: of the calibration images.
 
     Raises:
@@ -55,14 +56,16 @@ class GeneratorTrainer:
                 "the teacher misclassifies the calibration images of every class; "
                 "check their labels and preprocessing"
             )
-        self.model = model
+        self.teacher = FrozenTeacher(model, centers.image_shape, getattr(torch, config.dtype))
         self.centers = centers
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config.seed, _INIT_STREAM).initial_seed())
             self.generator = Generator(centers.num_classes, centers.image_shape)
         self.generator.train()
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), config.lr, config.betas)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(), config.lr, config.betas, fused=True
+        )
 
     def step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """One step; returns batch A (images detached, labels) and the losses."""
@@ -83,11 +86,9 @@ class GeneratorTrainer:
                 torch.arange(1, len(classes) + 1).repeat_interleave(config.images_per_class),
             ]
         )
-        with tapped(self.model) as taps:
-            taps.begin(groups, 1 + len(classes))
-            logits = self.model(images)
-        running = taps.running()
-        moments, targets, centers = taps.moments, running, self.centers.of(classes)
+        logits, moments = self.teacher.with_moments(images, groups, 1 + len(classes))
+        running = self.teacher.running
+        targets, centers = running, self.centers.of(classes)
         if config.whiten:
             moments, targets, centers = (whitened(m, running) for m in (moments, targets, centers))
         random_batch = [Moments(m.mean[:1], m.var[:1]) for m in moments]
@@ -95,8 +96,8 @@ class GeneratorTrainer:
 
         bns = moment_distance(random_batch, targets, range(len(moments))).mean()
         distorted_loss, centralized_loss = self._class_losses(classes, class_batches, centers, rng)
-        ce = F.cross_entropy(logits[: config.batch_size].float(), labels_a)
-        class_ce = F.cross_entropy(logits[config.batch_size :].float(), labels_b)
+        ce = F.cross_entropy(logits[: config.batch_size], labels_a)
+        class_ce = F.cross_entropy(logits[config.batch_size :], labels_b)
         loss = (
             config.ce_weight * ce
             + config.bns_weight * bns
@@ -122,11 +123,10 @@ class GeneratorTrainer:
         return pool[torch.randperm(len(pool), generator=rng)[:count]]
 
     def _generate(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.config.joint_pass:
-            return self.generator(z, labels)
         split = self.config.batch_size
-        batch_a = self.generator(z[:split], labels[:split])
-        return torch.cat([batch_a, self.generator(z[split:], labels[split:])])
+        groups = [len(z)] if self.config.joint_pass else [split, len(z) - split]
+        dtype = getattr(torch, self.config.dtype)
+        return self.generator(z, labels, groups, dtype).float()
 
     def _class_losses(
         self,
@@ -183,7 +183,7 @@ def train_generator(
     """Trains a class-conditional generator whose images reproduce the teacher's BNS class by class.
 
     Args:
-        model: teacher with BatchNorm2d layers; run in eval mode and not changed.
+        model: teacher with BatchNorm2d layers that torch.fx can trace; not changed.
         centers: from `collect_centers`.
         checkpoint: file to keep unfinished training in. resume: go on from it.
         progress: called as progress(steps done, total, metrics).
@@ -197,16 +197,13 @@ def train_generator(
     """
     config = config or SynthesisConfig()
     trainer = GeneratorTrainer(model, centers, config)
-    with frozen(model):
-        run_steps(
-            lambda index: trainer.step(index)[2],
-            config.steps,
-            trainer,
-            fingerprint=fingerprint(
-                config, *centers.mean, *centers.var, *model.state_dict().values()
-            ),
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            resume=resume,
-            progress=progress,
-        )
+    run_steps(
+        lambda index: trainer.step(index)[2],
+        config.steps,
+        trainer,
+        fingerprint=fingerprint(config, *centers.mean, *centers.var, *model.state_dict().values()),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        resume=resume,
+        progress=progress,
+    )
     return trainer.generator.eval()

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from .checkpoint import load_tensors, save_tensors
+from .memory import resident_memory
 
 Metrics = Mapping[str, float]
 Progress = Callable[[int, int, Metrics], None]
@@ -105,7 +106,7 @@ def run_steps(
     """
     start = _load(checkpoint, state, fingerprint) if resume and checkpoint is not None else 0
     saved = time.monotonic()
-    with _deferred_interrupt() as interrupted:
+    with _deferred_interrupt() as interrupted, resident_memory():
         for index in range(start, total):
             metrics = step(index)
             if progress is not None:

@@ -108,15 +108,15 @@ def affine_backward_kernel(
         offset, mask = tile(sample, number, channel, pixels, channels, BLOCK_P, LAST)
         value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
-        steps = tl.div_rn(value, tl.broadcast_to(s, value.shape))
-        code = round_code(clip(steps + z, quant_min - 1.0, quant_max + 1.0))
+        position = tl.div_rn(value, tl.broadcast_to(s, value.shape)) + z
+        code = round_code(clip(position, quant_min - 1.0, quant_max + 1.0))
         inside = (code >= quant_min) & (code <= quant_max)
         if CLIPPED:
             through = tl.where(inside, g, 0.0)
             tl.store(grad_x + offset, through.to(grad_x.dtype.element_ty), mask=mask)
         if PARAMETERS:
-            stretch = clip(code, quant_min, quant_max) - z
-            scale_sum += g * tl.where(inside, stretch - steps, stretch)
+            center = tl.where(inside, position, z)
+            scale_sum += g * (clip(code, quant_min, quant_max) - center)
             zero_sum -= tl.where(inside, 0.0, g * s)
     if PARAMETERS:
         store_partial(partials, 0, tl.sum(scale_sum, 0), sample, split, splits, channel, channels)
@@ -248,25 +248,11 @@ def fake_quantize_backward(
     zero_point: Tensor,
     quant_min: int,
     quant_max: int,
-    axis: int | None = None,
-) -> Tensor:
-    """`fdda::fake_quantize_backward`: the gradient where the code needed no clamping."""
-    parameters = (scale, zero_point, quant_min, quant_max, axis)
-    return fake_quantize_gradients(grad, x, *parameters, clipped=True, parameters=False)[0]
-
-
-def fake_quantize_gradients(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
     axis: int | None,
     clipped: bool,
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scale and zero_point of `fake_quantize`.
+    """`fdda::fake_quantize_backward`: gradients of x, scale and zero_point.
 
     That of x is empty unless `clipped`, otherwise it is `grad` itself; those of scale and
     zero_point are empty unless `parameters`.
@@ -336,7 +322,7 @@ def fake_quantize_range_backward(
     clipped: bool,
     ends: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, x_min and x_max of `fake_quantize_range`.
+    """`fdda::fake_quantize_range_backward`: gradients of x, x_min and x_max.
 
     That of x is empty unless `clipped`, otherwise it is `grad` itself; those of the ends are empty
     unless `ends`.

@@ -1,5 +1,6 @@
 """The generator: architecture, samples that depend on their index only, files."""
 
+import copy
 import json
 
 import numpy as np
@@ -43,13 +44,9 @@ def norm(x, norm_module, eps):
     return (x - mean) / ((x - mean).square().mean((0, 2, 3), keepdim=True) + eps).sqrt()
 
 
-def test_forward_in_train_mode_against_the_description(generator):
+def described(generator, z, labels):
     """method: linear, then norm, (up, conv, norm, leaky) x 2, conv, tanh, norm; in float64."""
-    g = Generator(5, (3, 10, 7))
-    g.load_state_dict(generator.state_dict())
-    g = g.double().train()
-    z = torch.randn(6, 100, dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 3, 4, 4])
+    g = copy.deepcopy(generator).double()
 
     def conditional(x, module, eps):
         weight, bias = module.weight.weight[labels], module.bias.weight[labels]
@@ -58,7 +55,7 @@ def test_forward_in_train_mode_against_the_description(generator):
     def up(x):
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
-    x = (z @ g.fc.weight.T + g.fc.bias).reshape(6, 128, 3, 2)
+    x = (z.double() @ g.fc.weight.T + g.fc.bias).reshape(len(z), 128, 3, 2)
     x = conditional(x, g.norm0, 1e-5)
     x = F.conv2d(up(x), g.conv1.weight, g.conv1.bias, padding=1)
     x = conditional(x, g.norm1, 0.8)
@@ -67,8 +64,73 @@ def test_forward_in_train_mode_against_the_description(generator):
     x = conditional(x, g.norm2, 0.8)
     x = torch.where(x > 0, x, 0.2 * x)
     x = torch.tanh(F.conv2d(x, g.conv3.weight, g.conv3.bias, padding=1))
-    x = norm(x, g.norm3, 1e-5)[:, :, :10, :7]
-    torch.testing.assert_close(g(z, labels), x, rtol=1e-8, atol=1e-8)
+    return norm(x, g.norm3, 1e-5)[:, :, :10, :7]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.15)])
+def test_forward_in_train_mode_against_the_description(generator, dtype, tolerance):
+    """float32 and bfloat16 are rounding away: images have variance 1."""
+    g = copy.deepcopy(generator).train()
+    z = torch.randn(6, 100)
+    labels = torch.tensor([0, 1, 2, 3, 4, 4])
+    parts = [described(g, z[:4], labels[:4]), described(g, z[4:], labels[4:])]
+    images = g(z, labels, [4, 2], dtype)
+    assert images.dtype == dtype
+    torch.testing.assert_close(images.double(), torch.cat(parts), rtol=tolerance, atol=tolerance)
+    images = g(z, labels, dtype=dtype)
+    expected = described(g, z, labels)
+    torch.testing.assert_close(images.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_groups_are_consecutive_batches(generator):
+    """Images, running statistics and gradients of one pass and of two."""
+    z, labels = torch.randn(7, 100), torch.tensor([0, 1, 2, 3, 4, 4, 0])
+    weights = torch.randn(7, 3, 10, 7)
+    one, two = (copy.deepcopy(generator).train() for _ in range(2))
+    images = one(z, labels, [4, 3])
+    (images * weights).sum().backward()
+    parts = [two(z[:4], labels[:4]), two(z[4:], labels[4:])]
+    (torch.cat(parts) * weights).sum().backward()
+    torch.testing.assert_close(images, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    for (name, found), expected in zip(
+        one.state_dict().items(), two.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=name)
+    largest = max(p.grad.abs().max() for p in two.parameters())
+    for (name, found), expected in zip(one.named_parameters(), two.parameters(), strict=True):
+        found, expected = found.grad, expected.grad
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+def test_running_statistics_are_those_of_batch_norm(generator):
+    g = copy.deepcopy(generator).train()
+    module, plain = g.norm1, copy.deepcopy(g.norm1.norm)
+    x = torch.randn(7, 128, 5, 3)
+    module(x, torch.zeros(7).long(), [4, 3])
+    for part in x.split([4, 3]):
+        plain(part)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(dict(module.norm.named_buffers())[name], buffer)
+
+
+def test_bfloat16_gradients_reach_float32_parameters(generator):
+    """Each parameter's gradient points where the float32 one does."""
+    z, labels = torch.randn(8, 100), torch.arange(8) % 5
+    weights = torch.randn(8, 3, 10, 7)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        g = copy.deepcopy(generator).train()
+        (g(z, labels, dtype=dtype) * weights).sum().backward()
+        gradients.append({n: p.grad for n, p in g.named_parameters()})
+    for name in ("fc.weight", "conv1.weight", "conv2.weight", "norm1.weight.weight"):
+        exact, found = (g[name].flatten() for g in gradients)
+        assert found.dtype == torch.float32
+        assert F.cosine_similarity(exact, found, 0) > 0.99, name
+
+
+def test_a_single_value_has_no_statistics():
+    with pytest.raises(ValueError, match="groups: expected more than 1 value"):
+        Generator(3, (3, 4, 4))(torch.randn(1, 100), torch.tensor([0]))
 
 
 def test_initial_embeddings_and_parameters():
@@ -240,16 +302,17 @@ def test_truncated_and_missing_files(generator, tmp_path):
 
 
 def test_conditional_norm_is_per_class():
-    module = ConditionalBatchNorm2d(3, 2, eps=0.1).double()
-    module.weight.weight.data = torch.tensor([[1.0, 2], [3, 4], [5, 6]], dtype=torch.float64)
-    module.bias.weight.data = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]).double()
-    x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    module = ConditionalBatchNorm2d(3, 2, eps=0.1)
+    module.weight.weight.data = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
+    module.bias.weight.data = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    x = torch.randn(4, 2, 3, 3)
     labels = [2, 0, 1, 2]
-    y = module.train()(x, torch.tensor(labels)).detach().numpy()
-    a = x.numpy()
+    y = module.train()(x, torch.tensor(labels), [4]).detach().numpy()
+    a = x.double().numpy()
     a = (a - a.mean((0, 2, 3), keepdims=True)) / np.sqrt(a.var((0, 2, 3), keepdims=True) + 0.1)
     for row, label in enumerate(labels):
         for channel in range(2):
             weight = module.weight.weight[label, channel].item()
             bias = module.bias.weight[label, channel].item()
-            np.testing.assert_allclose(y[row, channel], weight * a[row, channel] + bias)
+            expected = weight * a[row, channel] + bias
+            np.testing.assert_allclose(y[row, channel], expected, rtol=1e-5, atol=1e-5)

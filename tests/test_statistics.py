@@ -1,4 +1,4 @@
-"""BatchNorm taps and per-class centers against float64 numpy."""
+"""Per-class centers against float64 numpy."""
 
 import json
 
@@ -10,13 +10,11 @@ from torch import nn
 from fdda_fast.checkpoint import load_tensors, save_tensors
 from fdda_fast.statistics import (
     BNSCenters,
-    Moments,
     check_labelled_images,
     collect_centers,
-    frozen,
-    tapped,
     whitened,
 )
+from fdda_fast.teacher import Moments
 
 CLASSES = 5
 
@@ -119,48 +117,6 @@ def test_reliable_is_the_averaged_arg_max():
     assert reliable.tolist() == [False, False, True]
 
 
-def test_taps_group_by_group_in_forward_order(model):
-    images, groups = batch([0, 1, 1, 0, 1])
-    with frozen(model), tapped(model) as taps:
-        taps.begin(groups, 2)
-        model(images)
-        assert taps.modules == [model.first, model.last]
-        running = taps.running()
-    inputs, _ = inputs_of(model, (model.first, model.last), images)
-    for moments, x in zip(taps.moments, inputs, strict=True):
-        for group in range(2):
-            mean, var = numpy_moments(x[(groups == group).numpy()])
-            np.testing.assert_allclose(moments.mean[group].detach(), mean, rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(moments.var[group].detach(), var, rtol=1e-5, atol=1e-6)
-    assert torch.equal(running[1].mean, model.last.running_mean[None])
-    assert torch.equal(running[0].var, model.first.running_var[None])
-    model.eval()(images)  # no longer tapped
-    assert len(taps.moments) == 2
-
-
-def test_a_second_forward_replaces_the_first(model):
-    images, groups = batch([0, 0, 0])
-    with frozen(model), tapped(model) as taps:
-        taps.begin(groups, 1)
-        model(images)
-        first = taps.moments
-        taps.begin(groups, 1)
-        model(images + 1)
-    assert len(taps.moments) == 2
-    assert not torch.allclose(first[0].mean, taps.moments[0].mean)
-
-
-def test_taps_are_differentiable(model):
-    images, groups = batch([0, 1, 0])
-    images.requires_grad_()
-    with frozen(model), tapped(model) as taps:
-        taps.begin(groups, 2)
-        model(images)
-        (taps.moments[1].mean[0].sum() + taps.moments[0].var[0].sum()).backward()
-    assert images.grad[[0, 2]].abs().sum() > 0
-    assert images.grad[1].abs().sum() == 0  # the other group
-
-
 def test_whitened_against_numpy():
     rng = np.random.default_rng(0)
     moments = [rng.normal(size=(2, 3, c)).astype(np.float32) for c in (4, 6)]
@@ -196,34 +152,6 @@ def test_collecting_leaves_the_model_alone(model):
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["fc.weight"]
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_frozen_restores_after_an_error(model):
-    model.train()
-
-    def fail():
-        with frozen(model), tapped(model):
-            assert not model.training
-            assert not any(p.requires_grad for p in model.parameters())
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert model.training
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def tap(model):
-    with tapped(model):
-        pass
-
-
-def test_models_without_statistics_are_refused():
-    with pytest.raises(ValueError, match="no BatchNorm2d"):
-        tap(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm1d(2)))
-    with pytest.raises(ValueError, match="'1' has no running"):
-        tap(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 // Mean and variance of every (class, channel), alone or beside the batch norm that reads x, too.
 //
 // 1. Per (sample, channel), tile by tile: sums of d = x - center and of d * d. The center of the
-//    first tile is its own mean (the tile is then read twice, from the L1 cache), that of a later
-//    one the mean so far: what d * d cancels is then at most a few times what the merge adds to M2
-//    (Chan, Golub, LeVeque 1979), so memory is read once and nothing is lost. Lanes add in float32,
-//    at most 64 numbers each; tiles merge in double.
+//    first tile is the mean of its first numbers, that of a later one the mean so far. Memory is
+//    read once, and little cancels: a share p of the numbers that lies e beside the mean of all has
+//    p * e * e in the variance, so that the squares are at most 1 / p times as large. Lanes add in
+//    float32, at most 64 numbers each; tiles merge in double (Chan, Golub, LeVeque 1979).
 // 2. Per class: its samples merge in double in the order of the batch.
 // The order of additions depends on the shape alone, never on the number of threads.
 
@@ -19,6 +19,7 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int64_t kTile = 4096;     // elements of a contiguous row: 16 KiB in float32
+constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
 constexpr int kLanes = 64;
@@ -36,9 +37,11 @@ static inline void merge(Moments& a, double count, double mean, double m2) {
 }
 
 double sum_lanes(const float* lanes) {
-  double sum = 0.0;
-  for (int j = 0; j < kLanes; ++j) sum += lanes[j];
-  return sum;
+  double part[8] = {};  // a vector's worth, so that the additions do not wait for each other
+  for (int j = 0; j < kLanes; j += 8) {
+    for (int k = 0; k < 8; ++k) part[k] += lanes[j + k];
+  }
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
 // What batch norm, an addition and clipping make of one channel.
@@ -89,8 +92,9 @@ Moments row_moments(const T* x, int64_t size, Companions<T> with, ChannelNorm no
     const double n = static_cast<double>(length);
     if (start == 0) {
       float drift[kLanes] = {}, squares[kLanes] = {};
-      add_row<false, false, T>(x, length, 0.0f, drift, squares, {}, norm);
-      center = static_cast<float>(sum_lanes(drift) / n);
+      const int64_t sample = min64(kSample, length);
+      add_row<false, false, T>(x, sample, 0.0f, drift, squares, {}, norm);
+      center = static_cast<float>(sum_lanes(drift) / static_cast<double>(sample));
     } else {
       center = static_cast<float>(total.mean);
     }

@@ -11,6 +11,10 @@ namespace FDDA_ISA {
 void fake_quantize(const FakeQuantize&);
 void fake_quantize_backward(const FakeQuantizeBackward&);
 void fake_quantize_range(const FakeQuantizeRange&);
+void fake_quantize_range_backward(const FakeQuantizeRangeBackward&);
+void observe_range(const ObserveRange&);
+void bn_relu_fake_quantize(const BnReluFakeQuantize&);
+void bn_relu_fake_quantize_backward(const BnReluFakeQuantizeBackward&);
 void class_moments(const ClassMoments&);
 void class_moments_backward(const ClassMomentsBackward&);
 void quantize(const Quantize&);
@@ -20,6 +24,14 @@ void pack_weight(const PackWeight&);
 void unpack_weight(const UnpackWeight&);
 void packed_conv2d(const PackedConv&);
 void packed_linear_s32(const PackedLinearS32&);
+void conditional_bn(const ConditionalBn&);
+void conditional_bn_backward(const ConditionalBnBackward&);
+void upsample_differences(const UpsampleDifferences&);
+void upsample_sum(const UpsampleSum&);
+void upsample_reduce(const UpsampleReduce&);
+void upsample_adjoint(const UpsampleAdjoint&);
+void gather_taps(const GatherTaps&);
+void sum_taps(const SumTaps&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

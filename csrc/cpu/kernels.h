@@ -26,8 +26,11 @@ struct FakeQuantize {
 };
 
 struct FakeQuantizeBackward {
-  FakeQuantize forward;  // `y` receives the gradient with respect to x
+  FakeQuantize forward;  // `y` receives the gradient with respect to x; null: that is `grad`
   const void* grad;
+  int64_t channels;        // of scale; the view of an empty tensor has none
+  float* grad_scale;       // [channels] or null
+  float* grad_zero_point;  // [channels] or null, with grad_scale
 };
 
 // x_min and x_max null: taken from x.
@@ -39,6 +42,24 @@ struct FakeQuantizeRange {
   const float* x_min;  // [channels]
   const float* x_max;  // [channels]
   int bits;
+};
+
+struct FakeQuantizeRangeBackward {
+  FakeQuantizeRange forward;  // `y` receives the gradient with respect to x; null: that is `grad`
+  const void* grad;
+  int64_t channels;   // of x_min
+  float* grad_x_min;  // [channels] or null
+  float* grad_x_max;  // [channels] or null, with grad_x_min
+};
+
+struct ObserveRange {
+  Dtype dtype;
+  const void* x;
+  int64_t count;
+  const float *x_min, *x_max;
+  double keep;
+  bool include_zero;
+  float *new_min, *new_max;
 };
 
 // Eval-mode batch norm, an optional addition and clipping of the x of ClassMoments:
@@ -83,6 +104,32 @@ struct ClassMomentsBackward {
   void* grad_residual;    // laid out like x; with residual only
 };
 
+// y = quantise(clamp(x * scale + shift [+ residual], low, high)); the view's channels are the batch
+// norm's.
+struct BnReluFakeQuantize {
+  Dtype dtype;
+  const void* x;
+  const void* residual;  // laid out like x, or null
+  void* y;               // laid out like x
+  ChannelView view;
+  BnRelu norm;
+  float x_min, x_max;
+  int bits;
+};
+
+struct BnReluFakeQuantizeBackward {
+  BnReluFakeQuantize forward;  // `y` receives the gradient with respect to x
+  const void* grad;            // laid out like x
+  bool clipped;                // no gradient beyond the range
+  bool range;                  // whether the range's gradient is wanted
+  int64_t channels;
+  const float* mean;               // [channels], of the batch norm
+  const float* inv_std;            // [channels]
+  void* grad_residual;             // laid out like x, with residual
+  float *grad_weight, *grad_bias;  // [channels]
+  float *grad_x_min, *grad_x_max;  // with range
+};
+
 struct Quantize {
   const float* x;  // [batch, channels, height, width] with any strides, in elements
   int64_t batch, channels, height, width;
@@ -121,10 +168,104 @@ struct UnpackWeight {
   int8_t* codes;
 };
 
+// y = leaky_relu((x - mean) / sqrt(var + eps) * weight + bias); x as in ClassMoments.
+struct ConditionalBn {
+  Dtype dtype;
+  const void* x;
+  void* y;
+  int64_t batch, channels, inner;
+  bool channels_last;
+  const int64_t* labels;  // [batch], rows of weight and bias
+  const int64_t* group;   // [batch], rows of mean and var
+  const float* mean;
+  const float* var;
+  const float* weight;
+  const float* bias;
+  double eps;
+  float negative_slope;
+};
+
+// mean and var are those of x within the group.
+struct ConditionalBnBackward {
+  ConditionalBn forward;  // `y` receives the gradient with respect to x
+  const void* grad_y;
+  int64_t num_classes, num_groups;
+  const int64_t* group_size;  // [num_groups], in samples
+  float* grad_weight;         // [num_classes, channels]
+  float* grad_bias;
+};
+
+// Rows [row, row_end) of images [image, image + images), each [height, width], in the passes of
+// upsample_conv.cpp and few_outputs_conv.cpp. float32 or bfloat16.
+struct Strip {
+  Dtype dtype;
+  int64_t height, width, image, images, row, row_end;
+  int64_t rows() const { return row_end - row; }
+  int64_t first_difference() const { return row ? row + 1 : 0; }
+  int64_t differences() const { return row_end + 1 - first_difference(); }
+};
+
+struct UpsampleDifferences {
+  Strip strip;
+  int64_t channels;
+  const void* x;  // all images, NHWC, as every full tensor here
+  void* row;      // [images, differences, width, channels]
+  void* column;   // [images, rows, width + 1, channels]
+  void* mixed;    // [images, differences, width + 1, channels]
+};
+
+struct UpsampleSum {
+  Strip strip;
+  int64_t channels;
+  const void* x;       // [images, rows, width, channels]
+  const void* row;     // [images, rows + 1, width, 2, channels]
+  const void* column;  // [images, rows, width + 1, 2, channels]
+  const void* mixed;   // [images, rows + 1, width + 1, 4, channels]
+  const float* bias;   // [channels]
+  void* y;
+};
+
+// Gradients of the products, laid out like UpsampleSum's but for `differences` rows of row, mixed.
+struct UpsampleReduce {
+  Strip strip;
+  int64_t channels;
+  const void* grad_y;
+  void *x, *row, *column, *mixed;
+  float* sum;  // [images, rows, channels]: sums of grad_y that were not rounded to its dtype
+};
+
+// Gradients of x and of the maps, laid out like UpsampleDifferences' but for rows + 1 rows of row
+// and mixed.
+struct UpsampleAdjoint {
+  Strip strip;
+  int64_t channels;
+  const void *x, *row, *column, *mixed;
+  void* grad_x;
+};
+
+struct GatherTaps {
+  Strip strip;
+  int64_t channels;
+  const void* grad_y;
+  void* planes;  // [9, channels, images, rows, width]
+};
+
+struct SumTaps {
+  Strip strip;
+  int64_t channels;
+  const void* planes;  // [9, channels, images, rows and those above and below, width]
+  const float* bias;   // [channels]
+  void* y;
+};
+
 struct Kernels {
   void (*fake_quantize)(const FakeQuantize&);
   void (*fake_quantize_backward)(const FakeQuantizeBackward&);
   void (*fake_quantize_range)(const FakeQuantizeRange&);
+  void (*fake_quantize_range_backward)(const FakeQuantizeRangeBackward&);
+  void (*observe_range)(const ObserveRange&);
+  void (*bn_relu_fake_quantize)(const BnReluFakeQuantize&);
+  void (*bn_relu_fake_quantize_backward)(const BnReluFakeQuantizeBackward&);
   void (*class_moments)(const ClassMoments&);
   void (*class_moments_backward)(const ClassMomentsBackward&);
   void (*quantize)(const Quantize&);
@@ -134,6 +275,14 @@ struct Kernels {
   void (*unpack_weight)(const UnpackWeight&);
   void (*packed_conv2d)(const PackedConv&);
   void (*packed_linear_s32)(const PackedLinearS32&);
+  void (*conditional_bn)(const ConditionalBn&);
+  void (*conditional_bn_backward)(const ConditionalBnBackward&);
+  void (*upsample_differences)(const UpsampleDifferences&);
+  void (*upsample_sum)(const UpsampleSum&);
+  void (*upsample_reduce)(const UpsampleReduce&);
+  void (*upsample_adjoint)(const UpsampleAdjoint&);
+  void (*gather_taps)(const GatherTaps&);
+  void (*sum_taps)(const SumTaps&);
 };
 
 namespace generic {

@@ -7,6 +7,10 @@ extern const Kernels kernels = {
     fake_quantize,
     fake_quantize_backward,
     fake_quantize_range,
+    fake_quantize_range_backward,
+    observe_range,
+    bn_relu_fake_quantize,
+    bn_relu_fake_quantize_backward,
     class_moments,
     class_moments_backward,
     quantize,
@@ -16,6 +20,14 @@ extern const Kernels kernels = {
     unpack_weight,
     packed_conv2d,
     packed_linear_s32,
+    conditional_bn,
+    conditional_bn_backward,
+    upsample_differences,
+    upsample_sum,
+    upsample_reduce,
+    upsample_adjoint,
+    gather_taps,
+    sum_taps,
 };
 
 }  // namespace FDDA_ISA

@@ -1,77 +1,10 @@
 // CPU implementations of the moments operators: checks and pointers, nothing numerical.
-#include <cmath>
 #include <tuple>
 
-#include "layout.h"
+#include "norm.h"
 
 namespace fdda {
 namespace {
-
-struct MomentsLayout {
-  Tensor x;
-  int64_t batch, channels, inner;
-  bool channels_last;
-  bool copied;  // x is not the caller's tensor
-};
-
-MomentsLayout moments_layout(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ", x.dim(),
-                  " dimensions");
-  MomentsLayout l{x, x.size(0), x.size(1), x.dim() == 4 ? x.size(2) * x.size(3) : 1, false, false};
-  const bool nhwc = x.dim() == 4 && x.stride(1) == 1 &&
-                    (x.size(3) == 1 || x.stride(3) == l.channels) &&
-                    (x.size(2) == 1 || x.stride(2) == x.size(3) * l.channels) &&
-                    (x.size(0) == 1 || x.stride(0) == l.inner * l.channels);
-  l.copied = !x.is_contiguous() && !nhwc;
-  if (l.copied) l.x = torch::stable::contiguous(x);
-  // With one pixel the two layouts are one, and channels_last runs along the channels.
-  l.channels_last = l.inner == 1 || (nhwc && !x.is_contiguous());
-  return l;
-}
-
-Tensor checked_labels(const Tensor& labels, int64_t batch, int64_t num_classes) {
-  check_dtype(labels, ScalarType::Long, "labels");
-  check_numel(labels, batch, "labels");
-  const Tensor dense_labels = torch::stable::contiguous(labels);
-  const int64_t* label = dense_labels.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < batch; ++i) {
-    STD_TORCH_CHECK(label[i] >= 0 && label[i] < num_classes, "labels: expected 0 to ",
-                    num_classes - 1, ", got ", label[i]);
-  }
-  return dense_labels;
-}
-
-// Scale and shift of an eval-mode batch norm, and the clipping behind it.
-class FoldedNorm {
- public:
-  FoldedNorm(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
-             double eps, double low, double high, int64_t channels)
-      : scale_(channels), shift_(channels) {
-    const Tensor tensors[] = {values(weight, channels, "weight"), values(bias, channels, "bias"),
-                              values(mean, channels, "running_mean"),
-                              values(var, channels, "running_var")};
-    const float* value[4];
-    for (int i = 0; i < 4; ++i) value[i] = tensors[i].const_data_ptr<float>();
-    for (int64_t c = 0; c < channels; ++c) {
-      const double scale = value[0][c] / std::sqrt(static_cast<double>(value[3][c]) + eps);
-      scale_[c] = static_cast<float>(scale);
-      shift_[c] = static_cast<float>(value[1][c] - value[2][c] * scale);
-    }
-    view = {scale_.data(), shift_.data(), static_cast<float>(low), static_cast<float>(high)};
-  }
-  FoldedNorm(const FoldedNorm&) = delete;
-
-  BnRelu view;
-
- private:
-  static Tensor values(const Tensor& t, int64_t channels, const char* argument) {
-    check_dtype(t, ScalarType::Float, argument);
-    check_numel(t, channels, argument);
-    return torch::stable::contiguous(t);
-  }
-
-  std::vector<float> scale_, shift_;
-};
 
 // y and residual are laid out like l.x and may be null.
 std::tuple<Tensor, Tensor, Tensor> moments_of(const MomentsLayout& l, const Tensor& labels_in,
@@ -87,21 +20,6 @@ std::tuple<Tensor, Tensor, Tensor> moments_of(const MomentsLayout& l, const Tens
        labels.const_data_ptr<int64_t>(), num_classes, mean.mutable_data_ptr<float>(),
        var.mutable_data_ptr<float>(), count.mutable_data_ptr<int64_t>(), norm, residual, y});
   return {mean, var, count};
-}
-
-// `made`, laid out like l.x, in the layout that x's empty_like has.
-Tensor as_caller(const MomentsLayout& l, const Tensor& x, const Tensor& made) {
-  if (!l.copied) return made;
-  Tensor out = torch::stable::empty_like(x);
-  torch::stable::copy_(out, made);
-  return out;
-}
-
-// t in the layout of l.x, which x has the dtype and size of.
-const Tensor companion(const MomentsLayout& l, const Tensor& t, const char* argument) {
-  check_dtype(t, l.x.scalar_type(), argument);
-  check_numel(t, l.x.numel(), argument);
-  return with_strides_of(l.x, t);
 }
 
 const void* pointer(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }

@@ -50,4 +50,16 @@ inline Tensor with_strides_of(const Tensor& x, const Tensor& t) {
   return copy;
 }
 
+// Memory for a gradient like t; empty where it is not wanted.
+inline Tensor wanted_like(const Tensor& t, bool wanted) {
+  return wanted ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});
+}
+
+// grad with the strides of x, which must be dense.
+inline Tensor checked_grad(const Tensor& grad, const Tensor& x) {
+  check_dtype(grad, x.scalar_type(), "grad");
+  check_numel(grad, x.numel(), "grad");
+  return with_strides_of(x, grad);
+}
+
 }  // namespace fdda

@@ -20,7 +20,6 @@ from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from ..models import SHIPPED
 from ..quantization.bits import Bits
 from ..runs import load_recorded_teacher, teacher_record
-from ..statistics import frozen
 
 _MEAN, _STD = (",".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
@@ -143,7 +142,7 @@ class InputOptions:
 
     def _count_logits(self, teacher: nn.Module, calibration: Calibration) -> int:
         """How many the teacher returns per image."""
-        with frozen(teacher), torch.no_grad():
+        with torch.no_grad():
             try:
                 logits = teacher(calibration.images[:1])
             except RuntimeError as error:

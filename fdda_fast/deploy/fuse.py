@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
-from ..quantization.prepare import node_kind
-from .translate import addends, clip_of
+from ..tracing import addends, clip_of, node_kind
 
 LAYERS = (QuantConv2d, QuantLinear)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)

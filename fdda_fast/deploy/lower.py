@@ -12,7 +12,8 @@ from torch import fx
 from .. import ops
 from ..data.preprocessing import Preprocessing
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
-from ..quantization.prepare import is_global_average_pool, node_kind
+from ..quantization.prepare import is_global_average_pool
+from ..tracing import node_kind
 from . import fold
 from .fold import Codes
 from .fuse import Group, find_groups

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..quantization.prepare import node_kind
+from ..tracing import node_kind
 from .translate import RESHAPES, Unsupported, describe
 
 

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..quantization.prepare import ADDS, node_kind
+from ..tracing import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, node_kind
 from . import glue
 from .integer import MaxPool2d, Reshape
 from .schema import Op
 
-RELUS = {nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-RELU6S = {nn.ReLU6, F.relu6}
 MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
 RESHAPES = {
     nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
@@ -102,30 +100,6 @@ def _overwrites(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return bool(named or augmented or node.kwargs.get("inplace", False))
 
 
-def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """(low, high) of a node that only clips, else None."""
-    kind = node_kind(graph_module, node)
-    if kind in RELUS:
-        return 0.0, float("inf")
-    if kind in RELU6S:
-        return 0.0, 6.0
-    if kind in (nn.Hardtanh, F.hardtanh):
-        op = translate(graph_module, node).op
-        return op.low, op.high
-    return None
-
-
-def addends(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors of one shape that a node adds, else None."""
-    if node_kind(graph_module, node) not in ADDS or len(node.args) != 2 or node.kwargs:
-        return None
-    a, b = node.args
-    nodes = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
-    if not nodes or a.meta.get("shape") != b.meta.get("shape"):
-        return None
-    return a, b
-
-
 def geometry(layer: nn.Conv2d) -> dict[str, Any]:
     """The fields of Conv2dOp. Raises ValueError for padding that is not symmetric."""
     padding = layer.padding
@@ -185,9 +159,8 @@ def _gelu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
 
 
 def _hardtanh(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    values = _arguments(graph_module, node, "input", "min_val", "max_val", "inplace")
-    op = glue.Hardtanh(low=values.get("min_val", -1.0), high=values.get("max_val", 1.0))
-    return Translation(op, (values["input"],), {})
+    low, high = clip_of(graph_module, node)
+    return Translation(glue.Hardtanh(low=low, high=high), tuple(node.all_input_nodes), {})
 
 
 def _leaky_relu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
@@ -347,7 +320,7 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((nn.GELU, F.gelu), _gelu),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("hardsigmoid")),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("hardswish")),
-    **dict.fromkeys((nn.Hardtanh, F.hardtanh), _hardtanh),
+    **dict.fromkeys(HARDTANHS, _hardtanh),
     **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _leaky_relu),
     **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), _softmax),
     **dict.fromkeys(ADDS, _binary("add")),

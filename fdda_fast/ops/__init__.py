@@ -6,8 +6,16 @@ Every operator works on every device, under autograd (where it says so) and `tor
 from fdda_fast.ops import _library, reference
 from fdda_fast.ops._library import backend_info
 from fdda_fast.ops.bn_relu_class_moments import bn_relu_class_moments
+from fdda_fast.ops.bn_relu_fake_quantize import bn_relu_fake_quantize
 from fdda_fast.ops.class_moments import class_moments
-from fdda_fast.ops.fake_quantize import fake_quantize, fake_quantize_minmax, fake_quantize_range
+from fdda_fast.ops.conditional_bn import conditional_bn_lrelu
+from fdda_fast.ops.convolutions import conv3x3_few_outputs, upsample_conv3x3
+from fdda_fast.ops.fake_quantize import (
+    fake_quantize,
+    fake_quantize_minmax,
+    fake_quantize_range,
+    observe_range,
+)
 from fdda_fast.ops.packed import (
     max_pool2d_codes,
     pack_weight,
@@ -23,11 +31,15 @@ _library.load_extension()
 __all__ = [
     "backend_info",
     "bn_relu_class_moments",
+    "bn_relu_fake_quantize",
     "class_moments",
+    "conditional_bn_lrelu",
+    "conv3x3_few_outputs",
     "fake_quantize",
     "fake_quantize_minmax",
     "fake_quantize_range",
     "max_pool2d_codes",
+    "observe_range",
     "pack_weight",
     "packed_conv2d",
     "packed_linear",
@@ -35,4 +47,5 @@ __all__ = [
     "reference",
     "requantize_codes",
     "unpack_weight",
+    "upsample_conv3x3",
 ]

@@ -33,6 +33,11 @@ def define(schema: str, reference: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"fdda::{name}", fake, lib=LIBRARY)
 
 
+def define_pass(schema: str) -> None:
+    """Define `fdda::` + schema: a compiled pass within an operator's CPU implementation."""
+    LIBRARY.define(schema)
+
+
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     """Give `fdda::name` its gradient."""
     torch.library.register_autograd(
@@ -76,6 +81,19 @@ def _load_cpu(isa: str) -> None:
     _extension = _C
     if isa:
         _select_isa(isa, "FDDA_FAST_ISA")
+    _register_compositions()
+
+
+def _register_compositions() -> None:
+    """CPU implementations that call the library's matrix products between compiled passes."""
+    from fdda_fast.ops import _few_outputs, _nine_products
+
+    for module, name in (
+        (_nine_products, "upsample_conv3x3"),
+        (_few_outputs, "conv3x3_few_outputs"),
+    ):
+        for operator in (name, f"{name}_backward"):
+            LIBRARY.impl(operator, getattr(module, operator), "CPU")
 
 
 def _load_cuda() -> None:

@@ -57,12 +57,16 @@ def bn_relu_class_moments(
     check_classes(x, labels, num_classes)
     if residual is not None:
         check_tensor(residual, "residual", (x.dtype,), x.shape)
-    check(isinstance(relu, bool) or relu > 0, "relu", "True, False or a number > 0", relu)
-    low = -math.inf if relu is False else 0.0
-    high = math.inf if isinstance(relu, bool) else float(relu)
+    low, high = clip_limits(relu)
     return torch.ops.fdda.bn_relu_class_moments(
         x, weight, bias, running_mean, running_var, eps, labels, num_classes, low, high, residual
     )[:3]
+
+
+def clip_limits(relu: bool | float) -> tuple[float, float]:
+    """The limits that `relu` (True, False, a number > 0) stands for; ValueError for others."""
+    check(isinstance(relu, bool) or relu > 0, "relu", "True, False or a number > 0", relu)
+    return -math.inf if relu is False else 0.0, math.inf if isinstance(relu, bool) else float(relu)
 
 
 def _fake(x, weight, bias, running_mean, running_var, eps, labels, num_classes, *_):
@@ -85,7 +89,17 @@ def _setup(ctx, inputs: tuple, output: tuple) -> None:
 def _backward(ctx, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor, _: Tensor | None) -> tuple:
     *norm, labels, mean, count, residual = ctx.saved_tensors
     grad, grad_residual = torch.ops.fdda.bn_relu_class_moments_backward(
-        grad_y, grad_mean, grad_var, *norm, ctx.eps, labels, mean, count, ctx.low, ctx.high, residual
+        grad_y,
+        grad_mean,
+        grad_var,
+        *norm,
+        ctx.eps,
+        labels,
+        mean,
+        count,
+        ctx.low,
+        ctx.high,
+        residual,
     )
     return grad, *[None] * 9, None if residual is None else grad_residual
 

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..statistics import EPS, Moments, tapped
+from ..statistics import EPS
+from ..teacher import FrozenTeacher, Moments
 
 
 @torch.no_grad()
-def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Tensor) -> None:
+def correct_batch_norms(student: nn.Module, teacher: FrozenTeacher, images: torch.Tensor) -> None:
     """Moves the student's running statistics by what quantisation does to its BN inputs.
 
     With the moments (m_t, v_t) of the teacher's BN input and (m_s, v_s) of the student's on the
@@ -28,10 +29,7 @@ def correct_batch_norms(student: nn.Module, teacher: nn.Module, images: torch.Te
         images: float32 [N, C, H, W], all in one batch.
     """
     group = torch.zeros(len(images), dtype=torch.int64)
-    with tapped(teacher) as taps:
-        taps.begin(group, 1)
-        teacher(images)
-    expected: Iterator[Moments] = iter(taps.moments)
+    expected: Iterator[Moments] = iter(teacher.with_moments(images, group, 1)[1])
 
     def correct(module: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
         mean, var = next(expected)

@@ -15,8 +15,9 @@ from ..data.augment import blended, random_resized_crop, random_shift
 from ..generator import Generator, sample
 from ..losses import distillation
 from ..seeding import stream
-from ..statistics import BNSCenters, check_labelled_images, collect_centers, frozen
+from ..statistics import BNSCenters, check_labelled_images, collect_centers
 from ..synthesis import GeneratorTrainer, fingerprint
+from ..teacher import FrozenTeacher
 from ..training import (
     Metrics,
     Progress,
@@ -29,6 +30,7 @@ from ..training import (
 from .bits import Bits
 from .clipping import clip_weights
 from .correction import correct_batch_norms
+from .fusion import cast_convolutions, fuse_norms
 from .modules import activation_quantizers, quantizer_mode
 from .prepare import prepare
 
@@ -42,23 +44,29 @@ class Finetuner:
 
     Args:
         student: from `prepare`, ranges not yet known.
-        teacher: the caller keeps it frozen.
+        model: teacher; not changed.
         calibration: real images float32 [N, C, H, W] and labels int64 [N].
     """
 
     def __init__(
         self,
         student: fx.GraphModule,
-        teacher: nn.Module,
+        model: nn.Module,
         calibration: Batch,
         config: QuantizeConfig,
     ) -> None:
         self.student = student.eval()
-        self.teacher = teacher
         self.images, self.labels = calibration
-        self.config = config
+        self.model, self.config = model, config
+        image_shape, dtype = tuple(self.images.shape[1:]), getattr(torch, config.dtype)
+        self.teacher = FrozenTeacher(model, image_shape, dtype)
+        # For the steps alone, with the same parameters.
+        self.fused = fuse_norms(student, image_shape)
+        if dtype != torch.float32:
+            cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
+        self.average = [p.detach().clone() for p in student.parameters()]
         known = {id(parameter) for parameter in ranges}
         self.weights = [p for p in student.parameters() if id(p) not in known]
         self.optimizer = torch.optim.SGD(
@@ -67,9 +75,10 @@ class Finetuner:
             config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
+            fused=True,
         )
         # As a group, since there may be no ranges at all.
-        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr)
+        self.range_optimizer = torch.optim.Adam([{"params": ranges}], config.range_lr, fused=True)
 
     @torch.no_grad()
     def observe(self, images: torch.Tensor) -> None:
@@ -90,7 +99,9 @@ class Finetuner:
             for quantizer in activation_quantizers(self.student):
                 quantizer.shrink_range()
         if self.config.correct_batch_norms:
-            correct_batch_norms(self.student, self.teacher, torch.cat(batches)[:_CORRECTION_IMAGES])
+            images = torch.cat(batches)[:_CORRECTION_IMAGES]
+            exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
+            correct_batch_norms(self.student, exact, images)
 
     def batch(self, index: int, synthetic: Batch | None) -> Batch:
         """Real images and the given synthetic ones, both freshly augmented."""
@@ -126,9 +137,10 @@ class Finetuner:
         factor = 0.5 * (1 + math.cos(math.pi * phase))
         self.optimizer.param_groups[0]["lr"] = config.lr * factor
         self.range_optimizer.param_groups[0]["lr"] = config.range_lr * factor
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             teacher_logits = self.teacher(images)
-        logits = self.student(images)
+        logits = self.fused(images)
         divergence = distillation(logits, teacher_logits, config.temperature)
         loss = config.distillation_weight * divergence
         if config.label_weight:
@@ -141,14 +153,23 @@ class Finetuner:
             nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
         self.optimizer.step()
         self.range_optimizer.step()
+        self._move_average(index)
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"student_loss": loss.item(), "agreement": float(agreement)}
 
     @torch.no_grad()
+    def _move_average(self, index: int) -> None:
+        decay = min(self.config.average_decay, (1 + index) / (10 + index))
+        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
+            average.lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
     def finish(self) -> fx.GraphModule:
-        """The student, its learned ranges made final; ValueError where the last step diverged."""
-        if not all(bool(p.isfinite().all()) for p in self.student.parameters()):
-            raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
+        """The averaged student, its learned ranges made final; ValueError where a step diverged."""
+        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
+            if not bool(average.isfinite().all()):
+                raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
+            parameter.copy_(average)
         for quantizer in activation_quantizers(self.student):
             quantizer.keep_learned_range()
         return self.student
@@ -156,12 +177,15 @@ class Finetuner:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {
             **prefixed("student", self.student.state_dict()),
+            **prefixed("average", {str(i): t for i, t in enumerate(self.average)}),
             **prefixed("student_optimizer", optimizer_tensors(self.optimizer)),
             **prefixed("range_optimizer", optimizer_tensors(self.range_optimizer)),
         }
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         self.student.load_state_dict(below("student", tensors))
+        for index, average in enumerate(self.average):
+            average.copy_(tensors[f"average.{index}"])
         load_optimizer_tensors(self.optimizer, below("student_optimizer", tensors))
         load_optimizer_tensors(self.range_optimizer, below("range_optimizer", tensors))
 
@@ -236,9 +260,9 @@ def quantize(
     """
     bits, config = bits or Bits(), config or QuantizeConfig()
     images, labels = calibration
-    with frozen(model), torch.no_grad():
-        check_labelled_images("calibration images", images, labels, 1 << 31)
-        num_classes = model(images[:1]).shape[1]
+    check_labelled_images("calibration images", images, labels, 1 << 31)
+    with torch.no_grad():
+        num_classes = FrozenTeacher(model, tuple(images.shape[1:]))(images[:1]).shape[1]
     check_labelled_images("calibration images", images, labels, num_classes)
     if generator is not None:
         made = (generator.num_classes, generator.image_shape)
@@ -258,34 +282,32 @@ def quantize(
         clip_weights(student)
     tuner = Finetuner(student, model, (images, labels), config)
     if config.steps == 0:
-        with frozen(model):
-            tuner.calibrate([images])
+        tuner.calibrate([images])
         return tuner.finish()
     step: Callable[[int], Metrics]
-    with frozen(model):
-        if generator is None and config.synthetic_batch:
-            centers = centers or collect_centers(model, images, labels, num_classes)
-            both = _Together(tuner, GeneratorTrainer(model, centers, config.synthesis))
-            step, state, total = both.step, both, config.warmup_steps + config.steps
-        else:
-            source = _synthetic_source(generator, config)
-            tuner.calibrate(_range_batches(tuner, source))
-            step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
-        run_steps(
-            step,
-            total,
-            state,
-            fingerprint=fingerprint(
-                (bits, config),
-                images,
-                labels,
-                *model.state_dict().values(),
-                *(generator.state_dict().values() if generator is not None else ()),
-            ),
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            resume=resume,
-            progress=progress,
-        )
+    if generator is None and config.synthetic_batch:
+        centers = centers or collect_centers(model, images, labels, num_classes)
+        both = _Together(tuner, GeneratorTrainer(model, centers, config.synthesis))
+        step, state, total = both.step, both, config.warmup_steps + config.steps
+    else:
+        source = _synthetic_source(generator, config)
+        tuner.calibrate(_range_batches(tuner, source))
+        step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
+    run_steps(
+        step,
+        total,
+        state,
+        fingerprint=fingerprint(
+            (bits, config),
+            images,
+            labels,
+            *model.state_dict().values(),
+            *(generator.state_dict().values() if generator is not None else ()),
+        ),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        resume=resume,
+        progress=progress,
+    )
     return tuner.finish()
 
 

@@ -57,28 +57,6 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, bits: int) -> QuantConv2d | Qu
     return quantized
 
 
-class _LearnedRange(torch.autograd.Function):
-    """Fake quantisation with a gradient for its range (after LSQ, Esser et al., ICLR 2020).
-
-    A clipped value moves the end that clips it; every other one contributes its rounding error,
-    which grows with the step. The straight-through gradient of x is zero where x is clipped.
-    """
-
-    @staticmethod
-    def forward(ctx, x, low, high, bits):
-        y = ops.fake_quantize_range(x, low, high, bits)
-        ctx.save_for_backward(x, y, low, high)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y, low, high = ctx.saved_tensors
-        above, below = x > high, x < low
-        inside = grad * ~(above | below)
-        stretch = (inside * (y - x)).sum() / (high - low).clamp(min=1e-8)
-        return inside, (grad * below).sum() - stretch, (grad * above).sum() + stretch, None
-
-
 class ActivationQuantizer(nn.Module):
     """Per-tensor fake quantisation of an activation.
 
@@ -118,19 +96,22 @@ class ActivationQuantizer(nn.Module):
             return x
         if self.mode == "observe":
             self._observe(x)
-        if self.log_range.requires_grad:
-            factor = self.log_range.exp()
-            return _LearnedRange.apply(x, self.x_min * factor, self.x_max * factor, self.bits)
-        return ops.fake_quantize_range(x, self.x_min, self.x_max, self.bits)
+        x_min, x_max, ste = self.range()
+        return ops.fake_quantize_range(x, x_min, x_max, self.bits, ste=ste)
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """Both ends, with a gradient where they are learned, and the straight-through gradient."""
+        if not self.log_range.requires_grad:
+            return self.x_min, self.x_max, "identity"
+        factor = self.log_range.exp()
+        return self.x_min * factor, self.x_max * factor, "clipped"
 
     @torch.no_grad()
     def _observe(self, x: torch.Tensor) -> None:
-        x_min, x_max = torch.aminmax(x.detach())
-        if self.include_zero:
-            x_min, x_max = x_min.clamp(max=0), x_max.clamp(min=0)
         keep = self.MOMENTUM if self.from_zero or self.observed > 0 else 0.0
-        self.x_min.mul_(keep).add_(x_min.float(), alpha=1 - keep)
-        self.x_max.mul_(keep).add_(x_max.float(), alpha=1 - keep)
+        x_min, x_max = ops.observe_range(x, self.x_min, self.x_max, keep, self.include_zero)
+        self.x_min.copy_(x_min)
+        self.x_max.copy_(x_max)
         self.observed += 1
 
     @torch.no_grad()

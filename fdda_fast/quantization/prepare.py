@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..tracing import ADDS, RELU6S, RELUS, node_kind, trace
 from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
 from .modules import ActivationQuantizer, quantized_layer
 
@@ -22,8 +22,6 @@ _VALUE_PRESERVING = {
     F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
     "flatten", "view", "reshape", "contiguous",
 }  # fmt: skip
-_RELUS = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, torch.relu_, "relu", "relu_"}
-ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # Arithmetic on activations against weights or other activations for which there is no low-bit form.
 _UNQUANTIZABLE = {
     nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -32,13 +30,6 @@ _UNQUANTIZABLE = {
     F.scaled_dot_product_attention, torch.conv1d, torch.conv2d, torch.conv3d,
     torch.matmul, torch.bmm, torch.mm, torch.einsum, operator.matmul, "matmul", "bmm", "mm",
 }  # fmt: skip
-
-
-def node_kind(graph_module: fx.GraphModule, node: fx.Node) -> object:
-    """What a node computes: a module's class, a function, or a method's name."""
-    if node.op == "call_module":
-        return type(graph_module.get_submodule(node.target))
-    return node.target if node.op in ("call_function", "call_method") else node.op
 
 
 def prepare(
@@ -72,7 +63,7 @@ def prepare(
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
-    graph_module = _trace(copy.deepcopy(model).eval())
+    graph_module = trace(model)
     layers = _quantizable_layers(graph_module, set(keep_float))
     if not layers:
         raise ValueError("the model has no Conv2d or Linear layer to quantise")
@@ -93,7 +84,9 @@ def prepare(
     if integer:
         spots = list(dict.fromkeys(reader.producer for reader in readers))
     else:
-        spots = [n for n in graph_module.graph.nodes if node_kind(graph_module, n) in _RELUS]
+        spots = [
+            n for n in graph_module.graph.nodes if node_kind(graph_module, n) in RELUS | RELU6S
+        ]
     widths = _activation_bits(graph_module, readers, spots, bits)
 
     def quantize(node: fx.Node, name: str, width: int, users: Sequence[fx.Node]) -> fx.Node:
@@ -114,26 +107,6 @@ def prepare(
             quantize(wide if source is spot else source, f"{source.name}_quantizer", width, group)
     graph_module.graph.lint()
     graph_module.recompile()
-    return graph_module
-
-
-def _trace(model: nn.Module) -> fx.GraphModule:
-    for module in model.modules():
-        if isinstance(module, nn.ReLU | nn.ReLU6):
-            module.inplace = False  # the tensor may be read by a quantiser, too
-    try:
-        graph_module = fx.symbolic_trace(model)
-    except Exception as error:  # fx raises whatever the user's forward raises
-        raise ValueError(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Control flow that depends on "
-            "tensor values must be removed or wrapped in a leaf module"
-        ) from error
-    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ValueError(
-            f"the model must take exactly one image batch, but takes {len(inputs)} inputs: "
-            f"{[n.name for n in inputs]}"
-        )
     return graph_module
 
 

@@ -1,5 +1,6 @@
 """The instruction sets a test runs on, and input builders shared by the operator tests."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -39,3 +40,18 @@ def assert_same_bits(actual, expected):
     nan = expected.isnan()
     assert torch.equal(actual.isnan(), nan)
     assert torch.equal(bits_of(actual)[~nan], bits_of(expected)[~nan])
+
+
+def norm_tensors(channels, g):
+    """weight (one 0, some negative), bias, running_mean, running_var."""
+    weight, bias, mean = torch.randn(3, channels, generator=g)
+    weight[0] = 0.0
+    return weight, bias, mean, torch.rand(channels, generator=g) + 0.05
+
+
+def limits(relu):
+    """The clipping that `relu` of an operator stands for."""
+    return (
+        -math.inf if relu is False else 0.0,
+        math.inf if isinstance(relu, bool) else relu,
+    )

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from backends import assert_same_bits, generator
+from backends import assert_same_bits, generator, limits, norm_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from fdda_fast.kernels import (
     bn_fake_quantize,
     class_moments,
     conditional_bn,
+    convolution,
     fake_quantize,
     minmax,
     upsample_conv,
@@ -22,6 +22,9 @@ from fdda_fast.ops import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["contiguous", "channels_last", "sliced", "2d", "swapped"]
 EPS = 1e-5
+# Which gradients are asked for: that of x, those of the parameters.
+WANTED = st.sampled_from([(True, True), (True, False), (False, True)])
+RELUS = st.sampled_from([True, 6.0, False])
 
 CASES = settings(
     max_examples=25,
@@ -92,51 +95,35 @@ def affine_cases(draw):
     return x, g, scale, zero_point, low, high, axis
 
 
+def own_parameters(x, axis, *parameters):
+    """Those of every element. Their gradients are what it adds to those of the shared ones."""
+    shape = [-1 if d == axis else 1 for d in range(x.dim())]
+    return [p.reshape(shape).expand(x.shape).reshape(-1) for p in parameters]
+
+
 @CASES
-@given(case=affine_cases())
-def test_fake_quantize(case):
+@given(case=affine_cases(), wanted=WANTED)
+def test_fake_quantize(case, wanted):
     x, g, *parameters = case
     y = fake_quantize.fake_quantize(x, *parameters)
     assert y.stride() == torch.empty_like(x).stride()
     assert_same_bits(y, rounded_once(reference.fake_quantize, x, *parameters))
     grad = gradient_like(x, g)
-    grad_x = fake_quantize.fake_quantize_backward(grad, x, *parameters)
-    assert grad_x.stride() == torch.empty_like(x).stride()
-    assert_same_bits(grad_x, reference.fake_quantize_backward(grad, x, *parameters))
+    scale, zero_point, *codes, axis = parameters
+    flat = (grad.reshape(-1), x.reshape(-1), *own_parameters(x, axis, scale, zero_point))
+    assert_parameter_gradients(
+        fake_quantize.fake_quantize_backward(grad, x, *parameters, *wanted),
+        reference.fake_quantize_backward(grad, x, *parameters, *wanted),
+        reference.fake_quantize_backward(*flat, *codes, 0, False, True)[1:],
+    )
 
 
-def sum_along(t, axis, shape):
-    dims = [d for d in range(t.dim()) if d != axis]
-    return t.double().sum(dims).reshape(shape) if dims else t.double()
-
-
-@CASES
-@given(case=affine_cases())
-def test_gradients_of_scale_and_zero_point(case):
-    """LSQ's: dy/ds = (q - z) - x / s and dy/dz = 0 inside; q - z and -s where clipped."""
-    x, g, scale, zero_point, low, high, axis = case
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = -1
-    s, z = scale.reshape(shape), zero_point.reshape(shape)
-    steps = x.float() / s
-    code = torch.round(steps + z)
-    inside = (code >= low) & (code <= high)
-    shifted = code.clamp(low, high) - z
-    grad = gradient_like(x, g)
-    arguments = (grad, x, *case[2:])
-    clipped = fake_quantize.fake_quantize_backward(*arguments)
-    for write in (True, False):
-        grad_x, grad_scale, grad_zero = fake_quantize.fake_quantize_gradients(
-            *arguments, write, True
-        )
-        assert torch.equal(grad_x, clipped if write else x.new_empty(0))
-        for actual, slope in (
-            (grad_scale, shifted - steps * inside),
-            (grad_zero, -(s * ~inside).expand(x.shape)),
-        ):
-            terms = grad.double() * slope.double()
-            assert_near(actual, sum_along(terms, axis, scale.shape), terms=terms)
+def assert_parameter_gradients(actual, expected, terms):
+    """Gradients of x, equal, and of two parameters, sums of `terms`."""
+    assert actual[0].stride() == expected[0].stride()
+    assert torch.equal(actual[0], expected[0])
+    for a, e, t in zip(actual[1:], expected[1:], terms, strict=True):
+        assert_near(a, e, terms=t)
 
 
 @st.composite
@@ -149,39 +136,19 @@ def range_cases(draw):
     return x, g, x_min, x_max, draw(st.sampled_from([1, 2, 4, 8, 16])), axis
 
 
-def end_gradients(x, grad, x_min, x_max, bits, axis=None):
-    """The formula of `_LearnedRange`, in float64 on the float32 quantiser's result."""
-    shape = [1] * x.dim()
-    if axis is not None:
-        shape[axis] = -1
-    low, high = x_min.reshape(shape), x_max.reshape(shape)
-    x = x.float()
-    error = reference.fake_quantize_range(x, x_min, x_max, bits, axis).double() - x
-    below, above, grad = x < low, x > high, grad.double()
-    stretch = grad * ~(below | above) * error / (high - low).clamp(min=1e-8).double()
-    terms = (grad * below - stretch, grad * above + stretch)
-    return [sum_along(t, axis, x_min.shape) for t in terms], ~(below | above)
-
-
 @CASES
-@given(case=range_cases())
-def test_fake_quantize_range(case):
+@given(case=range_cases(), wanted=WANTED)
+def test_fake_quantize_range(case, wanted):
     x, g, *parameters = case
     y = fake_quantize.fake_quantize_range(x, *parameters)
     assert y.stride() == torch.empty_like(x).stride()
     assert_same_bits(y, rounded_once(reference.fake_quantize_range, x, *parameters))
     grad = gradient_like(x, g)
-    exact, inside = end_gradients(x, grad, *parameters)
-    for clipped, ends in ((True, True), (True, False), (False, True)):
-        grad_x, *of_ends = fake_quantize.fake_quantize_range_backward(
-            grad, x, *parameters, clipped, ends
-        )
-        assert torch.equal(grad_x, torch.where(inside, grad, 0.0) if clipped else x.new_empty(0))
-        for actual, expected in zip(of_ends, exact, strict=True):
-            if ends:
-                assert_near(actual, expected, terms=grad)
-            else:
-                assert not actual.numel()
+    assert_parameter_gradients(
+        fake_quantize.fake_quantize_range_backward(grad, x, *parameters, *wanted),
+        reference.fake_quantize_range_backward(grad, x, *parameters, *wanted),
+        (grad, grad),
+    )
 
 
 @CASES
@@ -199,13 +166,10 @@ def test_fake_quantize_minmax(case, bits, axis):
 def test_observe_range(include_zero, value):
     x = 2 + torch.rand(3, 50, 60, generator=generator(0))
     x[2, 40, 3] = value
-    old = torch.tensor(-1.0), torch.tensor(1.0)
-    new = minmax.observe_range(x, *old, 0.9, include_zero)
-    low, high = (x.min(), x.max()) if math.isfinite(value) else torch.full((2,), math.nan)
-    if include_zero:
-        low = low.clamp(max=0)
-    for actual, o, t in zip(new, old, (low, high), strict=True):
-        torch.testing.assert_close(actual, 0.9 * o + 0.1 * t, equal_nan=True)
+    arguments = (x, torch.tensor(-1.0), torch.tensor([1.0]), 0.9, include_zero)
+    expected = reference.observe_range(*arguments)
+    for a, e in zip(minmax.observe_range(*arguments), expected, strict=True):
+        assert_same_bits(a, e)
 
 
 @pytest.mark.parametrize("length", [9, 256, 257, 3000, 5000, 16384, 20001])
@@ -273,51 +237,40 @@ def test_programs_that_loop(layout, monkeypatch):
         y = minmax.fake_quantize_minmax(torch.cat([x, x]), 4, axis)
         assert_same_bits(y, reference.fake_quantize_minmax(torch.cat([x, x]), 4, axis))
     low, high, grad = torch.tensor(-1.0), torch.tensor(0.8), gradient_like(x, g)
-    exact, _ = end_gradients(x, grad, low, high, 4)
-    actual = fake_quantize.fake_quantize_range_backward(grad, x, low, high, 4, None, False, True)
-    for a, e in zip(actual[1:], exact, strict=True):
-        assert_near(a, e, terms=grad)
-
-
-def norm_tensors(channels, g):
-    weight, bias, mean = torch.randn(3, channels, generator=g)
-    return weight, bias, mean, torch.rand(channels, generator=g) + 0.05
+    arguments = (grad, x, low, high, 4, None, False, True)
+    assert_parameter_gradients(
+        fake_quantize.fake_quantize_range_backward(*arguments),
+        reference.fake_quantize_range_backward(*arguments),
+        (grad, grad),
+    )
 
 
 @CASES
 @given(
     case=moments_cases(),
-    limits=st.sampled_from([(0.0, math.inf), (0.0, 6.0), (-math.inf, math.inf)]),
+    relu=RELUS,
     with_residual=st.booleans(),
 )
-def test_bn_relu_class_moments(case, limits, with_residual):
+def test_bn_relu_class_moments(case, relu, with_residual):
     x, g, *classes = case
     norm = (*norm_tensors(x.shape[1], g), EPS)
     residual = gradient_like(x, g) if with_residual else None
-    arguments = (x, *norm, *classes, *limits, residual)
+    arguments = (x, *norm, *classes, *limits(relu), residual)
     y, *moments = class_moments.bn_relu_class_moments(*arguments)
     assert y.stride() == torch.empty_like(x).stride()
     exact = reference.bn_relu_class_moments(
-        x.float(), *norm, *classes, *limits, None if residual is None else residual.float()
+        x.float(), *norm, *classes, *limits(relu), None if residual is None else residual.float()
     )[0]
     assert_same_bits(y + 0, in_interpreter(exact, x) + 0)
     assert_moments(moments, x, *classes)
     mean, _, count = moments
     gradients = (gradient_like(x, g), *torch.randn(2, *mean.shape, generator=g))
-    arguments = (*gradients, x, *norm, classes[0], mean, count, *limits, residual)
+    arguments = (*gradients, x, *norm, classes[0], mean, count, *limits(relu), residual)
     actual = class_moments.bn_relu_class_moments_backward(*arguments)
     expected = reference.bn_relu_class_moments_backward(*arguments)
     for a, e in zip(actual, expected, strict=True):
         assert a.stride() == e.stride()
         assert_near(a, e, x.dtype)
-
-
-def conditional_reference(x, labels, weight, bias, groups, eps, negative_slope):
-    """Plain PyTorch, differentiable: batch norm of each group, then scale and shift by class."""
-    shape = (-1, x.shape[1], *[1] * (x.dim() - 2))
-    parts = [F.batch_norm(p, None, None, training=True, eps=eps) for p in x.split(groups)]
-    v = weight[labels].view(shape) * torch.cat(parts) + bias[labels].view(shape)
-    return F.leaky_relu(v, negative_slope)
 
 
 @CASES
@@ -333,22 +286,19 @@ def test_conditional_bn_lrelu(case, classes, slope):
     assert y.stride() == torch.empty_like(x).stride()
     group = torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
     assert_moments((mean, var, torch.tensor(groups)), x, group, len(groups))
-    per_sample = x[0, 0].numel() if x.numel() else 0
-    if min(groups) * per_sample < 2:  # one value, which batch norm refuses to normalise
-        return
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    exact = conditional_reference(leaves[0], labels, *leaves[1:], groups, EPS, slope)
-    assert_near(y, exact.detach(), x.dtype)
+    assert_near(y, reference.conditional_bn_lrelu(*arguments)[0], x.dtype)
     # No gradient where rounding may decide between the slopes.
-    grad_y = gradient_like(x, g).masked_fill(exact.abs() < 1e-4, 0.0)
-    actual = conditional_bn.conditional_bn_lrelu_backward(
-        grad_y, x, labels, weight, bias, mean, var, groups, EPS, slope
-    )
-    assert actual[0].stride() == torch.empty_like(x).stride()
-    expected = torch.autograd.grad(exact, leaves, grad_y.double())
+    linear = reference.conditional_bn_lrelu(x.float(), *arguments[1:-1], 1.0)[0]
+    grad_y = gradient_like(x, g).masked_fill(linear.abs() < 1e-4, 0.0)
+    arguments = (grad_y, *arguments[:4], mean, var, *arguments[4:])
+    actual = conditional_bn.conditional_bn_lrelu_backward(*arguments)
+    expected = reference.conditional_bn_lrelu_backward(*arguments)
+    assert actual[0].stride() == expected[0].stride()
     # The three terms of the gradient of x may cancel.
-    size = weight.abs().max() * grad_y.abs().max() * (var.min() + EPS).rsqrt()
-    assert_near(actual[0], expected[0], x.dtype, 3 * size)
+    size = max(grad_y.abs().flatten().tolist(), default=0.0)
+    assert_near(
+        actual[0], expected[0], x.dtype, 3 * size * weight.abs().max() * (var.min() + EPS).rsqrt()
+    )
     for a, e in zip(actual[1:], expected[1:], strict=True):
         assert_near(a, e, terms=3 * grad_y)
 
@@ -357,50 +307,37 @@ def test_conditional_bn_lrelu(case, classes, slope):
 @given(
     case=tensors(),
     bits=st.sampled_from([2, 4, 8]),
-    limits=st.sampled_from([(0.0, math.inf), (0.0, 6.0), (-math.inf, math.inf)]),
+    relu=RELUS,
     with_residual=st.booleans(),
     clipped=st.booleans(),
     ends=st.booleans(),
 )
-def test_bn_relu_fake_quantize(case, bits, limits, with_residual, clipped, ends):
+def test_bn_relu_fake_quantize(case, bits, relu, with_residual, clipped, ends):
     x, g = case
-    norm = (*norm_tensors(x.shape[1], g), EPS)
+    norm = norm_tensors(x.shape[1], g)
     residual = gradient_like(x, g) if with_residual else None
-    x_min, x_max = torch.tensor(-0.3), torch.tensor(1.2)
-    settings = (x_min, x_max, bits, *limits, residual, clipped)
-    y = bn_fake_quantize.bn_relu_fake_quantize(x, *norm, *settings)
+    settings = (EPS, torch.tensor(-0.3), torch.tensor(1.2), bits, *limits(relu))
+    y = bn_fake_quantize.bn_relu_fake_quantize(x, *norm, *settings, residual, clipped)
     assert y.stride() == torch.empty_like(x).stride()
     added = None if residual is None else residual.float()
-    no_labels = torch.zeros(x.shape[0], dtype=torch.int64)
-    read = (x.float(), *norm, no_labels, 1)
-    kept = reference.bn_relu_class_moments(*read, *limits, added)[0]
-    exact = reference.fake_quantize_range(kept, x_min, x_max, bits)
+    exact = reference.bn_relu_fake_quantize(x.float(), *norm, *settings, added)
     assert_same_bits(y, in_interpreter(exact, x))
 
     grad = gradient_like(x, g)
-    actual = bn_fake_quantize.bn_relu_fake_quantize_backward(grad, x, *norm, *settings, ends)
-    v = reference.bn_relu_class_moments(*read, -math.inf, math.inf, added)[0]
-    passes = (v > limits[0]) & (v < limits[1])
-    if clipped:
-        passes &= (kept >= x_min) & (kept <= x_max)
-    through = grad.double() * passes
-    weight, _, mean, var, _ = norm
-    shape = (-1, *[1] * (x.dim() - 2))
-    inverse = (var.double() + EPS).rsqrt().view(shape)
-    normalized = (x.double() - mean.double().view(shape)) * inverse
-    assert_near(actual[0], through * inverse * weight.double().view(shape), x.dtype)
-    if residual is None:
-        assert not actual[1].numel()
-    else:
-        assert_same_bits(actual[1] + 0, through.to(x.dtype) + 0)
-    for a, terms in ((actual[2], through * normalized), (actual[3], through)):
-        assert_near(a, sum_along(terms, 1, weight.shape), terms=terms)
-    exact, _ = end_gradients(kept, grad, x_min, x_max, bits)
-    for a, e in zip(actual[4:], exact, strict=True):
-        if ends:
-            assert_near(a, e, terms=grad)
-        else:
-            assert not a.numel()
+    arguments = (grad, x, *norm, *settings, residual, clipped, ends)
+    actual = bn_fake_quantize.bn_relu_fake_quantize_backward(*arguments)
+    expected = reference.bn_relu_fake_quantize_backward(*arguments)
+    flat = [t if t is None else t.reshape(1, -1) for t in (grad, x, residual)]
+    own = own_parameters(x, 1, *norm)
+    terms = reference.bn_relu_fake_quantize_backward(
+        *flat[:2], *own, *settings, flat[2], clipped, False
+    )
+    assert_near(actual[0], expected[0], x.dtype)
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        assert a.stride() == e.stride()
+    assert_same_bits(actual[1] + 0, expected[1] + 0)
+    for a, e, t in zip(actual[2:], expected[2:], (*terms[2:4], grad, grad), strict=True):
+        assert_near(a, e, terms=t)
 
 
 @CASES
@@ -420,18 +357,37 @@ def test_upsample_conv3x3(seed, shape, filters, kind, dtype):
     bias = torch.randn(filters, generator=g)
     y = upsample_conv.upsample_conv3x3(x, weight, bias)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    big = leaves[0].repeat_interleave(2, 2).repeat_interleave(2, 3)
-    exact = F.conv2d(big, *leaves[1:], padding=1)
+    exact = reference.upsample_conv3x3(x.double(), weight, bias)
     # In half precision the sums of taps are rounded, too: by that much more of the largest term.
     rounding = torch.finfo(dtype).eps
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=8 * rounding)
     grad_y = gradient_like(exact, g).to(dtype)
     actual = upsample_conv.upsample_conv3x3_backward(grad_y, x, weight)
-    expected = torch.autograd.grad(exact, leaves, grad_y.double())
+    expected = reference.upsample_conv3x3_backward(grad_y, x.double(), weight)
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape
         size = 1 + float(e.abs().max()) if e.numel() else 1.0
         unit = rounding if a.dtype == dtype else torch.finfo(torch.float32).eps
-        torch.testing.assert_close(a.double(), e, rtol=rounding, atol=8 * unit * size)
+        torch.testing.assert_close(a.double(), e.double(), rtol=rounding, atol=8 * unit * size)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv3x3_few_outputs(batch, dtype):
+    g = generator(0)
+    x = torch.randn(batch, 16, 9, 7, generator=g).to(dtype)
+    weight = torch.randn(3, 16, 3, 3, generator=g) / 12
+    bias = torch.randn(3, generator=g)
+    y = convolution.conv3x3_few_outputs(x, weight, bias)
+    grad_y = gradient_like(y, g)
+    actual = (y, *convolution.conv3x3_few_outputs_backward(grad_y, x, weight))
+    expected = (
+        reference.conv3x3_few_outputs(x, weight, bias),
+        *reference.conv3x3_few_outputs_backward(grad_y, x, weight),
+    )
+    rounding = torch.finfo(dtype).eps
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert a.stride() == e.stride()
+        torch.testing.assert_close(a, e, rtol=4 * rounding, atol=16 * rounding)

@@ -1,9 +1,7 @@
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, generator, on_isa
+from backends import ISAS, QUICK, generator, limits, norm_tensors, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,13 +9,6 @@ from fdda_fast import ops
 from fdda_fast.ops import reference
 
 EPS = 1e-5
-
-
-def norm_tensors(channels, g):
-    """weight (one 0, some negative), bias, running_mean, running_var."""
-    weight, bias, mean = torch.randn(3, channels, generator=g)
-    weight[0] = 0.0
-    return weight, bias, mean, torch.rand(channels, generator=g) + 0.05
 
 
 @st.composite
@@ -39,13 +30,6 @@ def cases(draw):
     relu = draw(st.sampled_from([True, False, 6.0, 0.5]))
     residual = torch.randn(x.shape, generator=g).to(x.dtype) if draw(st.booleans()) else None
     return x, norm_tensors(channels, g), labels, num_classes, relu, residual
-
-
-def limits(relu):
-    return (
-        -math.inf if relu is False else 0.0,
-        math.inf if isinstance(relu, bool) else relu,
-    )
 
 
 @QUICK

@@ -221,6 +221,54 @@ def test_steps_against_plain_sgd(teacher, calibration, max_grad_norm):
         assert size > 0.1  # or the smaller max_grad_norm is not tested
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.995])
+def test_the_result_is_the_average(teacher, calibration, decay):
+    """Of the parameters after every step, the learned ranges' among them."""
+    config = REAL.replace(average_decay=decay, range_lr=0.1)
+    tuner = Finetuner(prepare(teacher, Bits(2, 4)), teacher, calibration, config)
+    tuner.calibrate([calibration[0]])
+    expected = None
+    for index in range(4):
+        tuner.step(index, None)
+        now = [p.detach().double() for p in tuner.student.parameters()]
+        keep = min(decay, (1 + index) / (10 + index))
+        if expected is None:
+            expected = [p.double() for p in prepare(teacher, Bits(2, 4)).parameters()]
+        expected = [keep * e + (1 - keep) * p for e, p in zip(expected, now, strict=True)]
+    ranges = [q.x_max.item() for q in activation_quantizers(tuner.student)]
+    student = tuner.finish()
+    learned = {
+        id(q.log_range): (q, x_max)
+        for q, x_max in zip(activation_quantizers(student), ranges, strict=True)
+    }
+    for parameter, value in zip(student.parameters(), expected, strict=True):
+        if id(parameter) in learned:
+            quantizer, x_max = learned[id(parameter)]
+            assert quantizer.x_max.item() == pytest.approx(x_max * value.exp().item(), rel=1e-5)
+        else:
+            torch.testing.assert_close(parameter.double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_in_bfloat16(teacher, calibration):
+    """Near those in float32; parameters, momentum and the teacher stay float32 and as they were."""
+    config, students = REAL.replace(steps=8, real_batch=64, blend=0.0, lr=1e-6), []
+    before = state(teacher)
+    for dtype in (torch.float32, torch.bfloat16):
+        settings = config.replace(dtype=str(dtype).removeprefix("torch."))
+        tuner = Finetuner(prepare(teacher, Bits(4, 4)), teacher, calibration, settings)
+        tuner.calibrate([calibration[0]])
+        start = state(tuner.student)
+        losses = [tuner.step(index, None)["student_loss"] for index in range(8)]
+        students.append((start, state(tuner.finish()), losses))
+        assert all(t.dtype != torch.bfloat16 for t in tuner.state_tensors().values())
+    assert equal(state(teacher), before)
+    (start, exact, exact_losses), (_, near, losses) = students
+    assert sum(losses) == pytest.approx(sum(exact_losses), rel=0.2)
+    assert losses != exact_losses
+    moved = [torch.cat([(s[n] - start[n]).flatten() for n in before]) for s in (exact, near)]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+
+
 def test_cosine_steps(teacher, calibration):
     config = REAL.replace(steps=5, cosine_steps=10)
     tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, config)
@@ -244,7 +292,12 @@ def test_batches(teacher, calibration):
     assert not torch.equal(tuner.batch(1, synthetic)[0][:5], images[:5])
     drawn = {int(v) for i in range(60) for v in tuner.batch(i, None)[1]}
     assert drawn == set(range(10))
-    alone = Finetuner(prepare(teacher, Bits()), teacher, calibration, ALONG.replace(real_batch=0))
+    alone = Finetuner(
+        prepare(teacher, Bits()),
+        teacher,
+        calibration,
+        ALONG.replace(real_batch=0),
+    )
     assert torch.equal(alone.batch(0, synthetic)[1], synthetic[1])
 
 
@@ -270,10 +323,15 @@ def test_augmentation_of_real_and_synthetic_images(teacher, calibration, augment
 
 
 def test_steps_see_blended_images(teacher, calibration):
-    tuner = Finetuner(prepare(teacher, Bits()), teacher, calibration, REAL.replace(blend=0.7))
+    tuner = Finetuner(
+        prepare(teacher, Bits()),
+        teacher,
+        calibration,
+        REAL.replace(blend=0.7),
+    )
     tuner.calibrate([calibration[0]])
     seen = []
-    tuner.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tuner.fused.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     tuner.step(1, None)
     images = tuner.batch(1, None)[0]
     assert torch.equal(seen[0], blended(images, 0.7, stream(0, 33, 1)))
@@ -292,7 +350,8 @@ def test_refused_augmentation(change):
 def test_reference_ranges_follow_the_generators_images(teacher, calibration):
     """A moving average from zero over the first range_steps steps' images, then frozen."""
     student = quantize(teacher, calibration, Bits(4, 4), PAPER.replace(steps=1, lr=1e-30))
-    trainer = GeneratorTrainer(teacher, collect_centers(teacher, *calibration, 10), PAPER.synthesis)
+    centers = collect_centers(teacher, *calibration, 10)
+    trainer = GeneratorTrainer(teacher, centers, PAPER.synthesis)
     plain = prepare(teacher, Bits(4, 4), placement="paper", from_zero=True)
     conv = plain.get_submodule("conv1")
     high = 0.0

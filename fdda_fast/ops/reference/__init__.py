@@ -4,17 +4,33 @@ Signatures are those of the `fdda::` schemas. Integer results are exact: sums ru
 they stay below 2^53, else in int64.
 """
 
+from fdda_fast.ops.reference.bn_relu_fake_quantize import (
+    bn_relu_fake_quantize,
+    bn_relu_fake_quantize_backward,
+)
 from fdda_fast.ops.reference.class_moments import (
     bn_relu_class_moments,
     bn_relu_class_moments_backward,
     class_moments,
     class_moments_backward,
 )
+from fdda_fast.ops.reference.conditional_bn import (
+    conditional_bn_lrelu,
+    conditional_bn_lrelu_backward,
+)
+from fdda_fast.ops.reference.convolutions import (
+    conv3x3_few_outputs,
+    conv3x3_few_outputs_backward,
+    upsample_conv3x3,
+    upsample_conv3x3_backward,
+)
 from fdda_fast.ops.reference.fake_quantize import (
     fake_quantize,
     fake_quantize_backward,
     fake_quantize_minmax,
     fake_quantize_range,
+    fake_quantize_range_backward,
+    observe_range,
 )
 from fdda_fast.ops.reference.packed import (
     BLOCK_DEPTH,
@@ -33,17 +49,27 @@ __all__ = [
     "PANEL_ROWS",
     "bn_relu_class_moments",
     "bn_relu_class_moments_backward",
+    "bn_relu_fake_quantize",
+    "bn_relu_fake_quantize_backward",
     "class_moments",
     "class_moments_backward",
+    "conditional_bn_lrelu",
+    "conditional_bn_lrelu_backward",
+    "conv3x3_few_outputs",
+    "conv3x3_few_outputs_backward",
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_minmax",
     "fake_quantize_range",
+    "fake_quantize_range_backward",
     "max_pool2d_codes",
+    "observe_range",
     "pack_weight",
     "packed_conv2d",
     "packed_linear",
     "quantize",
     "requantize_codes",
     "unpack_weight",
+    "upsample_conv3x3",
+    "upsample_conv3x3_backward",
 ]

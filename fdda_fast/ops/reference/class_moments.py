@@ -53,7 +53,7 @@ def bn_relu_class_moments(
     high: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = _folded_norm(x, weight, bias, running_mean, running_var, eps)[0]
+    y = folded_norm(x, weight, bias, running_mean, running_var, eps)[0]
     if residual is not None:
         y = y + residual.float()
     return like(y.clamp(low, high), x), *class_moments(x, labels, num_classes)
@@ -76,7 +76,7 @@ def bn_relu_class_moments_backward(
     high: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    y, scale = _folded_norm(x, weight, bias, running_mean, running_var, eps)
+    y, scale = folded_norm(x, weight, bias, running_mean, running_var, eps)
     if residual is not None:
         y = y + residual.float()
     through = torch.where((y > low) & (y < high), grad_y.float(), 0.0)
@@ -85,7 +85,7 @@ def bn_relu_class_moments_backward(
     return like(through * scale + moments, x), grad_residual
 
 
-def _folded_norm(
+def folded_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Eval-mode batch norm on float32, and its scale, broadcast over x."""

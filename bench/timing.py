@@ -1,0 +1,52 @@
+"""What the benchmarks share: interleaved timing in one process, and the machine's own ceilings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
+
+import torch
+
+from fdda_fast.memory import resident_memory
+
+Run = Callable[[], object]
+
+
+def interleaved(
+    runs: Mapping[str, Run], rounds: int, plain_memory: Container[str] = ()
+) -> dict[str, float]:
+    """Median seconds of every run: all in turn, `rounds` times, each after an untimed call.
+
+    Args:
+        plain_memory: runs for which memory is as PyTorch has it; it stays with the process for all
+            others, as in this library's training loop.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            with nullcontext() if name in plain_memory else resident_memory():
+                run()
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def copy_run(numel: int, dtype: torch.dtype) -> Run:
+    """Copies `numel` numbers between two tensors that stay: 2 * numel * itemsize bytes move."""
+    source, target = torch.ones(numel, dtype=dtype), torch.ones(numel, dtype=dtype)
+    return lambda: target.copy_(source)
+
+
+def read_run(numel: int, dtype: torch.dtype) -> Run:
+    """Reads `numel` numbers: as the sum of as many bytes in float32, which memory bounds."""
+    source = torch.ones(numel * dtype.itemsize // 4)
+    return source.sum
+
+
+def multiply_run(dtype: torch.dtype, size: int = 1024) -> tuple[Run, float]:
+    """A square matrix product, and its multiply-adds."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    return lambda: a @ b, float(size) ** 3

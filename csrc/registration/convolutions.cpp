@@ -1,0 +1,124 @@
+// CPU passes of the generator's convolutions: checks and pointers, nothing numerical. The buffers
+// of a strip are dense; shapes are those of the structures in kernels.h.
+#include "layout.h"
+
+namespace fdda {
+namespace {
+
+// `full`: [N, height * scale, width * scale, channels], dense.
+Strip strip_of(const Tensor& full, const char* argument, int64_t scale, int64_t image,
+               int64_t images, int64_t row, int64_t row_end) {
+  STD_TORCH_CHECK(full.dim() == 4 && full.is_contiguous(), argument,
+                  ": expected a dense [N, H, W, C]");
+  const Strip s{float_dtype(full, argument),
+                full.size(1) / scale,
+                full.size(2) / scale,
+                image,
+                images,
+                row,
+                row_end};
+  STD_TORCH_CHECK(s.dtype != Dtype::kFloat16, argument, ": expected float32 or bfloat16");
+  STD_TORCH_CHECK(0 <= image && 0 <= images && image + images <= full.size(0),
+                  "image: expected images of ", argument, ", got ", image, " + ", images);
+  STD_TORCH_CHECK(0 <= row && row < row_end && row_end <= s.height, "row: expected rows of ",
+                  argument, ", got ", row, " to ", row_end);
+  return s;
+}
+
+void* buffer(const Tensor& t, const Tensor& full, int64_t numel, const char* argument) {
+  check_dtype(t, full.scalar_type(), argument);
+  check_numel(t, numel, argument);
+  STD_TORCH_CHECK(t.is_contiguous(), argument, ": expected a dense tensor");
+  return t.mutable_data_ptr();
+}
+
+void upsample_differences(const Tensor& x, Tensor row_map, Tensor column_map, Tensor mixed_map,
+                          int64_t image, int64_t images, int64_t row, int64_t row_end) {
+  const Strip s = strip_of(x, "x", 1, image, images, row, row_end);
+  const int64_t channels = x.size(3), pixel_rows = images * channels;
+  active_kernels().upsample_differences(
+      {s, channels, x.const_data_ptr(),
+       buffer(row_map, x, pixel_rows * s.differences() * s.width, "row_map"),
+       buffer(column_map, x, pixel_rows * s.rows() * (s.width + 1), "column_map"),
+       buffer(mixed_map, x, pixel_rows * s.differences() * (s.width + 1), "mixed_map")});
+}
+
+void upsample_sum(const Tensor& x, const Tensor& row_map, const Tensor& column_map,
+                  const Tensor& mixed_map, const Tensor& bias, Tensor y, int64_t image,
+                  int64_t images, int64_t row, int64_t row_end) {
+  const Strip s = strip_of(y, "y", 2, image, images, row, row_end);
+  const int64_t channels = y.size(3), pixel_rows = images * channels;
+  check_dtype(bias, ScalarType::Float, "bias");
+  check_numel(bias, channels, "bias");
+  const Tensor dense_bias = torch::stable::contiguous(bias);
+  active_kernels().upsample_sum(
+      {s, channels, buffer(x, y, pixel_rows * s.rows() * s.width, "x"),
+       buffer(row_map, y, pixel_rows * (s.rows() + 1) * s.width * 2, "row_map"),
+       buffer(column_map, y, pixel_rows * s.rows() * (s.width + 1) * 2, "column_map"),
+       buffer(mixed_map, y, pixel_rows * (s.rows() + 1) * (s.width + 1) * 4, "mixed_map"),
+       dense_bias.const_data_ptr<float>(), y.mutable_data_ptr()});
+}
+
+void upsample_reduce(const Tensor& grad_y, Tensor x, Tensor row_map, Tensor column_map,
+                     Tensor mixed_map, Tensor sum, int64_t image, int64_t images, int64_t row,
+                     int64_t row_end) {
+  const Strip s = strip_of(grad_y, "grad_y", 2, image, images, row, row_end);
+  const int64_t channels = grad_y.size(3), pixel_rows = images * channels;
+  check_dtype(sum, ScalarType::Float, "sum");
+  check_numel(sum, pixel_rows * s.rows(), "sum");
+  STD_TORCH_CHECK(sum.is_contiguous(), "sum: expected a dense tensor");
+  active_kernels().upsample_reduce(
+      {s, channels, grad_y.const_data_ptr(),
+       buffer(x, grad_y, pixel_rows * s.rows() * s.width, "x"),
+       buffer(row_map, grad_y, pixel_rows * s.differences() * s.width * 2, "row_map"),
+       buffer(column_map, grad_y, pixel_rows * s.rows() * (s.width + 1) * 2, "column_map"),
+       buffer(mixed_map, grad_y, pixel_rows * s.differences() * (s.width + 1) * 4, "mixed_map"),
+       sum.mutable_data_ptr<float>()});
+}
+
+void upsample_adjoint(const Tensor& x, const Tensor& row_map, const Tensor& column_map,
+                      const Tensor& mixed_map, Tensor grad_x, int64_t image, int64_t images,
+                      int64_t row, int64_t row_end) {
+  const Strip s = strip_of(grad_x, "grad_x", 1, image, images, row, row_end);
+  const int64_t channels = grad_x.size(3), pixel_rows = images * channels;
+  active_kernels().upsample_adjoint(
+      {s, channels, buffer(x, grad_x, pixel_rows * s.rows() * s.width, "x"),
+       buffer(row_map, grad_x, pixel_rows * (s.rows() + 1) * s.width, "row_map"),
+       buffer(column_map, grad_x, pixel_rows * s.rows() * (s.width + 1), "column_map"),
+       buffer(mixed_map, grad_x, pixel_rows * (s.rows() + 1) * (s.width + 1), "mixed_map"),
+       grad_x.mutable_data_ptr()});
+}
+
+void gather_taps(const Tensor& grad_y, Tensor planes, int64_t image, int64_t images, int64_t row,
+                 int64_t row_end) {
+  const Strip s = strip_of(grad_y, "grad_y", 1, image, images, row, row_end);
+  const int64_t channels = grad_y.size(3);
+  active_kernels().gather_taps(
+      {s, channels, grad_y.const_data_ptr(),
+       buffer(planes, grad_y, 9 * channels * images * s.rows() * s.width, "planes")});
+}
+
+void sum_taps(const Tensor& planes, const Tensor& bias, Tensor y, int64_t image, int64_t images,
+              int64_t row, int64_t row_end) {
+  const Strip s = strip_of(y, "y", 1, image, images, row, row_end);
+  const int64_t channels = y.size(3);
+  const int64_t rows = s.rows() + (row > 0) + (row_end < s.height);
+  check_dtype(bias, ScalarType::Float, "bias");
+  check_numel(bias, channels, "bias");
+  const Tensor dense_bias = torch::stable::contiguous(bias);
+  active_kernels().sum_taps({s, channels,
+                             buffer(planes, y, 9 * channels * images * rows * s.width, "planes"),
+                             dense_bias.const_data_ptr<float>(), y.mutable_data_ptr()});
+}
+
+}  // namespace
+}  // namespace fdda
+
+STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
+  m.impl("_upsample_differences", TORCH_BOX(&fdda::upsample_differences));
+  m.impl("_upsample_sum", TORCH_BOX(&fdda::upsample_sum));
+  m.impl("_upsample_reduce", TORCH_BOX(&fdda::upsample_reduce));
+  m.impl("_upsample_adjoint", TORCH_BOX(&fdda::upsample_adjoint));
+  m.impl("_gather_taps", TORCH_BOX(&fdda::gather_taps));
+  m.impl("_sum_taps", TORCH_BOX(&fdda::sum_taps));
+}

@@ -1,0 +1,175 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from backends import ISAS, QUICK, generator, on_isa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdda_fast import ops
+from fdda_fast.ops import _strips, reference
+
+NAMES = ["upsample_conv3x3", "conv3x3_few_outputs"]
+# How far bfloat16 may be off, in units of the output's rounding: every one of four terms is
+# rounded, as are the differences and the sums of weights.
+ROUNDINGS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 2}
+
+
+@pytest.fixture(params=[8 << 20, 20_000, 1], ids=["images", "rows", "row"])
+def strip_bytes(request, monkeypatch):
+    """Several images a strip, several rows, one row."""
+    monkeypatch.setattr(_strips, "STRIP_BYTES", request.param)
+
+
+@st.composite
+def cases(draw):
+    g = generator(draw(st.integers(0, 2**32 - 1)))
+    shape = [draw(st.integers(0, 5)), draw(st.sampled_from([1, 3, 16, 17, 64]))]
+    shape += [draw(st.integers(1, 12)) for _ in range(2)]
+    kind = draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
+    x = torch.randn(shape, generator=g)
+    x = x.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    if kind == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif kind == "sliced":
+        x = torch.cat([x, x], 1)[:, ::2]
+    outputs = draw(st.sampled_from([1, 3, 5, 16, 32]))
+    weight = torch.randn(outputs, shape[1], 3, 3, generator=g) / (3 * shape[1] ** 0.5)
+    return x, weight, torch.randn(outputs, generator=g)
+
+
+def plain(name, x, weight, bias):
+    if name == "upsample_conv3x3":
+        x = F.interpolate(x, scale_factor=2)
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def gradients(function, tensors, grad_y):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
+
+
+def distance(found, exact):
+    """Root mean square."""
+    return (found.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("strip_bytes")
+@QUICK
+@given(case=cases(), seed=st.integers(0, 2**32 - 1))
+def test_results_and_gradients(name, case, seed):
+    """Against float64: 3 times the error of the direct convolution, or a few roundings."""
+    operator, x = getattr(ops, name), case[0]
+    scale = 2 if name == "upsample_conv3x3" else 1
+    shape = (len(x), len(case[1]), scale * x.shape[2], scale * x.shape[3])
+    grad_y = torch.randn(shape, generator=generator(seed)).to(x.dtype)
+    exact = gradients(lambda *t: plain(name, *t), [t.double() for t in case], grad_y)
+    usual = gradients(lambda *t: plain(name, *t), [t.to(x.dtype) for t in case], grad_y)
+    runs = {"reference": gradients(getattr(reference, name), case, grad_y)[:1]}
+    runs["reference"] += getattr(reference, f"{name}_backward")(grad_y, *case[:2])
+    for isa in ISAS:
+        with on_isa(isa):
+            runs[isa] = gradients(operator, case, grad_y)
+    for run, results in runs.items():
+        assert results[0].is_contiguous(memory_format=torch.channels_last)
+        assert [r.dtype for r in results] == [x.dtype, x.dtype, torch.float32, torch.float32]
+        for result, want, direct in zip(results, exact, usual, strict=True):
+            assert result.shape == want.shape
+            size = want.square().mean().sqrt().item() if want.numel() else 0.0
+            rounding = ROUNDINGS[x.dtype] * torch.finfo(x.dtype).eps * (size + 0.1)
+            assert distance(result, want) <= 3 * distance(direct, want) + rounding, run
+
+
+def errors_at_size(name, dtype):
+    """Errors of the operator and of the direct convolution: y and gradients of x, weight, bias."""
+    g = generator(6)
+    x = torch.randn(4, 64, 24, 24, generator=g).to(dtype)
+    outputs = 32 if name == "upsample_conv3x3" else 3
+    case = x, torch.randn(outputs, 64, 3, 3, generator=g) / 24, torch.randn(outputs, generator=g)
+    size = 48 if name == "upsample_conv3x3" else 24
+    grad_y = torch.randn(4, outputs, size, size, generator=g).to(dtype)
+    exact = gradients(lambda *t: plain(name, *t), [t.double() for t in case], grad_y)
+    usual = gradients(lambda *t: plain(name, *t), [t.to(dtype) for t in case], grad_y)
+    found = gradients(getattr(ops, name), case, grad_y)
+    return [(distance(f, e), distance(u, e)) for f, u, e in zip(found, usual, exact, strict=True)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("strip_bytes")
+def test_error_is_like_the_direct_convolutions(name, dtype):
+    for found, usual in errors_at_size(name, dtype):
+        assert found <= 3 * usual
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("outputs", [3, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_the_result(isa, name, outputs, dtype, monkeypatch):
+    monkeypatch.setattr(_strips, "STRIP_BYTES", 1 << 20)
+    g = generator(3)
+    x = torch.randn(3, 64, 40, 30, generator=g).to(dtype)
+    case = x, torch.randn(outputs, 64, 3, 3, generator=g), torch.randn(outputs, generator=g)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with on_isa(isa):
+            y = getattr(ops, name)(*case)
+            results.append(gradients(getattr(ops, name), case, y.square()))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 4, 4).double()}, TypeError, "x: expected"),
+        ({"x": torch.zeros(2, 3, 4)}, ValueError, "x: expected"),
+        ({"weight": torch.zeros(4, 2, 3, 3)}, ValueError, r"weight: expected shape \['any', 3"),
+        ({"weight": torch.zeros(4, 3, 3, 3).bfloat16()}, TypeError, "weight: expected torch.float"),
+        ({"weight": torch.zeros(0, 3, 3, 3)}, ValueError, "weight: expected"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \[4\]"),
+    ],
+)
+def test_refuses(name, changes, error, message):
+    good = {"x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(4, 3, 3, 3)}
+    with pytest.raises(error, match=message):
+        getattr(ops, name)(**good | {"bias": torch.zeros(4)} | changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    g = generator(4)
+    weight, bias = torch.randn(5, 4, 3, 3, generator=g), torch.randn(5, generator=g)
+    for x in (
+        torch.randn(3, 4, 5, 6, generator=g),
+        torch.randn(3, 4, 5, 6, generator=g).to(memory_format=torch.channels_last).bfloat16(),
+        torch.randn(3, 8, 5, 6, generator=g)[:, ::2],
+    ):
+        leaves = [t.clone().requires_grad_() for t in (weight, bias)]
+        operator = getattr(torch.ops.fdda, name)
+        torch.library.opcheck(operator.default, (x.requires_grad_(), *leaves))
+        x = x.detach()
+        args = operator(x, weight, bias), x, weight
+        torch.library.opcheck(getattr(torch.ops.fdda, f"{name}_backward").default, args)
+
+
+def test_compiles_without_graph_breaks():
+    g = generator(5)
+    x = torch.randn(3, 4, 5, 6, generator=g, requires_grad=True)
+    weights = [torch.randn(4, 4, 3, 3, generator=g) for _ in range(2)]
+    bias, labels = torch.randn(4, generator=g), torch.tensor([0, 1, 0])
+    table = torch.randn(2, 4, generator=g)
+
+    def loss(x):
+        y = ops.upsample_conv3x3(2 * x, weights[0], bias)
+        y, *_ = ops.conditional_bn_lrelu(y, labels, table, table, [1, 2], 1e-3)
+        return ops.conv3x3_few_outputs(y, weights[1], bias).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(x), x)
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(found, expected)
