@@ -1,13 +1,15 @@
 """What the compilers make of the Triton kernels, without a GPU: `python bench/triton_report.py`.
 
-Compiles every configuration of every kernel for every target. A row is the worst of a kernel's
-configurations: registers and spills per thread, shared memory per program; bytes moved per element
-of a float32 tensor, and the least the task needs, in the configuration that does most; whether
-every access to a tensor is one of 128 bits where rows start on 16 bytes.
+Compiles a kernel's plainest and fullest variant in both dtypes and memory orders, aligned and not,
+for every target; `--all`: every configuration, which takes an hour. A row is the worst of them:
+registers and spills per thread, shared memory per program; bytes moved per element of a float32
+tensor, and the least the task needs, in the configuration that does most; whether every access to a
+tensor is one of 128 bits where rows start on 16 bytes.
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from itertools import product
 
 from rich.console import Console
@@ -17,11 +19,10 @@ from rich.table import Table
 from fdda_fast.kernels import offline
 
 
-def row(entry: offline.Entry, target: str) -> list[str]:
+def row(entry: offline.Entry, target: str, configurations: list) -> list[str]:
     """Name, target, configurations, registers, spills, shared memory, bytes, 128-bit accesses."""
     found = []
     wide = True
-    configurations = list(entry.builds())
     for constants, dtype in configurations:
         binary = offline.build(entry, constants, dtype, offline.TARGETS[target])
         found.append(offline.resources(binary))
@@ -40,6 +41,9 @@ def row(entry: offline.Entry, target: str) -> list[str]:
 
 
 def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every configuration")
+    every = parser.parse_args().all
     table = Table("kernel", "target")
     for heading in ("configurations", "registers", "spills", "shared bytes"):
         table.add_column(heading, justify="right")
@@ -48,7 +52,7 @@ def main() -> None:
     table.add_column("128 bits")
     pairs = list(product(offline.TABLE, offline.TARGETS))
     for entry, target in track(pairs, "compiling", console=Console(stderr=True)):
-        table.add_row(*row(entry, target))
+        table.add_row(*row(entry, target, list(entry.every if every else entry.some)))
     Console(width=120).print(table)
 
 

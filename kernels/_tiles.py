@@ -169,15 +169,25 @@ class View(NamedTuple):
         return cls(1, view.channels, view.outer * view.pixels, True) if view.last else view
 
     @property
+    def align(self) -> int:
+        """ALIGN of the contiguous length."""
+        return math.gcd(self.channels if self.last else self.pixels, 16)
+
+    @property
     def blocks(self) -> tuple[int, int]:
-        """BLOCK_P, BLOCK_C: 1024 elements that waste little at the borders."""
+        """BLOCK_P, BLOCK_C: 1024 elements that waste little at the borders.
+
+        Half of that where rows are not aligned: every element then has an address and a mask of its
+        own, and registers (AMD's scalar ones above all) would spill.
+        """
+        half = 2 if self.align <= 2 else 1
         if self.last:
             if self.pixels == 1:
-                return 1, 1024
-            return (64, 16) if self.channels <= 16 else (16, 64)
+                return 1, 1024 // half
+            return (64 // half, 16) if self.channels <= 16 else (16 // half, 64)
         if self.channels == 1 or self.pixels > 256:
-            return 1024, 1
-        return (256, 4) if self.pixels > 64 else (64, 16)
+            return 1024 // half, 1
+        return (256 // half, 4) if self.pixels > 64 else (64 // half, 16)
 
     @property
     def size(self) -> int:
@@ -219,7 +229,7 @@ class Grid(NamedTuple):
     def sizes(self) -> dict[str, int]:
         """pixel_units, channel_units, splits, the layout, the blocks and the number of warps."""
         view = self.view
-        align = math.gcd(view.channels if view.last else view.pixels, 16)
+        align = view.align
         block_p, block_c = view.blocks
         return {
             "pixel_units": view.pixels // (1 if view.last else align),

@@ -44,19 +44,26 @@ _TYPES = {
     **dict.fromkeys(("height", "width", "in_channels", "out_channels"), "i32"),
 }
 
-# One view for every layout and pair of blocks that `View.blocks` gives, rows on 16 bytes; then
-# rows that no vector divides.
+# One view for every layout and pair of blocks that `View.blocks` gives: rows on 16 bytes, then rows
+# that no vector divides.
 ALIGNED = [
     _tiles.View(4, 64, 4096, False),
+    _tiles.View(4, 64, 4096, True),
     _tiles.View(4, 64, 256, False),
     _tiles.View(4, 64, 64, False),
-    _tiles.View(4, 64, 4096, True),
     _tiles.View(4, 16, 4096, True),
     _tiles.View(4, 1024, 1, True),
 ]
-VIEWS = [*ALIGNED, _tiles.View(4, 65, 49, False), _tiles.View(4, 65, 49, True)]
-# What the tests compile of them: one of each layout.
-TESTED_VIEWS = [ALIGNED[0], ALIGNED[3]]
+UNALIGNED = [
+    _tiles.View(4, 65, 49, False),
+    _tiles.View(4, 65, 49, True),
+    _tiles.View(4, 65, 225, False),
+    _tiles.View(4, 65, 4095, False),
+    _tiles.View(4, 3, 4096, True),
+    _tiles.View(4, 1025, 1, True),
+]
+# One of each layout.
+SOME_VIEWS = [*ALIGNED[:2], *UNALIGNED[:2]]
 
 
 class Entry(NamedTuple):
@@ -77,8 +84,8 @@ class Entry(NamedTuple):
     def name(self) -> str:
         return self.kernel.__name__.removesuffix("_kernel")
 
-    def builds(self, views: list[_tiles.View] = VIEWS) -> Iterator[tuple[dict, str]]:
-        """Constants and dtype of every configuration."""
+    def builds(self, views: list[_tiles.View]) -> Iterator[tuple[dict, str]]:
+        """Constants and dtype of every configuration on these views."""
         tensors = any(_TYPES.get(name) == "*T" for name in self.kernel.arg_names)
         dtypes = ("fp32", "bf16") if tensors else ("fp32",)
         for constants, dtype in product(self._constants(views), dtypes):
@@ -86,11 +93,22 @@ class Entry(NamedTuple):
                 yield constants, dtype
 
     @property
+    def every(self) -> Iterator[tuple[dict, str]]:
+        """Every configuration."""
+        return self.builds([*ALIGNED, *UNALIGNED])
+
+    @property
+    def some(self) -> Iterator[tuple[dict, str]]:
+        """The plainest and the fullest variant in both memory orders, aligned and not."""
+        variants = (self.variants[0], self.variants[-1])[: len(self.variants)]
+        return self._replace(variants=variants).builds(SOME_VIEWS)
+
+    @property
     def tested(self) -> Iterator[tuple[dict, str]]:
-        """The plainest and the fullest variant in both memory orders."""
-        some = self._replace(variants=(self.variants[0], self.variants[-1])[: len(self.variants)])
-        for constants, dtype in some.builds(TESTED_VIEWS):
-            if dtype == "bf16" or not constants.get("LAST"):
+        """Of `some`, one dtype for each memory order and alignment."""
+        for constants, dtype in self.some:
+            aligned = constants.get("ALIGN") == 16
+            if "LAST" not in constants or (dtype == "bf16") == (constants["LAST"] == aligned):
                 yield constants, dtype
 
     def _constants(self, views: list[_tiles.View]) -> Iterator[dict]:
@@ -115,8 +133,11 @@ def _reduction_blocks(**flags: bool) -> tuple[dict, ...]:
 
 
 _ROWS = tuple(
-    {"ALIGN": 16, "BLOCK": block, "LOOPED": looped, "threads": threads}
-    for block, looped, threads in (*minmax.ROW_CONFIGS, minmax.LONG_ROW_CONFIG)
+    {"ALIGN": align, "BLOCK": block, "LOOPED": looped, "threads": threads}
+    for align, (block, looped, threads) in (
+        *((16, config) for config in (*minmax.ROW_CONFIGS, minmax.LONG_ROW_CONFIG)),
+        *((1, config) for config in (minmax.ROW_CONFIGS[-1], minmax.LONG_ROW_CONFIG)),
+    )
 )
 
 # A residual is added to a batch norm only.
@@ -127,7 +148,7 @@ def _products(*variants: dict) -> tuple[dict, ...]:
     """Configurations of matrix products, whose blocks depend on the bytes of an element."""
     names = ("bytes", "BLOCK_M", "BLOCK_N", "BLOCK_K")
     blocks = (dict(zip(names, (b, *m), strict=True)) for b, m in upsample_conv.BLOCKS.items())
-    common = {"ALIGN": 16, "threads": upsample_conv.PRODUCT_THREADS}
+    common = {"ALIGN": upsample_conv.CHANNELS, "threads": upsample_conv.PRODUCT_THREADS}
     return tuple(common | b | v for b, v in product(blocks, variants))
 
 

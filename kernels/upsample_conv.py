@@ -4,12 +4,14 @@ In one dimension, y[2i] = w0 x[i-1] + (w1 + w2) x[i] and y[2i+1] = (w0 + w1) x[i
 phases of 2x2 taps in two dimensions, 16 products for 36. Its adjoint reads four rows of the
 gradient: dx[i] = w2 g[2i-1] + (w1 + w2) g[2i] + (w0 + w1) g[2i+1] + w0 g[2i+2]. Both are one
 implicit matrix product, pixels by input channels by output channels, of channels_last tensors:
-nothing is gathered in memory. Sums run in float32.
+nothing is gathered in memory. Sums run in float32. Channels are filled up to a multiple of 16: the
+products of unaligned ones do not fit into registers.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +26,7 @@ ADJOINT = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
 # multiplied in float32, without tensor cores on NVIDIA's: a larger tile would spill.
 BLOCKS = {2: (128, 64, 64), 4: (64, 64, 16)}
 PRODUCT_THREADS = 256
+CHANNELS = 16  # and filters: a multiple of it
 
 
 @triton.jit
@@ -152,24 +155,29 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     x [N, Cin, H, W]; weight [Cout, Cin, 3, 3] and bias float32; y [N, Cout, 2H, 2W], channels_last.
     """
+    filters = len(weight)
+    x, weight, bias = _filled(x, 1), _filled(_filled(weight, 0), 1), _filled(bias, 0)
     batch, _, height, width = x.shape
     y = _channels_last((batch, len(weight), 2 * height, 2 * width), x)
     if y.numel():
         rows = PHASES.to(weight.device)
         taps = torch.einsum("apk,bql,ockl->abpqco", rows, rows, weight)
         _gather_conv(x, taps.to(x.dtype), bias.contiguous(), y, (height, width), phases=4)
-    return y
+    return y[:, :filters].contiguous(memory_format=torch.channels_last)
 
 
 def upsample_conv3x3_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (channels_last), weight and bias of `upsample_conv3x3`."""
+    if not x.numel():
+        return _channels_last(x.shape, x), torch.zeros_like(weight), weight.new_zeros(len(weight))
+    wanted = weight.shape[:2]
+    grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32)
+    x, grad_y, weight = _filled(x, 1), _filled(grad_y, 1), _filled(_filled(weight, 0), 1)
     batch, channels, height, width = x.shape
     grad_x = _channels_last(x.shape, x)
     grad_y = grad_y.contiguous(memory_format=torch.channels_last)
-    if not x.numel() or not grad_y.numel():
-        return grad_x.zero_(), torch.zeros_like(weight), weight.new_zeros(len(weight))
     rows = ADJOINT.to(weight.device)
     taps = torch.einsum("pk,ql,ockl->pqoc", rows, rows, weight).to(x.dtype)
     _gather_conv(grad_y, taps, weight, grad_x, (height, width), phases=1)
@@ -183,7 +191,6 @@ def upsample_conv3x3_backward(
     partials = torch.empty(
         (1, splits, 16 * channels * filters), dtype=torch.float32, device=x.device
     )
-    align = _align(channels, filters)
     weight_gradient_kernel[(splits, blocks, 16)](
         x.contiguous(memory_format=torch.channels_last),
         grad_y,
@@ -192,15 +199,17 @@ def upsample_conv3x3_backward(
         chunk,
         height,
         width,
-        channels // align,
-        filters // align,
-        ALIGN=align,
+        channels // CHANNELS,
+        filters // CHANNELS,
+        ALIGN=CHANNELS,
         **_settings(x),
     )
     of_taps = total(partials).reshape(2, 2, 2, 2, channels, filters)
     rows = PHASES.to(weight.device)
     grad_weight = torch.einsum("apk,bql,abpqco->ockl", rows, rows, of_taps)
-    return grad_x, grad_weight.contiguous(), grad_y.sum((0, 2, 3), dtype=torch.float32)
+    grad_weight = grad_weight[: wanted[0], : wanted[1]].contiguous()
+    grad_x = grad_x[:, : wanted[1]].contiguous(memory_format=torch.channels_last)
+    return grad_x, grad_weight, grad_bias
 
 
 def _gather_conv(
@@ -209,7 +218,6 @@ def _gather_conv(
     """`gather_conv_kernel` over the pixels of a small image of this size; taps [..., in, out]."""
     channels, filters = taps.shape[-2:]
     pixels = x.shape[0] * size[0] * size[1]
-    align = _align(channels, filters)
     settings = _settings(x)
     blocks = triton.cdiv(pixels, settings["BLOCK_M"]), triton.cdiv(filters, settings["BLOCK_N"])
     gather_conv_kernel[(*blocks, phases)](
@@ -219,9 +227,9 @@ def _gather_conv(
         y,
         pixels,
         *size,
-        channels // align,
-        filters // align,
-        ALIGN=align,
+        channels // CHANNELS,
+        filters // CHANNELS,
+        ALIGN=CHANNELS,
         TAPS=2 if phases == 4 else 4,
         PHASED=phases == 4,
         **settings,
@@ -238,5 +246,7 @@ def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, **settings, memory_format=torch.channels_last)
 
 
-def _align(channels: int, filters: int) -> int:
-    return next(a for a in (16, 8, 4, 2, 1) if channels % a == filters % a == 0)
+def _filled(x: Tensor, dim: int) -> Tensor:
+    """x with zeros up to a multiple of CHANNELS."""
+    missing = -x.shape[dim] % CHANNELS
+    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing]) if missing else x

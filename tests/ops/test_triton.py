@@ -29,18 +29,21 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("target", offline.TARGETS)
 @pytest.mark.parametrize("entry", offline.TABLE, ids=lambda entry: entry.name)
 def test_compiled_kernels(entry, target):
-    """No spills; every access to a tensor is one of 128 bits, as many as the table says."""
+    """No spills; accesses to aligned tensors are of 128 bits, as many as the table says."""
     for constants, dtype in entry.tested:
         binary = offline.build(entry, constants, dtype, offline.TARGETS[target])
         found = offline.resources(binary)
         assert found.spills == 0, (constants, dtype)
-        if entry.passes:
+        aligned = constants.get("ALIGN") == 16
+        if entry.passes and aligned:
             passes = found.wide_passes(constants, dtype)
             if constants.get("LAST"):  # parameters of consecutive channels come in addition
                 assert passes >= entry.passes(constants), (constants, dtype)
             else:
                 assert passes == entry.passes(constants), (constants, dtype)
-        elif "BLOCK_K" in constants:  # a matrix product; AMD's stores its registers as they lie
+        elif (
+            "BLOCK_K" in constants and aligned
+        ):  # a matrix product; AMD's stores its registers as they lie
             assert found.wide_loads
             assert found.wide_stores or "amdgcn" in binary.asm
         if "ptx" in binary.asm and entry.exact:
