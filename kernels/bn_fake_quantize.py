@@ -142,13 +142,14 @@ def bn_fake_quantize_backward_kernel(
         if ENDS:
             low_sum += low_part
             high_sum += high_part
-    weight_sum, bias_sum = tl.sum(weight_sum, 0) * inverse, tl.sum(bias_sum, 0)
-    store_partial(partials, 0, weight_sum, sample, split, splits, channel, channels)
-    store_partial(partials, 1, bias_sum, sample, split, splits, channel, channels)
+    # In the other order of stores, LLVM fails on unaligned channels for sm_90.
     if ENDS:
         low_sum, high_sum = tl.sum(low_sum, 0), tl.sum(high_sum, 0)
         store_partial(partials, 2, low_sum, sample, split, splits, channel, channels)
         store_partial(partials, 3, high_sum, sample, split, splits, channel, channels)
+    weight_sum, bias_sum = tl.sum(weight_sum, 0) * inverse, tl.sum(bias_sum, 0)
+    store_partial(partials, 0, weight_sum, sample, split, splits, channel, channels)
+    store_partial(partials, 1, bias_sum, sample, split, splits, channel, channels)
 
 
 def _quantizer(x_min: Tensor, x_max: Tensor, bits: int) -> Tensor:

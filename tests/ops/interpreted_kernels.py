@@ -340,7 +340,7 @@ def test_bn_relu_fake_quantize(case, bits, relu, with_residual, clipped, ends):
         assert_near(a, e, terms=t)
 
 
-@CASES
+@settings(CASES, max_examples=10)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(
