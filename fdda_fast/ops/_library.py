@@ -106,13 +106,11 @@ def _load_cuda() -> None:
 
 def _register_triton() -> None:
     try:
-        from fdda_fast.kernels import class_moments, fake_quantize
+        from fdda_fast.kernels import OPERATORS
     except ImportError:
         return
-    LIBRARY.impl("fake_quantize_range", fake_quantize.fake_quantize_range, "CUDA")
-    LIBRARY.impl("fake_quantize_minmax", fake_quantize.fake_quantize_minmax, "CUDA")
-    LIBRARY.impl("class_moments", class_moments.class_moments, "CUDA")
-    LIBRARY.impl("class_moments_backward", class_moments.class_moments_backward, "CUDA")
+    for name, function in OPERATORS.items():
+        LIBRARY.impl(name, function, "CUDA")
 
 
 def _cuda_library() -> Path | None:
