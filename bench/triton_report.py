@@ -1,10 +1,10 @@
 """What the compilers make of the Triton kernels, without a GPU: `python bench/triton_report.py`.
 
 Compiles a kernel's plainest and fullest variant in both dtypes and memory orders, aligned and not,
-for every target; `--all`: every configuration, which takes an hour. A row is the worst of them:
-registers and spills per thread, shared memory per program; bytes moved per element of a float32
-tensor, and the least the task needs, in the configuration that does most; whether every access to a
-tensor is one of 128 bits where rows start on 16 bytes.
+for every target; `--all`: every configuration. A row is the worst of them: registers and spills per
+thread, shared memory per program; bytes moved per element of a float32 tensor, and the least the
+task needs, in the configuration that does most; whether every access to a tensor is one of 128 bits
+where rows start on 16 bytes.
 """
 
 from __future__ import annotations

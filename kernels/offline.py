@@ -105,10 +105,13 @@ class Entry(NamedTuple):
 
     @property
     def tested(self) -> Iterator[tuple[dict, str]]:
-        """Of `some`, one dtype for each memory order and alignment."""
+        """Of `some`, one dtype a memory order and alignment, the plainest variant only once."""
         for constants, dtype in self.some:
-            aligned = constants.get("ALIGN") == 16
-            if "LAST" not in constants or (dtype == "bf16") == (constants["LAST"] == aligned):
+            aligned, last = constants.get("ALIGN", 16) == 16, constants.get("LAST", False)
+            plain = len(self.variants) > 1 and self.variants[0].items() <= constants.items()
+            if plain and (last or not aligned):
+                continue
+            if "bytes" in constants or (dtype == "bf16") == (last == aligned):
                 yield constants, dtype
 
     def _constants(self, views: list[_tiles.View]) -> Iterator[dict]:

@@ -27,7 +27,7 @@ WANTED = st.sampled_from([(True, True), (True, False), (False, True)])
 RELUS = st.sampled_from([True, 6.0, False])
 
 CASES = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
