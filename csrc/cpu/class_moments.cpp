@@ -22,6 +22,7 @@ constexpr int64_t kTile = 4096;     // elements of a contiguous row: 16 KiB in f
 constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
+constexpr int64_t kBlock = 512;     // numbers whose gradient through batch norm waits in a buffer
 constexpr int kLanes = 64;
 
 struct Moments {
@@ -280,21 +281,29 @@ void run_backward(const ClassMomentsBackward& a) {
       const T* __restrict r = ADD ? static_cast<const T*>(a.residual) + n * sample : nullptr;
       T* __restrict grad_r = ADD ? static_cast<T*>(a.grad_residual) + n * sample : nullptr;
       T* __restrict out = static_cast<T*>(a.grad_x) + n * sample;
-      const auto one = [&](const Gradient<NORM>& gradient, int64_t i) {
-        const float v = load(x[i]);
-        float through = 0.0f;
-        if (NORM) through = gradient.through(v, ADD ? load(r[i]) : 0.0f, load(grad_y[i]));
-        if (ADD) store(grad_r[i], through);
-        store(out[i], gradient(v, through));
+      // `size` numbers from `at` on; one output a loop, which compilers then vectorise.
+      const auto run = [&](auto gradient, int64_t at, int64_t size) {
+        for (int64_t start = 0; start < size; start += kBlock) {
+          const int64_t length = min64(kBlock, size - start), first = at + start;
+          float through[kBlock];
+#pragma GCC ivdep
+          for (int64_t k = 0; NORM && k < length; ++k) {
+            through[k] = gradient(start + k).through(
+                load(x[first + k]), ADD ? load(r[first + k]) : 0.0f, load(grad_y[first + k]));
+          }
+          for (int64_t k = 0; ADD && k < length; ++k) store(grad_r[first + k], through[k]);
+#pragma GCC ivdep
+          for (int64_t k = 0; k < length; ++k) {
+            store(out[first + k],
+                  gradient(start + k)(load(x[first + k]), NORM ? through[k] : 0.0f));
+          }
+        }
       };
       if (a.channels_last) {
-        for (int64_t i = 0; i < sample; i += a.channels) {
-          for (int64_t c = 0; c < a.channels; ++c) one(channel(c), i + c);
-        }
+        for (int64_t i = 0; i < sample; i += a.channels) run(channel, i, a.channels);
       } else {
         for (int64_t c = 0; c < a.channels; ++c) {
-          const Gradient<NORM> gradient = channel(c);
-          for (int64_t i = c * a.inner; i < (c + 1) * a.inner; ++i) one(gradient, i);
+          run([one = channel(c)](int64_t) { return one; }, c * a.inner, a.inner);
         }
       }
     }

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have
 constexpr int64_t kLanes = 64;     // shortest run of a loop, where the data allow it
+constexpr int64_t kRepeats = 32;   // of fewer channels than that: a run of whole vectors
 constexpr int64_t kTile = 64;      // float32 additions per lane
 
 // What the batch norm makes of one channel of one sample, and its gradient.
@@ -54,7 +55,7 @@ struct Period {
 };
 
 Period period_of(const ConditionalBn& a) {
-  const int64_t size = a.channels * max64(1, kLanes / a.channels);
+  const int64_t size = a.channels < kLanes ? a.channels * kRepeats : a.channels;
   float* rows = static_cast<float*>(scratch(kLocalRows, 5 * size * sizeof(float)));
   return {size, rows, rows + size, rows + 2 * size, rows + 3 * size, a.negative_slope};
 }
@@ -112,9 +113,11 @@ void sums_of_pixels(const Period& p, const T* __restrict x, const T* __restrict 
         lane_gx[k] += g * (v - p.mean[k]);
       }
     }
-    for (int64_t k = 0; k < p.size; ++k) {
-      sum_g[k % channels] += lane_g[k];
-      sum_gx[k % channels] += lane_gx[k];
+    for (int64_t k = 0; k < p.size; k += channels) {
+      for (int64_t c = 0; c < channels; ++c) {
+        sum_g[c] += lane_g[k + c];
+        sum_gx[c] += lane_gx[k + c];
+      }
     }
   }
 }

@@ -32,6 +32,7 @@ void upsample_reduce(const UpsampleReduce&);
 void upsample_adjoint(const UpsampleAdjoint&);
 void gather_taps(const GatherTaps&);
 void sum_taps(const SumTaps&);
+void add_parts(const AddParts&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

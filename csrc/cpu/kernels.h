@@ -250,6 +250,12 @@ struct GatherTaps {
   void* planes;  // [9, channels, images, rows, width]
 };
 
+// total[k] += parts[0][k] + parts[1][k] + ...
+struct AddParts {
+  int64_t count, size;
+  const void* parts;  // bfloat16 [count, size]
+  float* total;       // [size]
+};
 struct SumTaps {
   Strip strip;
   int64_t channels;
@@ -283,6 +289,7 @@ struct Kernels {
   void (*upsample_adjoint)(const UpsampleAdjoint&);
   void (*gather_taps)(const GatherTaps&);
   void (*sum_taps)(const SumTaps&);
+  void (*add_parts)(const AddParts&);
 };
 
 namespace generic {

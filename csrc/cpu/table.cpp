@@ -28,6 +28,7 @@ extern const Kernels kernels = {
     upsample_adjoint,
     gather_taps,
     sum_taps,
+    add_parts,
 };
 
 }  // namespace FDDA_ISA

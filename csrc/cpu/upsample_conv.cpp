@@ -37,6 +37,7 @@ template <class T, class Load>
 void difference_row(T* __restrict out, int64_t width, int64_t channels, Load value) {
   const int64_t length = width * channels;
   for (int64_t c = 0; c < channels; ++c) store(out[c], value(c));
+#pragma GCC ivdep
   for (int64_t k = channels; k < length; ++k) store(out[k], value(k) - value(k - channels));
   for (int64_t c = length; c < length + channels; ++c) store(out[c], -value(c - channels));
 }
@@ -93,6 +94,7 @@ void run_sum(const UpsampleSum& a) {
                 const T* __restrict column = column_row + ((j + q) * 2 + q) * channels;
                 const T* __restrict mixed = mixed_row + ((j + q) * 4 + q) * channels;
                 T* __restrict y = y_row + (2 * j + q) * channels;
+#pragma GCC ivdep
                 for (int64_t c = 0; c < channels; ++c) {
                   store(y[c], (load(x[c]) + load(row[c])) + (load(column[c]) + load(mixed[c])) +
                                   a.bias[c]);
@@ -124,9 +126,14 @@ void run_reduce(const UpsampleReduce& a) {
               const T* __restrict even = grad + 2 * j * channels;
               const T* __restrict odd = even + channels;
               T* __restrict row = row_out + j * 2 * channels;
-              for (int64_t c = 0; c < channels; ++c) store(row[c], load(even[c]) + load(odd[c]));
-              memcpy(mixed_out + j * 4 * channels, even, channels * sizeof(T));
-              memcpy(mixed_out + ((j + 1) * 4 + 1) * channels, odd, channels * sizeof(T));
+              T* __restrict mixed0 = mixed_out + j * 4 * channels;
+              T* __restrict mixed1 = mixed_out + ((j + 1) * 4 + 1) * channels;
+#pragma GCC ivdep
+              for (int64_t c = 0; c < channels; ++c) {
+                store(row[c], load(even[c]) + load(odd[c]));
+                mixed0[c] = even[c];
+                mixed1[c] = odd[c];
+              }
             }
             memset(mixed_out + channels, 0, channels * sizeof(T));
             memset(mixed_out + width * 4 * channels, 0, channels * sizeof(T));
@@ -149,6 +156,7 @@ void run_reduce(const UpsampleReduce& a) {
         T* __restrict x = x_out + j * channels;
         T* __restrict column0 = column_out + j * 2 * channels;
         T* __restrict column1 = column_out + ((j + 1) * 2 + 1) * channels;
+#pragma GCC ivdep
         for (int64_t c = 0; c < channels; ++c) {
           const float even = load(even0[c]) + load(even1[c]);
           const float odd = load(odd0[c]) + load(odd1[c]);
@@ -210,6 +218,16 @@ void upsample_reduce(const UpsampleReduce& a) {
 void upsample_adjoint(const UpsampleAdjoint& a) {
   if (a.strip.dtype == Dtype::kBFloat16) return run_adjoint<BFloat16>(a);
   run_adjoint<float>(a);
+}
+
+void add_parts(const AddParts& a) {
+  parallel_for(a.size, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 0; part < a.count; ++part) {
+      const BFloat16* __restrict values = static_cast<const BFloat16*>(a.parts) + part * a.size;
+#pragma GCC ivdep
+      for (int64_t k = begin; k < end; ++k) a.total[k] += load(values[k]);
+    }
+  });
 }
 
 }  // namespace FDDA_ISA

@@ -111,6 +111,17 @@ void sum_taps(const Tensor& planes, const Tensor& bias, Tensor y, int64_t image,
                              dense_bias.const_data_ptr<float>(), y.mutable_data_ptr()});
 }
 
+void add_parts(const Tensor& parts, Tensor total) {
+  check_dtype(parts, ScalarType::BFloat16, "parts");
+  check_dtype(total, ScalarType::Float, "total");
+  STD_TORCH_CHECK(parts.is_contiguous(), "parts: expected a dense tensor");
+  STD_TORCH_CHECK(total.is_contiguous(), "total: expected a dense tensor");
+  const int64_t count = parts.size(0), size = total.numel();
+  check_numel(parts, count * size, "parts");
+  active_kernels().add_parts(
+      {count, size, parts.const_data_ptr(), total.mutable_data_ptr<float>()});
+}
+
 }  // namespace
 }  // namespace fdda
 
@@ -121,4 +132,5 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_upsample_adjoint", TORCH_BOX(&fdda::upsample_adjoint));
   m.impl("_gather_taps", TORCH_BOX(&fdda::gather_taps));
   m.impl("_sum_taps", TORCH_BOX(&fdda::sum_taps));
+  m.impl("_add_parts", TORCH_BOX(&fdda::add_parts));
 }

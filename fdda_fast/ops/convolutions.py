@@ -103,3 +103,4 @@ define_pass(
 define_pass(f"_upsample_adjoint(Tensor x, {_MAPS}, Tensor(a!) grad_x, {_STRIP}) -> ()")
 define_pass(f"_gather_taps(Tensor grad_y, Tensor(a!) planes, {_STRIP}) -> ()")
 define_pass(f"_sum_taps(Tensor planes, Tensor bias, Tensor(a!) y, {_STRIP}) -> ()")
+define_pass("_add_parts(Tensor parts, Tensor(a!) total) -> ()")
