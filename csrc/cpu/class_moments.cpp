@@ -4,7 +4,8 @@
 //    first tile is the mean of its first numbers, that of a later one the mean so far. Memory is
 //    read once, and little cancels: a share p of the numbers that lies e beside the mean of all has
 //    p * e * e in the variance, so that the squares are at most 1 / p times as large. Lanes add in
-//    float32, at most 64 numbers each; tiles merge in double (Chan, Golub, LeVeque 1979).
+//    float32, 16 numbers and then up to 4 such sums; tiles merge in double (Chan, Golub, LeVeque
+//    1979).
 // 2. Per class: its samples merge in double in the order of the batch.
 // The order of additions depends on the shape alone, never on the number of threads.
 
@@ -19,6 +20,7 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int64_t kTile = 4096;     // elements of a contiguous row: 16 KiB in float32
+constexpr int64_t kRun = 16;        // numbers that are added before their sum is: less rounding
 constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
@@ -100,7 +102,15 @@ Moments row_moments(const T* x, int64_t size, Companions<T> with, ChannelNorm no
       center = static_cast<float>(total.mean);
     }
     float drift[kLanes] = {}, squares[kLanes] = {};
-    add_row<NORM, ADD, T>(x + start, length, center, drift, squares, with.at(start), norm);
+    for (int64_t i = 0; i < length; i += kRun * kLanes) {
+      float d[kLanes] = {}, s[kLanes] = {};
+      const int64_t at = start + i, count = min64(kRun * kLanes, length - i);
+      add_row<NORM, ADD, T>(x + at, count, center, d, s, NORM ? with.at(at) : with, norm);
+      for (int j = 0; j < kLanes; ++j) {
+        drift[j] += d[j];
+        squares[j] += s[j];
+      }
+    }
     const double shift = sum_lanes(drift) / n;
     const double m2 = sum_lanes(squares) - n * shift * shift;
     merge(total, n, static_cast<double>(center) + shift, m2 > 0.0 || m2 != m2 ? m2 : 0.0);
@@ -137,19 +147,26 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
       for (int64_t c = 0; c < w; ++c) center[c] = static_cast<float>(mean[c]);
     }
     float drift[kStrip] = {}, squares[kStrip] = {};
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t at = (start + i) * stride;
-      const T* __restrict pixel = x + at;
-      T* __restrict y = NORM ? with.y + at : nullptr;
-      const T* __restrict r = ADD ? with.r + at : nullptr;
-      for (int64_t c = 0; c < w; ++c) {
-        const float v = load(pixel[c]);
-        const float d = v - center[c];
-        drift[c] += d;
-        squares[c] += d * d;
-        if (NORM) {
-          store(y[c], ChannelNorm{scale[c], shift_by[c], low, high}(v, ADD ? load(r[c]) : 0.0f));
+    for (int64_t run = 0; run < size; run += kRun) {
+      float d_sum[kStrip] = {}, s_sum[kStrip] = {};
+      for (int64_t i = run; i < min64(run + kRun, size); ++i) {
+        const int64_t at = (start + i) * stride;
+        const T* __restrict pixel = x + at;
+        T* __restrict y = NORM ? with.y + at : nullptr;
+        const T* __restrict r = ADD ? with.r + at : nullptr;
+        for (int64_t c = 0; c < w; ++c) {
+          const float v = load(pixel[c]);
+          const float d = v - center[c];
+          d_sum[c] += d;
+          s_sum[c] += d * d;
+          if (NORM) {
+            store(y[c], ChannelNorm{scale[c], shift_by[c], low, high}(v, ADD ? load(r[c]) : 0.0f));
+          }
         }
+      }
+      for (int64_t c = 0; c < w; ++c) {
+        drift[c] += d_sum[c];
+        squares[c] += s_sum[c];
       }
     }
     // As merge() has it, the counts alike for all channels.
