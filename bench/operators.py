@@ -215,7 +215,7 @@ def main() -> None:
     dtypes = torch.float32, torch.bfloat16
     cases = [case for part in (norms, generator) for dtype in dtypes for case in part(dtype)]
     table = Table(title=f"training operators, {args.threads} thread")
-    table.add_column("operator")
+    table.add_column("operator", no_wrap=True)
     for column in ("ms", "x plain", "x compiled", "GB/s or GMAC/s", "share of the ceiling %"):
         table.add_column(column, justify="right")
     for case in [*quantizers(), *cases]:
