@@ -39,14 +39,10 @@ Tensor moments_gradient(const MomentsLayout& l, const Tensor& x, const Tensor& l
                         const Tensor& mean_in, const Tensor& count_in, const NormGradient& g) {
   const int64_t num_classes = count_in.numel();
   const Tensor labels = checked_labels(labels_in, l.batch, num_classes);
-  const auto table = [&](const Tensor& t, const char* argument) {
-    check_dtype(t, ScalarType::Float, argument);
-    check_numel(t, num_classes * l.channels, argument);
-    return torch::stable::contiguous(t);
-  };
-  const Tensor grad_mean = table(grad_mean_in, "grad_mean");
-  const Tensor grad_var = table(grad_var_in, "grad_var");
-  const Tensor mean = table(mean_in, "mean");
+  const int64_t size = num_classes * l.channels;
+  const Tensor grad_mean = float_values(grad_mean_in, size, "grad_mean");
+  const Tensor grad_var = float_values(grad_var_in, size, "grad_var");
+  const Tensor mean = float_values(mean_in, size, "mean");
   check_dtype(count_in, ScalarType::Long, "count");
   const Tensor count = torch::stable::contiguous(count_in);
   Tensor grad_x = torch::stable::empty_like(l.x);

@@ -19,12 +19,6 @@ std::vector<int64_t> groups_of(const std::vector<int64_t>& sizes, int64_t batch)
   return group;
 }
 
-Tensor table(const Tensor& t, int64_t rows, int64_t channels, const char* argument) {
-  check_dtype(t, ScalarType::Float, argument);
-  check_numel(t, rows * channels, argument);
-  return torch::stable::contiguous(t);
-}
-
 std::tuple<Tensor, Tensor, Tensor> conditional_bn_lrelu(const Tensor& x, const Tensor& labels_in,
                                                         const Tensor& weight_in,
                                                         const Tensor& bias_in,
@@ -33,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> conditional_bn_lrelu(const Tensor& x, const T
   const MomentsLayout l = moments_layout(x);
   const int64_t num_classes = weight_in.size(0), num_groups = sizes.size();
   const Tensor labels = checked_labels(labels_in, l.batch, num_classes);
-  const Tensor weight = table(weight_in, num_classes, l.channels, "weight");
-  const Tensor bias = table(bias_in, num_classes, l.channels, "bias");
+  const Tensor weight = float_values(weight_in, num_classes * l.channels, "weight");
+  const Tensor bias = float_values(bias_in, num_classes * l.channels, "bias");
   const std::vector<int64_t> group = groups_of(sizes, l.batch);
   Tensor y = torch::stable::empty_like(l.x);
   Tensor mean = torch::stable::new_empty(x, {num_groups, l.channels}, ScalarType::Float);
@@ -63,10 +57,10 @@ std::tuple<Tensor, Tensor, Tensor> conditional_bn_lrelu_backward(
   const MomentsLayout l = moments_layout(x);
   const int64_t num_classes = weight_in.size(0), num_groups = sizes.size();
   const Tensor labels = checked_labels(labels_in, l.batch, num_classes);
-  const Tensor weight = table(weight_in, num_classes, l.channels, "weight");
-  const Tensor bias = table(bias_in, num_classes, l.channels, "bias");
-  const Tensor mean = table(mean_in, num_groups, l.channels, "mean");
-  const Tensor var = table(var_in, num_groups, l.channels, "var");
+  const Tensor weight = float_values(weight_in, num_classes * l.channels, "weight");
+  const Tensor bias = float_values(bias_in, num_classes * l.channels, "bias");
+  const Tensor mean = float_values(mean_in, num_groups * l.channels, "mean");
+  const Tensor var = float_values(var_in, num_groups * l.channels, "var");
   const std::vector<int64_t> group = groups_of(sizes, l.batch);
   const Tensor grad_y = companion(l, grad_y_in, "grad_y");
   Tensor grad_x = torch::stable::empty_like(l.x);

@@ -27,9 +27,7 @@ ChannelView channel_view(const Tensor& x, std::optional<int64_t> axis) {
 
 Tensor channel_values(const Tensor& t, const Tensor& x, std::optional<int64_t> axis,
                       const char* argument) {
-  check_dtype(t, ScalarType::Float, argument);
-  check_numel(t, axis ? x.size(*axis) : 1, argument);
-  return torch::stable::contiguous(t);
+  return float_values(t, axis ? x.size(*axis) : 1, argument);
 }
 
 FakeQuantize fake_quantize_args(const Tensor& x, const Tensor& y, const Tensor& scale,

@@ -50,6 +50,13 @@ inline Tensor with_strides_of(const Tensor& x, const Tensor& t) {
   return copy;
 }
 
+// t, which has `numel` float32 elements, in dense memory.
+inline Tensor float_values(const Tensor& t, int64_t numel, const char* argument) {
+  check_dtype(t, ScalarType::Float, argument);
+  check_numel(t, numel, argument);
+  return torch::stable::contiguous(t);
+}
+
 // Memory for a gradient like t; empty where it is not wanted.
 inline Tensor wanted_like(const Tensor& t, bool wanted) {
   return wanted ? torch::stable::empty_like(t) : torch::stable::new_empty(t, {0});

@@ -15,9 +15,10 @@ class FoldedNorm {
       : scale_(channels),
         shift_(channels),
         inv_std_(channels),
-        running_mean_(values(mean, channels, "running_mean")) {
-    const Tensor tensors[] = {values(weight, channels, "weight"), values(bias, channels, "bias"),
-                              running_mean_, values(var, channels, "running_var")};
+        running_mean_(float_values(mean, channels, "running_mean")) {
+    const Tensor tensors[] = {float_values(weight, channels, "weight"),
+                              float_values(bias, channels, "bias"), running_mean_,
+                              float_values(var, channels, "running_var")};
     const float* value[4];
     for (int i = 0; i < 4; ++i) value[i] = tensors[i].const_data_ptr<float>();
     for (int64_t c = 0; c < channels; ++c) {
@@ -37,12 +38,6 @@ class FoldedNorm {
   BnRelu view;
 
  private:
-  static Tensor values(const Tensor& t, int64_t channels, const char* argument) {
-    check_dtype(t, ScalarType::Float, argument);
-    check_numel(t, channels, argument);
-    return torch::stable::contiguous(t);
-  }
-
   std::vector<float> scale_, shift_, inv_std_;
   Tensor running_mean_;
 };
