@@ -1,9 +1,10 @@
 """One training step against the paper's, written plainly: `python bench/step.py`.
 
-ResNet-18 with random weights, 224 px, 1000 classes, batches of 16 + 16: the step that trains the
-generator (warm-up), and the one that fine-tunes the student (32 images through it). Baseline:
-reference_step.py. All in one process, in turn; medians. The peak of the resident memory, less that
-after the imports, is of a process of its own for each. `taskset -c 0` pins it to one core.
+ResNet-18 with random weights, 224 px, 1000 classes, batches of 16 + 16. Three steps: `warmup`
+trains the generator; `student` fine-tunes the student on 32 images; `finetuning` is the paper's
+step after the warm-up, the generator's and the student's together. Baseline: reference_step.py. All
+in one process, in turn; medians. The peak of the resident memory, less that after the imports, is
+of a process of its own for each. `taskset -c 0` pins it to one core.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fdda_fast.quantization.prepare import prepare
 from fdda_fast.synthesis import GeneratorTrainer
 
 CLASSES, SHAPE = 1000, (3, 224, 224)
-STEPS = ("generator", "student")
+STEPS = ("warmup", "student", "finetuning")
 PROVIDERS = ("reference", "float32", "bfloat16")
 RANGE = 6.0  # of every activation
 
@@ -65,7 +66,7 @@ class Bench:
         return lambda: call(next(index))
 
     def _reference(self, step: str, _: str):
-        student = nn.Linear(1, 1) if step == "generator" else plain_student(self.teacher, 4, 4)
+        student = nn.Linear(1, 1) if step == "warmup" else plain_student(self.teacher, 4, 4)
         for module in student.modules():
             if isinstance(module, PlainActivation):
                 module.x_max.fill_(RANGE)
@@ -73,20 +74,24 @@ class Bench:
         centers = [[(mean[0], var[0]) for mean, var in pairs]]
         generator = PlainGenerator(CLASSES, SHAPE)
         plain = ReferenceStep(copy.deepcopy(self.teacher), generator, student, centers)
-        if step == "student":
-            images, labels = (torch.cat([part, part]) for part in self.images)
-            return lambda _: plain.student_step(images, labels)
         noise = [(torch.randn_like(mean), torch.randn_like(var)) for mean, var in centers[0]]
         z_a, z_b = torch.randn(2, self.batch, 100)
-        draws = Draws(z_a, self.images[1], z_b, 0, noise)
-        return lambda _: plain.generator_step(draws)
+        real, labels = self.images
+        draws = Draws(z_a, labels, z_b, 0, noise)
+
+        def call(_: int) -> None:
+            synthetic = real if step == "student" else plain.generator_step(draws)[0]
+            if step != "warmup":
+                plain.student_step(torch.cat([real, synthetic]), torch.cat([labels, labels]))
+
+        return call
 
     def _library(self, step: str, dtype: str):
-        if step == "generator":
-            config = fdda.SynthesisConfig.reference().replace(
-                batch_size=self.batch, images_per_class=self.batch, dtype=dtype
-            )
-            return GeneratorTrainer(self.teacher, self.centers, config).step
+        synthesis = fdda.SynthesisConfig.reference().replace(
+            batch_size=self.batch, images_per_class=self.batch, dtype=dtype
+        )
+        if step == "warmup":
+            return GeneratorTrainer(self.teacher, self.centers, synthesis).step
         config = fdda.QuantizeConfig.reference().replace(
             real_batch=self.batch, synthetic_batch=self.batch, dtype=dtype
         )
@@ -94,7 +99,10 @@ class Bench:
         for quantizer in activation_quantizers(student):
             quantizer.x_max.fill_(RANGE)
         tuner = Finetuner(student, self.teacher, self.images, config)
-        return lambda index: tuner.step(index, self.images)
+        if step == "student":
+            return lambda index: tuner.step(index, self.images)
+        trainer = GeneratorTrainer(self.teacher, self.centers, synthesis)
+        return lambda index: tuner.step(index, trainer.step(index)[:2])
 
 
 def memory_peak(step: str, provider: str, batch: int) -> float:
