@@ -22,6 +22,27 @@ _SAMPLE_STREAM = 0
 _SAMPLE_CHUNK = 16
 
 
+def _check_groups(groups: Sequence[int], pixels: int) -> None:
+    if min(groups) * pixels < 2:
+        raise ValueError(f"groups: expected more than 1 value per channel, got {list(groups)}")
+
+
+@torch.no_grad()
+def _move_running(
+    norm: nn.BatchNorm2d,
+    groups: Sequence[int],
+    pixels: int,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+) -> None:
+    """The running statistics, as if `norm` had been called with one group after the other."""
+    for size, group_mean, group_var in zip(groups, mean, var, strict=True):
+        count = size * pixels
+        norm.running_mean.lerp_(group_mean, norm.momentum)
+        norm.running_var.lerp_(group_var * (count / (count - 1)), norm.momentum)
+        norm.num_batches_tracked += 1
+
+
 def _normalize(
     x: torch.Tensor,
     norm: nn.BatchNorm2d,
@@ -33,8 +54,7 @@ def _normalize(
 ) -> torch.Tensor:
     """Batch norm with weight and bias [K, C] by label, then LeakyReLU.
 
-    In train mode each group has its own statistics, and the running ones move as if `norm` had been
-    called with one group after the other.
+    In train mode each group has its own statistics.
     """
     if not norm.training:
         scale = weight[labels] * (norm.running_var + norm.eps).rsqrt()
@@ -42,17 +62,11 @@ def _normalize(
         y = x * scale[:, :, None, None] + shift[:, :, None, None]
         return F.leaky_relu(y, negative_slope).to(x.dtype)
     pixels = x.shape[2] * x.shape[3]
-    if min(groups) * pixels < 2:
-        raise ValueError(f"groups: expected more than 1 value per channel, got {list(groups)}")
-    y, mean, var = ops.conditional_bn_lrelu(
+    _check_groups(groups, pixels)
+    y, *moments = ops.conditional_bn_lrelu(
         x, labels, weight, bias, groups, norm.eps, negative_slope
     )
-    with torch.no_grad():
-        for size, group_mean, group_var in zip(groups, mean, var, strict=True):
-            count = size * pixels
-            norm.running_mean.lerp_(group_mean, norm.momentum)
-            norm.running_var.lerp_(group_var * (count / (count - 1)), norm.momentum)
-            norm.num_batches_tracked += 1
+    _move_running(norm, groups, pixels, *moments)
     return y
 
 
@@ -77,6 +91,27 @@ class ConditionalBatchNorm2d(nn.Module):
         """[N, C, H, W], normalised group by group in train mode; then LeakyReLU."""
         weight, bias = self.weight.weight, self.bias.weight
         return _normalize(x, self.norm, labels, weight, bias, groups, negative_slope)
+
+    def forward_with_convolution(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        groups: Sequence[int],
+        negative_slope: float,
+        convolution: nn.Conv2d,
+    ) -> torch.Tensor:
+        """`convolution(self(x, labels, groups, negative_slope))`, in one operator in train mode."""
+        if not self.training:
+            x = self(x, labels, groups, negative_slope)
+            return ops.conv3x3_few_outputs(x, convolution.weight, convolution.bias)
+        pixels = x.shape[2] * x.shape[3]
+        _check_groups(groups, pixels)
+        y, *moments = ops.conditional_bn_lrelu_conv3x3(
+            x, labels, self.weight.weight, self.bias.weight, groups, self.norm.eps, negative_slope,
+            convolution.weight, convolution.bias,
+        )  # fmt: skip
+        _move_running(self.norm, groups, pixels, *moments)
+        return y
 
 
 class Generator(nn.Module):
@@ -130,8 +165,7 @@ class Generator(nn.Module):
         x = ops.upsample_conv3x3(x, self.conv1.weight, self.conv1.bias)
         x = self.norm1(x, labels, groups, 0.2)
         x = ops.upsample_conv3x3(x, self.conv2.weight, self.conv2.bias)
-        x = self.norm2(x, labels, groups, 0.2)
-        x = torch.tanh(ops.conv3x3_few_outputs(x, self.conv3.weight, self.conv3.bias))
+        x = torch.tanh(self.norm2.forward_with_convolution(x, labels, groups, 0.2, self.conv3))
         one = self.conv3.bias.new_ones(1, len(self.conv3.bias))
         no_class = torch.zeros_like(labels)
         x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), groups, 1.0)

@@ -143,7 +143,8 @@ def plain_step(generator, model, centers, config, index):
 
 CONFIGS = {
     "reference": REFERENCE,
-    "fast": FAST,
+    # With seed 0 one value is so near to a ReLU's kink that rounding decides its side.
+    "fast": FAST.replace(seed=1),
     "fast_two_pass": FAST.replace(joint_pass=False, clamp_variance=False),
     "weights": REFERENCE.replace(
         ce_weight=0.3, bns_weight=0.7, class_ce_weight=0.2, distorted_weight=0.4,

@@ -33,6 +33,9 @@ void upsample_adjoint(const UpsampleAdjoint&);
 void gather_taps(const GatherTaps&);
 void sum_taps(const SumTaps&);
 void add_parts(const AddParts&);
+void norm_strip(const NormStrip&);
+void norm_strip_sums(const NormStripSums&);
+void norm_strip_gradient(const NormStripGradient&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

@@ -196,7 +196,7 @@ struct ConditionalBnBackward {
 };
 
 // Rows [row, row_end) of images [image, image + images), each [height, width], in the passes of
-// upsample_conv.cpp and few_outputs_conv.cpp. float32 or bfloat16.
+// upsample_conv.cpp, few_outputs_conv.cpp and norm_strip.cpp. float32 or bfloat16.
 struct Strip {
   Dtype dtype;
   int64_t height, width, image, images, row, row_end;
@@ -264,6 +264,30 @@ struct SumTaps {
   void* y;
 };
 
+// y = leaky_relu((x - mean) * scale + bias), the tables [N, channels] with a row per image.
+struct NormStrip {
+  Strip strip;
+  int64_t channels;
+  const void* x;  // all images
+  const float *mean, *scale, *bias;
+  float negative_slope;
+  void* y;  // [images, rows, width, channels]
+};
+
+// Also adds up g, the gradient before the activation, and g * (x - mean).
+struct NormStripSums {
+  NormStrip forward;
+  const void* grad_y;      // laid out like y
+  double *sum_g, *sum_gx;  // [N, channels], added to
+};
+
+// g * scale - (shift + (x - mean) * slope): of batch norm, shift and slope as its statistics need.
+struct NormStripGradient {
+  NormStrip forward;   // `y` receives the gradient with respect to x, of all images
+  const void* grad_y;  // [images, rows, width, channels]
+  const float *shift, *slope;
+};
+
 struct Kernels {
   void (*fake_quantize)(const FakeQuantize&);
   void (*fake_quantize_backward)(const FakeQuantizeBackward&);
@@ -290,6 +314,9 @@ struct Kernels {
   void (*gather_taps)(const GatherTaps&);
   void (*sum_taps)(const SumTaps&);
   void (*add_parts)(const AddParts&);
+  void (*norm_strip)(const NormStrip&);
+  void (*norm_strip_sums)(const NormStripSums&);
+  void (*norm_strip_gradient)(const NormStripGradient&);
 };
 
 namespace generic {

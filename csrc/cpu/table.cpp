@@ -29,6 +29,9 @@ extern const Kernels kernels = {
     gather_taps,
     sum_taps,
     add_parts,
+    norm_strip,
+    norm_strip_sums,
+    norm_strip_gradient,
 };
 
 }  // namespace FDDA_ISA

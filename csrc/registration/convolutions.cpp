@@ -122,6 +122,66 @@ void add_parts(const Tensor& parts, Tensor total) {
       {count, size, parts.const_data_ptr(), total.mutable_data_ptr<float>()});
 }
 
+// `tables`: [3, N, channels] of mean, scale and bias; `y` is checked by the callers.
+NormStrip norm_strip_of(const Tensor& x, const Tensor& tables, double negative_slope, void* y,
+                        int64_t image, int64_t images, int64_t row, int64_t row_end) {
+  const Strip s = strip_of(x, "x", 1, image, images, row, row_end);
+  const int64_t channels = x.size(3), size = x.size(0) * channels;
+  check_dtype(tables, ScalarType::Float, "tables");
+  check_numel(tables, 3 * size, "tables");
+  STD_TORCH_CHECK(tables.is_contiguous(), "tables: expected a dense tensor");
+  const float* table = tables.const_data_ptr<float>();
+  return {s,
+          channels,
+          x.const_data_ptr(),
+          table,
+          table + size,
+          table + 2 * size,
+          static_cast<float>(negative_slope),
+          y};
+}
+
+int64_t strip_numel(const Tensor& x, int64_t images, int64_t row, int64_t row_end) {
+  return images * (row_end - row) * x.size(2) * x.size(3);
+}
+
+void norm_strip(const Tensor& x, const Tensor& tables, double negative_slope, Tensor y,
+                int64_t image, int64_t images, int64_t row, int64_t row_end) {
+  void* out = buffer(y, x, strip_numel(x, images, row, row_end), "y");
+  active_kernels().norm_strip(
+      norm_strip_of(x, tables, negative_slope, out, image, images, row, row_end));
+}
+
+void norm_strip_sums(const Tensor& x, const Tensor& tables, double negative_slope,
+                     const Tensor& grad_y, Tensor y, Tensor sums, int64_t image, int64_t images,
+                     int64_t row, int64_t row_end) {
+  const int64_t numel = strip_numel(x, images, row, row_end), size = x.size(0) * x.size(3);
+  void* out = buffer(y, x, numel, "y");
+  check_dtype(sums, ScalarType::Double, "sums");
+  check_numel(sums, 2 * size, "sums");
+  STD_TORCH_CHECK(sums.is_contiguous(), "sums: expected a dense tensor");
+  double* sum = sums.mutable_data_ptr<double>();
+  active_kernels().norm_strip_sums(
+      {norm_strip_of(x, tables, negative_slope, out, image, images, row, row_end),
+       buffer(grad_y, x, numel, "grad_y"), sum, sum + size});
+}
+
+// `corrections`: [2, N, channels] of shift and slope.
+void norm_strip_gradient(const Tensor& x, const Tensor& tables, double negative_slope,
+                         const Tensor& grad_y, const Tensor& corrections, Tensor grad_x,
+                         int64_t image, int64_t images, int64_t row, int64_t row_end) {
+  const int64_t size = x.size(0) * x.size(3);
+  void* out = buffer(grad_x, x, x.numel(), "grad_x");
+  check_dtype(corrections, ScalarType::Float, "corrections");
+  check_numel(corrections, 2 * size, "corrections");
+  STD_TORCH_CHECK(corrections.is_contiguous(), "corrections: expected a dense tensor");
+  const float* correction = corrections.const_data_ptr<float>();
+  active_kernels().norm_strip_gradient(
+      {norm_strip_of(x, tables, negative_slope, out, image, images, row, row_end),
+       buffer(grad_y, x, strip_numel(x, images, row, row_end), "grad_y"), correction,
+       correction + size});
+}
+
 }  // namespace
 }  // namespace fdda
 
@@ -133,4 +193,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_gather_taps", TORCH_BOX(&fdda::gather_taps));
   m.impl("_sum_taps", TORCH_BOX(&fdda::sum_taps));
   m.impl("_add_parts", TORCH_BOX(&fdda::add_parts));
+  m.impl("_norm_strip", TORCH_BOX(&fdda::norm_strip));
+  m.impl("_norm_strip_sums", TORCH_BOX(&fdda::norm_strip_sums));
+  m.impl("_norm_strip_gradient", TORCH_BOX(&fdda::norm_strip_gradient));
 }

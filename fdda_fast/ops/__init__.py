@@ -9,6 +9,7 @@ from fdda_fast.ops.bn_relu_class_moments import bn_relu_class_moments
 from fdda_fast.ops.bn_relu_fake_quantize import bn_relu_fake_quantize
 from fdda_fast.ops.class_moments import class_moments
 from fdda_fast.ops.conditional_bn import conditional_bn_lrelu
+from fdda_fast.ops.conditional_bn_conv import conditional_bn_lrelu_conv3x3
 from fdda_fast.ops.convolutions import conv3x3_few_outputs, upsample_conv3x3
 from fdda_fast.ops.fake_quantize import (
     fake_quantize,
@@ -34,6 +35,7 @@ __all__ = [
     "bn_relu_fake_quantize",
     "class_moments",
     "conditional_bn_lrelu",
+    "conditional_bn_lrelu_conv3x3",
     "conv3x3_few_outputs",
     "fake_quantize",
     "fake_quantize_minmax",

@@ -46,6 +46,20 @@ def conditional_bn_lrelu(
         TypeError: a dtype is not one of the above.
         ValueError: shapes, labels or groups do not fit.
     """
+    groups = check_conditional_bn(x, labels, weight, bias, groups, eps, negative_slope)
+    return torch.ops.fdda.conditional_bn_lrelu(x, labels, weight, bias, groups, eps, negative_slope)
+
+
+def check_conditional_bn(
+    x: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: Sequence[int],
+    eps: float,
+    negative_slope: float,
+) -> list[int]:
+    """The groups as a list; raises what the operators document."""
     check_tensor(x, "x", FLOAT_DTYPES)
     check(x.dim() in (2, 4), "x", "[N, C] or [N, C, H, W]", list(x.shape))
     check_tensor(weight, "weight", (torch.float32,), (None, x.shape[1]))
@@ -57,7 +71,7 @@ def conditional_bn_lrelu(
     check(sum(groups) == x.shape[0], "groups", f"a sum of {x.shape[0]}", groups)
     check(eps > 0, "eps", "a number > 0", eps)
     check(math.isfinite(negative_slope), "negative_slope", "a finite number", negative_slope)
-    return torch.ops.fdda.conditional_bn_lrelu(x, labels, weight, bias, groups, eps, negative_slope)
+    return groups
 
 
 def _fake(x, labels, weight, bias, groups, eps, negative_slope):

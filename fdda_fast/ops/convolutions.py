@@ -31,7 +31,7 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         TypeError: a dtype is not one of the above.
         ValueError: shapes do not fit.
     """
-    _check(x, weight, bias)
+    check_convolution(x, weight, bias)
     return torch.ops.fdda.upsample_conv3x3(x, weight, bias)
 
 
@@ -52,11 +52,12 @@ def conv3x3_few_outputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         TypeError: a dtype is not one of the above.
         ValueError: shapes do not fit.
     """
-    _check(x, weight, bias)
+    check_convolution(x, weight, bias)
     return torch.ops.fdda.conv3x3_few_outputs(x, weight, bias)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raises what the operators document."""
     check_tensor(x, "x", FLOAT_DTYPES)
     check(x.dim() == 4, "x", "[N, Cin, H, W]", list(x.shape))
     check_tensor(weight, "weight", (torch.float32,), (None, x.shape[1], 3, 3))
@@ -104,3 +105,12 @@ define_pass(f"_upsample_adjoint(Tensor x, {_MAPS}, Tensor(a!) grad_x, {_STRIP}) 
 define_pass(f"_gather_taps(Tensor grad_y, Tensor(a!) planes, {_STRIP}) -> ()")
 define_pass(f"_sum_taps(Tensor planes, Tensor bias, Tensor(a!) y, {_STRIP}) -> ()")
 define_pass("_add_parts(Tensor parts, Tensor(a!) total) -> ()")
+_NORM = "Tensor x, Tensor tables, float negative_slope"
+define_pass(f"_norm_strip({_NORM}, Tensor(a!) y, {_STRIP}) -> ()")
+define_pass(
+    f"_norm_strip_sums({_NORM}, Tensor grad_y, Tensor(a!) y, Tensor(b!) sums, {_STRIP}) -> ()"
+)
+define_pass(
+    f"_norm_strip_gradient({_NORM}, Tensor grad_y, Tensor corrections, Tensor(a!) grad_x, {_STRIP})"
+    " -> ()"
+)

@@ -1,0 +1,134 @@
+"""CPU implementation of conditional_bn_lrelu_conv3x3: the normalised tensor lives in strips.
+
+Forward: the statistics, then every strip is normalised just before its matrix product. Backward:
+the gradient of the normalised tensor is a matrix product of 9 * Cout terms, cheaper to compute
+twice than to store: once for the sums that batch norm needs of it, once for the gradient of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fdda_fast.ops import _few_outputs
+from fdda_fast.ops._few_outputs import StripMemory, backward_strips, taps_of
+from fdda_fast.ops._layout import nhwc
+from fdda_fast.ops._strips import PixelProduct, Strip
+
+
+def conditional_bn_lrelu_conv3x3(
+    x: Tensor,
+    labels: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    groups: list[int],
+    eps: float,
+    negative_slope: float,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = labels, norm_weight, norm_bias
+    if x.dtype == torch.float16:
+        y, *moments = conditional_bn_lrelu_conv3x3(
+            x.float(), *norm, groups, eps, negative_slope, weight, bias
+        )
+        return y.half(), *moments
+    group = _group_of(groups)
+    mean, var, _ = torch.ops.fdda.class_moments(x, group, len(groups))
+    x = nhwc(x)
+    tables = _tables(group, *norm, mean, var, eps)
+    memory = StripMemory(x)
+
+    def normalized(strip: Strip) -> Tensor:
+        values = memory.pixels(strip)
+        torch.ops.fdda._norm_strip(x, tables, negative_slope, values, *strip.place())
+        return values
+
+    return _few_outputs.forward(x, weight, bias, normalized), mean, var
+
+
+@torch.no_grad()
+def conditional_bn_lrelu_conv3x3_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    groups: list[int],
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norm = labels, norm_weight, norm_bias
+    if x.dtype == torch.float16:
+        grad_x, *rest = conditional_bn_lrelu_conv3x3_backward(
+            grad_y.float(), x.float(), *norm, mean, var, weight, groups, eps, negative_slope
+        )
+        return torch.empty_like(x).copy_(grad_x), *rest
+    grad_result = torch.empty_like(x)
+    x, grad_y = nhwc(x), nhwc(grad_y)
+    group = _group_of(groups)
+    tables = _tables(group, *norm, mean, var, eps)
+    taps = taps_of(weight, x.dtype)
+    values_memory, grad_memory = StripMemory(x), StripMemory(x)
+
+    def gradients() -> Iterator[tuple[Strip, Tensor, Tensor]]:
+        """Strips with the gradient of the normalised tensor, and the planes it is made of."""
+        for strip, planes in backward_strips(grad_y, x, weight):
+            grad = grad_memory.pixels(strip)
+            torch.mm(planes.t(), taps, out=grad)
+            yield strip, grad, planes
+
+    sums = x.new_zeros(2, len(x), x.shape[3], dtype=torch.float64)
+    grad_taps = PixelProduct(x, *taps.shape)
+    for strip, grad, planes in gradients():
+        values = values_memory.pixels(strip)
+        torch.ops.fdda._norm_strip_sums(
+            x, tables, negative_slope, grad, values, sums, *strip.place()
+        )
+        grad_taps.add(planes.t(), values)
+
+    # Batch norm's statistics take from the gradient of x, per group: shift + (x - mean) * slope.
+    inverse_std = (var.double() + eps).rsqrt()
+    per_group = inverse_std.new_zeros(2, *inverse_std.shape)
+    per_group.index_add_(1, group, sums * norm_weight[labels])
+    powers = torch.stack([inverse_std, inverse_std**3])
+    pixels = torch.tensor(groups, dtype=torch.float64).clamp(min=1) * x.shape[1] * x.shape[2]
+    corrections = (per_group * powers / pixels[:, None])[:, group].float()
+    per_class = inverse_std.new_zeros(2, *norm_weight.shape)
+    sums[1] *= inverse_std[group]
+    grad_norm_bias, grad_norm_weight = per_class.index_add_(1, labels, sums).float()
+
+    grad_x = torch.empty_like(x)
+    for strip, grad, _ in gradients():
+        torch.ops.fdda._norm_strip_gradient(
+            x, tables, negative_slope, grad, corrections, grad_x, *strip.place()
+        )
+    grad_x = grad_x.permute(0, 3, 1, 2)
+    if grad_x.stride() != grad_result.stride():
+        grad_x = grad_result.copy_(grad_x)
+    grads = _few_outputs.weight_gradients(grad_taps, grad_y, weight)
+    return grad_x, grad_norm_weight, grad_norm_bias, *grads
+
+
+def _group_of(groups: list[int]) -> Tensor:
+    sizes = torch.tensor(groups, dtype=torch.int64)
+    return torch.arange(len(groups)).repeat_interleave(sizes)
+
+
+def _tables(
+    group: Tensor,
+    labels: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> Tensor:
+    """Mean, scale and bias of every sample: float32 [3, N, C]."""
+    scale = norm_weight[labels] * (var.double() + eps).rsqrt().float()[group]
+    return torch.stack([mean[group], scale, norm_bias[labels]])
