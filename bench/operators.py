@@ -152,6 +152,16 @@ def generator(dtype: torch.dtype) -> Iterator[Case]:
     def convolution(x, weight, bias):
         return F.conv2d(x, weight.to(dtype), bias.to(dtype), padding=1)
 
+    yield Case(
+        f"conditional_bn_lrelu_conv3x3 both ways, 8x64x224x224 to 3, {kind}",
+        lambda x, *parameters: convolution(plain_norm(x, *parameters[:2]), *parameters[2:]),
+        lambda x, *parameters: ops.conditional_bn_lrelu_conv3x3(
+            x, labels, *parameters[:2], [8], 0.8, 0.2, *parameters[2:]
+        )[0],
+        (x, weight, bias, torch.randn(3, 64, 3, 3), torch.randn(3)),
+        moved=5 * x.nbytes,  # statistics, forward, the backward's sums and its result
+        backward=True,
+    )
     small = activation((8, 128, 112, 112), dtype)
     yield Case(
         f"upsample_conv3x3 both ways, 8x128x112x112 to 64, {kind}",
@@ -233,7 +243,9 @@ def main() -> None:
             f"{rate / 1e9:.1f}",
             f"{100 * rate / (work / seconds['bound']):.0f}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 120)  # names and figures whole, in a file, too
+    console.print(table)
 
 
 if __name__ == "__main__":
