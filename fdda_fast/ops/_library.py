@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def load_extension() -> None:
 def _load_cpu(isa: str) -> None:
     global _extension
     try:
-        from fdda_fast import _C
+        _extension = importlib.import_module("fdda_fast._C")
     except ImportError as error:
         warnings.warn(
             f"fdda-fast runs on plain PyTorch: its compiled operators are not available ({error})",
@@ -78,7 +79,6 @@ def _load_cpu(isa: str) -> None:
             stacklevel=2,
         )
         return
-    _extension = _C
     if isa:
         _select_isa(isa, "FDDA_FAST_ISA")
     _register_compositions()
