@@ -36,6 +36,11 @@ void add_parts(const AddParts&);
 void norm_strip(const NormStrip&);
 void norm_strip_sums(const NormStripSums&);
 void norm_strip_gradient(const NormStripGradient&);
+void winograd_input(const WinogradTiles&);
+void winograd_output(const WinogradTiles&);
+void winograd_gradient(const WinogradTiles&);
+void winograd_weights(const WinogradWeights&);
+void winograd_weight_gradient(const WinogradWeights&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

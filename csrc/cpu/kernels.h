@@ -288,6 +288,22 @@ struct NormStripGradient {
   const float *shift, *slope;
 };
 
+// Tiles [tile, tile_end) of 4 x 4 outputs, numbered row by row, image by image, to or from
+// positions [36, tiles, channels]; see winograd.cpp.
+struct WinogradTiles {
+  int64_t height, width, channels, tile, tile_end;
+  const float* from;
+  float* to;
+};
+
+// Filters [filters, 3, 3, channels] to positions [36, filters, channels], or gradients back.
+struct WinogradWeights {
+  int64_t filters, channels;
+  bool rotated;  // by half a turn, for the gradient of x
+  const float* from;
+  float* to;
+};
+
 struct Kernels {
   void (*fake_quantize)(const FakeQuantize&);
   void (*fake_quantize_backward)(const FakeQuantizeBackward&);
@@ -317,6 +333,11 @@ struct Kernels {
   void (*norm_strip)(const NormStrip&);
   void (*norm_strip_sums)(const NormStripSums&);
   void (*norm_strip_gradient)(const NormStripGradient&);
+  void (*winograd_input)(const WinogradTiles&);
+  void (*winograd_output)(const WinogradTiles&);
+  void (*winograd_gradient)(const WinogradTiles&);
+  void (*winograd_weights)(const WinogradWeights&);
+  void (*winograd_weight_gradient)(const WinogradWeights&);
 };
 
 namespace generic {

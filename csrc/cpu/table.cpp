@@ -32,6 +32,11 @@ extern const Kernels kernels = {
     norm_strip,
     norm_strip_sums,
     norm_strip_gradient,
+    winograd_input,
+    winograd_output,
+    winograd_gradient,
+    winograd_weights,
+    winograd_weight_gradient,
 };
 
 }  // namespace FDDA_ISA

@@ -10,7 +10,7 @@ from fdda_fast.ops.bn_relu_fake_quantize import bn_relu_fake_quantize
 from fdda_fast.ops.class_moments import class_moments
 from fdda_fast.ops.conditional_bn import conditional_bn_lrelu
 from fdda_fast.ops.conditional_bn_conv import conditional_bn_lrelu_conv3x3
-from fdda_fast.ops.convolutions import conv3x3_few_outputs, upsample_conv3x3
+from fdda_fast.ops.convolutions import conv3x3, conv3x3_few_outputs, upsample_conv3x3
 from fdda_fast.ops.fake_quantize import (
     fake_quantize,
     fake_quantize_minmax,
@@ -36,6 +36,7 @@ __all__ = [
     "class_moments",
     "conditional_bn_lrelu",
     "conditional_bn_lrelu_conv3x3",
+    "conv3x3",
     "conv3x3_few_outputs",
     "fake_quantize",
     "fake_quantize_minmax",

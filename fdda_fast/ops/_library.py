@@ -86,7 +86,7 @@ def _load_cpu(isa: str) -> None:
 
 def _register_compositions() -> None:
     """CPU implementations that call the library's matrix products between compiled passes."""
-    from fdda_fast.ops import _few_outputs, _nine_products, _norm_few_outputs
+    from fdda_fast.ops import _few_outputs, _nine_products, _norm_few_outputs, _winograd
 
     for module, name in (
         (_nine_products, "upsample_conv3x3"),
@@ -95,6 +95,8 @@ def _register_compositions() -> None:
     ):
         for operator in (name, f"{name}_backward"):
             LIBRARY.impl(operator, getattr(module, operator), "CPU")
+    for operator in ("conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"):
+        LIBRARY.impl(operator, getattr(_winograd, operator), "CPU")
 
 
 def _load_cuda() -> None:

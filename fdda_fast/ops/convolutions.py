@@ -1,8 +1,9 @@
-"""The generator's 3x3 convolutions: behind up-sampling, and with few output channels."""
+"""3x3 convolutions with padding 1: the generator's, and the networks' plain one."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fdda_fast.ops import reference
@@ -56,13 +57,59 @@ def conv3x3_few_outputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.fdda.conv3x3_few_outputs(x, weight, bias)
 
 
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """A 3x3 convolution with stride 1 and padding 1.
+
+    On the CPU by 36 instead of 144 products per 16 outputs and pair of channels (Winograd), where
+    the sizes make that faster; gradients included. Root mean square of the error: about 1e-6 of
+    the result's, up to 10 times the direct convolution's. An infinity or NaN in x spreads to the
+    4 x 4 outputs of its tiles.
+
+    Args:
+        x: float32 [N, Cin, H, W]; channels_last is the fast layout.
+        weight: float32 [Cout, Cin, 3, 3]; channels_last is the fast layout.
+
+    Returns:
+        float32 [N, Cout, H, W], channels_last.
+
+    Raises:
+        TypeError: a dtype is not float32.
+        ValueError: shapes do not fit.
+    """
+    check_tensor(x, "x", (torch.float32,), (None,) * 4)
+    _check_weight(weight, x)
+    if not _winograd_pays(x, weight):
+        return F.conv2d(x, weight, padding=1).contiguous(memory_format=torch.channels_last)
+    return torch.ops.fdda.conv3x3(x, weight)
+
+
 def check_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raises what the operators document."""
     check_tensor(x, "x", FLOAT_DTYPES)
     check(x.dim() == 4, "x", "[N, Cin, H, W]", list(x.shape))
+    _check_weight(weight, x)
+    check_tensor(bias, "bias", (torch.float32,), (len(weight),))
+
+
+# Measured: with fewer channels the transforms, with fewer pixels those of the weights cost more
+# than the products saved; and what lies beyond the image is computed, too.
+_CHANNELS, _PIXELS = 64, 784
+
+
+def _winograd_pays(x: Tensor, weight: Tensor) -> bool:
+    batch, _, height, width = x.shape
+    outputs = batch * height * width
+    computed = 16 * batch * -(-height // 4) * -(-width // 4)
+    return (
+        x.device.type == "cpu"
+        and min(weight.shape[:2]) >= _CHANNELS
+        and outputs >= max(_PIXELS, computed / 2)
+    )
+
+
+def _check_weight(weight: Tensor, x: Tensor) -> None:
     check_tensor(weight, "weight", (torch.float32,), (None, x.shape[1], 3, 3))
     check(weight.numel() > 0, "weight", "channels", list(weight.shape))
-    check_tensor(bias, "bias", (torch.float32,), (len(weight),))
 
 
 def _setup(ctx, inputs: tuple, output: Tensor) -> None:
@@ -92,6 +139,44 @@ def _define(name: str, scale: int) -> None:
 
 _define("upsample_conv3x3", 2)
 _define("conv3x3_few_outputs", 1)
+
+
+def _setup_conv3x3(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight = inputs
+    wants_x, wants_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+
+
+def _backward_conv3x3(ctx, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    return (
+        None if weight is None else torch.ops.fdda.conv3x3_input_gradient(grad_y, weight),
+        None if x is None else torch.ops.fdda.conv3x3_weight_gradient(grad_y, x),
+    )
+
+
+define(
+    "conv3x3(Tensor x, Tensor weight) -> Tensor",
+    reference.conv3x3,
+    lambda x, weight: empty_channels_last(x, len(weight)),
+)
+define(
+    "conv3x3_input_gradient(Tensor grad_y, Tensor weight) -> Tensor",
+    reference.conv3x3_input_gradient,
+    lambda grad_y, weight: empty_channels_last(grad_y, weight.shape[1]),
+)
+define(
+    "conv3x3_weight_gradient(Tensor grad_y, Tensor x) -> Tensor",
+    reference.conv3x3_weight_gradient,
+    lambda grad_y, x: x.new_empty(grad_y.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2),
+)
+register_autograd("conv3x3", _backward_conv3x3, _setup_conv3x3)
+
+define_pass("_winograd_input(Tensor x, Tensor(a!) positions, int tile) -> ()")
+define_pass("_winograd_gradient(Tensor grad_y, Tensor(a!) positions, int tile) -> ()")
+define_pass("_winograd_output(Tensor positions, Tensor(a!) y, int tile) -> ()")
+define_pass("_winograd_weights(Tensor weight, Tensor(a!) positions, bool rotated) -> ()")
+define_pass("_winograd_weight_gradient(Tensor positions, Tensor(a!) grad_weight) -> ()")
 
 _STRIP = "int image, int images, int row, int row_end"
 _MAPS = "Tensor row_map, Tensor column_map, Tensor mixed_map"

@@ -19,8 +19,11 @@ from fdda_fast.ops.reference.conditional_bn import (
     conditional_bn_lrelu_backward,
 )
 from fdda_fast.ops.reference.convolutions import (
+    conv3x3,
     conv3x3_few_outputs,
     conv3x3_few_outputs_backward,
+    conv3x3_input_gradient,
+    conv3x3_weight_gradient,
     upsample_conv3x3,
     upsample_conv3x3_backward,
 )
@@ -55,8 +58,11 @@ __all__ = [
     "class_moments_backward",
     "conditional_bn_lrelu",
     "conditional_bn_lrelu_backward",
+    "conv3x3",
     "conv3x3_few_outputs",
     "conv3x3_few_outputs_backward",
+    "conv3x3_input_gradient",
+    "conv3x3_weight_gradient",
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_minmax",

@@ -1,10 +1,26 @@
-"""Convolutions of the generator, on float64."""
+"""3x3 convolutions: the generator's on float64; the plain one is the framework's."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1).contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_input_gradient(grad_y: Tensor, weight: Tensor) -> Tensor:
+    shape = (len(grad_y), weight.shape[1], *grad_y.shape[2:])
+    grad_x = conv2d_input(shape, weight, grad_y, padding=1)
+    return grad_x.contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    grad_weight = conv2d_weight(x, (grad_y.shape[1], x.shape[1], 3, 3), grad_y, padding=1)
+    return grad_weight.contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_few_outputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,0 +1,184 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from backends import ISAS, QUICK, generator, on_isa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdda_fast import ops
+from fdda_fast.ops import _winograd, convolutions, reference
+
+NAMES = ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"]
+# Of the direct convolution's error, and in units of float32's rounding of the result.
+FACTOR, ROUNDINGS = 10, 32
+
+
+@pytest.fixture(params=[512, 5, 1, None], ids=["one group", "groups", "tiles", "as it pays"])
+def path(request, monkeypatch):
+    """Winograd at every size in one group of tiles or several, or whatever is faster."""
+    if request.param:
+        monkeypatch.setattr(convolutions, "_winograd_pays", lambda *_: True)
+        monkeypatch.setattr(_winograd, "TILES", request.param)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(convolutions, "_winograd_pays", lambda *_: True)
+
+
+@st.composite
+def cases(draw):
+    """x, weight, grad_y"""
+    g = generator(draw(st.integers(0, 2**32 - 1)))
+    shape = [draw(st.integers(0, 5)), draw(st.sampled_from([1, 3, 16, 17, 64]))]
+    shape += [draw(st.integers(1, 12)) for _ in range(2)]
+    outputs = draw(st.sampled_from([1, 3, 5, 16, 33]))
+    tensors = (
+        torch.randn(shape, generator=g),
+        torch.randn(outputs, shape[1], 3, 3, generator=g) / (3 * shape[1] ** 0.5),
+        torch.randn(shape[0], outputs, *shape[2:], generator=g),
+    )
+    kinds = st.sampled_from(["contiguous", "channels_last", "sliced"])
+    return [laid_out(t, draw(kinds)) for t in tensors]
+
+
+def laid_out(x, kind):
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    return torch.cat([x, x], 1)[:, ::2].copy_(x) if kind == "sliced" else x
+
+
+def plain(x, weight):
+    return F.conv2d(x, weight, padding=1)
+
+
+def gradients(function, x, weight, grad_y):
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
+
+
+def distance(found, exact):
+    """Root mean square."""
+    return (found.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
+
+
+@pytest.mark.usefixtures("path")
+@QUICK
+@given(case=cases())
+def test_results_and_gradients(case):
+    """Against float64."""
+    x, weight, grad_y = case
+    exact = gradients(plain, *(t.double() for t in case))
+    usual = gradients(plain, *case)
+    runs = {
+        "reference": [
+            reference.conv3x3(x, weight),
+            reference.conv3x3_input_gradient(grad_y, weight),
+            reference.conv3x3_weight_gradient(grad_y, x),
+        ]
+    }
+    for isa in ISAS:
+        with on_isa(isa):
+            runs[isa] = gradients(ops.conv3x3, *case)
+    for run, results in runs.items():
+        assert results[0].is_contiguous(memory_format=torch.channels_last)
+        for result, want, direct in zip(results, exact, usual, strict=True):
+            assert result.dtype == torch.float32
+            assert result.shape == want.shape
+            size = want.square().mean().sqrt().item() if want.numel() else 0.0
+            rounding = ROUNDINGS * torch.finfo(torch.float32).eps * (size + 0.1)
+            assert distance(result, want) <= FACTOR * distance(direct, want) + rounding, run
+
+
+def case_at_size():
+    g = generator(6)
+    x, grad_y = torch.randn(2, 3, 128, 27, 30, generator=g)
+    return x, torch.randn(128, 128, 3, 3, generator=g) / 34, grad_y
+
+
+def test_error_at_size():
+    assert convolutions._winograd_pays(*case_at_size()[:2])
+    exact = gradients(plain, *(t.double() for t in case_at_size()))
+    usual, found = (gradients(function, *case_at_size()) for function in (plain, ops.conv3x3))
+    for result, direct, want in zip(found, usual, exact, strict=True):
+        assert distance(result, want) <= FACTOR * distance(direct, want)
+        assert distance(result, want) <= 3e-6 * want.square().mean().sqrt()
+
+
+@pytest.mark.usefixtures("always")
+def test_instruction_sets_agree_bit_by_bit():
+    """The transforms do; the products are the library's."""
+    results = []
+    for isa in ISAS:
+        with on_isa(isa):
+            results.append(gradients(ops.conv3x3, *case_at_size()))
+    assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("path")
+def test_threads_do_not_change_the_result(isa):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with on_isa(isa):
+            results.append(gradients(ops.conv3x3, *case_at_size()))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_one_gradient_alone(wanted):
+    x, weight, grad_y = case_at_size()
+    _, *expected = gradients(ops.conv3x3, x, weight, grad_y)
+    x.requires_grad_(wanted == "x")
+    weight.requires_grad_(wanted == "weight")
+    ops.conv3x3(x, weight).backward(grad_y)
+    for leaf, want in zip((x, weight), expected, strict=True):
+        assert torch.equal(leaf.grad, want) if leaf.requires_grad else leaf.grad is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 4, 4).bfloat16()}, TypeError, "x: expected torch.float32"),
+        ({"x": torch.zeros(2, 3, 4)}, ValueError, "x: expected"),
+        ({"weight": torch.zeros(4, 2, 3, 3)}, ValueError, r"weight: expected shape \['any', 3"),
+        ({"weight": torch.zeros(4, 3, 3, 3).bfloat16()}, TypeError, "weight: expected torch.float"),
+        ({"weight": torch.zeros(0, 3, 3, 3)}, ValueError, "weight: expected"),
+    ],
+)
+def test_refuses(changes, error, message):
+    good = {"x": torch.zeros(2, 3, 4, 4), "weight": torch.zeros(4, 3, 3, 3)}
+    with pytest.raises(error, match=message):
+        ops.conv3x3(**good | changes)
+
+
+@pytest.mark.usefixtures("path")
+def test_opcheck():
+    g = generator(4)
+    x, weight = torch.randn(3, 8, 5, 6, generator=g), torch.randn(5, 8, 3, 3, generator=g)
+    grad_y = torch.randn(3, 5, 5, 6, generator=g)
+    for kind in ("contiguous", "channels_last", "sliced"):
+        args = [laid_out(t, kind) for t in (x, weight, grad_y)]
+        leaves = [t.detach().requires_grad_() for t in args[:2]]
+        torch.library.opcheck(torch.ops.fdda.conv3x3.default, leaves)
+        for name, inputs in zip(NAMES[1:], ((args[2], args[1]), (args[2], args[0])), strict=True):
+            torch.library.opcheck(getattr(torch.ops.fdda, name).default, inputs)
+
+
+@pytest.mark.usefixtures("path")
+def test_compiles_without_graph_breaks():
+    g = generator(5)
+    x, weight = torch.randn(3, 4, 5, 6, generator=g), torch.randn(4, 4, 3, 3, generator=g)
+
+    def loss(x, weight):
+        return ops.conv3x3(ops.conv3x3(2 * x, weight), weight).square().sum()
+
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
