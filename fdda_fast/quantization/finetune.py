@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..config import QuantizeConfig
+from ..conv3x3 import use_conv3x3
 from ..data.augment import blended, random_resized_crop, random_shift
 from ..generator import Generator, sample
 from ..losses import distillation
@@ -62,7 +63,9 @@ class Finetuner:
         self.teacher = FrozenTeacher(model, image_shape, dtype)
         # For the steps alone, with the same parameters.
         self.fused = fuse_norms(student, image_shape)
-        if dtype != torch.float32:
+        if dtype == torch.float32:
+            use_conv3x3(self.fused)
+        else:
             cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]

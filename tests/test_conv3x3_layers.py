@@ -1,0 +1,67 @@
+"""Convolutions of networks by ops.conv3x3."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fdda_fast.conv3x3 import Conv3x3, use_conv3x3
+from fdda_fast.ops import convolutions
+from fdda_fast.quantization.modules import quantized_layer
+
+
+@pytest.fixture(params=[True, False], ids=["winograd", "direct"], autouse=True)
+def pays(request, monkeypatch):
+    monkeypatch.setattr(convolutions, "_winograd_pays", lambda *_: request.param)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_output_and_gradients(bias, quantized):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(20, 24, 3, padding=1, bias=bias)
+    if quantized:
+        conv = quantized_layer(conv, 4)
+    leaves = [torch.randn(2, 20, 9, 6).requires_grad_(), *conv.parameters()]
+    grad_y = torch.randn(2, 24, 9, 6)
+    found, expected = (
+        [y, *torch.autograd.grad(y, leaves, grad_y)]
+        for y in (Conv3x3(conv)(leaves[0]), conv(leaves[0]))
+    )
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+class Other(nn.Conv2d):
+    """Computes who knows what."""
+
+
+def test_what_fits():
+    assert Conv3x3.fits(nn.Conv2d(4, 8, 3, padding=1))
+    assert Conv3x3.fits(quantized_layer(nn.Conv2d(4, 8, 3, padding=1, bias=False), 4))
+    for other in (
+        nn.Conv2d(4, 8, 3),
+        nn.Conv2d(4, 8, 3, padding="same"),
+        nn.Conv2d(4, 8, 3, stride=2, padding=1),
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),
+        nn.Conv2d(4, 8, 3, padding=1, dilation=2),
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 8, 1, padding=1),
+        Other(4, 8, 3, padding=1),
+        nn.ConvTranspose2d(4, 8, 3, padding=1),
+    ):
+        assert not Conv3x3.fits(other)
+
+
+def test_layers_of_a_network():
+    """Those that fit, at every depth; the parameters stay the same objects."""
+    inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), inner)
+    before, same = copy.deepcopy(network), {id(p) for p in network.parameters()}
+    use_conv3x3(network)
+    kinds = [type(m) for m in (network[0], *network[1])]
+    assert kinds == [Conv3x3, Conv3x3, nn.ReLU, nn.Conv2d]
+    assert {id(p) for p in network.parameters()} == same
+    x = torch.randn(2, 3, 7, 7)
+    torch.testing.assert_close(network(x), before(x), rtol=1e-4, atol=1e-4)
