@@ -4,7 +4,7 @@ Each against plain PyTorch and against torch.compile of the same formula, all in
 turn; medians. GB/s counts what an operator has to move, every tensor once; its share is that of a
 copy's (read + write) or, for what only reads, a read's GB/s, measured in the same turns; of
 convolutions it is GMAC/s of the plain formula, and its share that of a matrix product's, which 9
-products in place of 36 may exceed. `taskset -c 0` pins it to one core.
+products in place of 36, and 36 in place of 144, may exceed. `taskset -c 0` pins it to one core.
 """
 
 from __future__ import annotations
@@ -181,6 +181,18 @@ def generator(dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
+def networks() -> Iterator[Case]:
+    """A convolution of ResNet-18's second stage at 224 px, 32 images."""
+    yield Case(
+        "conv3x3 both ways, 32x128x28x28 to 128, float32",
+        lambda x, weight: F.conv2d(x, weight, padding=1),
+        ops.conv3x3,
+        (activation((32, 128, 28, 28)), activation((128, 128, 3, 3))),
+        macs=3 * 9 * 128 * 128 * 32 * 28**2,
+        backward=True,
+    )
+
+
 def runs_of(case: Case) -> dict[str, Run]:
     args = case.args
     if case.backward:
@@ -228,7 +240,7 @@ def main() -> None:
     table.add_column("operator", no_wrap=True)
     for column in ("ms", "x plain", "x compiled", "GB/s or GMAC/s", "share of the ceiling %"):
         table.add_column(column, justify="right")
-    for case in [*quantizers(), *cases]:
+    for case in [*quantizers(), *cases, *networks()]:
         if args.only not in case.name:
             continue
         bound, work = ceiling(case)

@@ -14,6 +14,7 @@
 #include "functions.h"
 #include "half.h"
 #include "parallel.h"
+#include "vectors.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -24,7 +25,6 @@ constexpr int64_t kRun = 16;        // numbers that are added before their sum i
 constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
-constexpr int64_t kBlock = 512;     // numbers whose gradient through batch norm waits in a buffer
 constexpr int kLanes = 64;
 
 struct Moments {
@@ -118,70 +118,88 @@ Moments row_moments(const T* x, int64_t size, Companions<T> with, ChannelNorm no
   return total;
 }
 
-// `width` <= kStrip adjacent channels of pixels `stride` elements apart. WIDE: width == kStrip.
-template <bool WIDE, bool NORM, bool ADD, class T>
-void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, double* mean_out,
-                   double* m2_out, Companions<T> with, const BnRelu* norm, int64_t channel) {
-  const int64_t w = WIDE ? kStrip : width;
-  float scale[kStrip], shift_by[kStrip];
-  const float low = NORM ? norm->low : 0.0f, high = NORM ? norm->high : 0.0f;
-  for (int64_t c = 0; NORM && c < w; ++c) {
-    scale[c] = norm->scale[channel + c];
-    shift_by[c] = norm->shift[channel + c];
+// Adds the differences from `center` of `rows` pixels to drift and squares, for the channels that
+// LANES are. NORM: also y = norm(x). ADD: y = norm(x, r).
+template <class LANES, bool NORM, bool ADD, class T>
+void add_pixels(const T* x, int64_t rows, int64_t stride, const float* center, float* drift,
+                float* squares, Companions<T> with, const BnRelu* norm, int64_t channel) {
+  using V = typename LANES::V;
+  constexpr int kVectors = LANES::kVectors, kEach = lanes_of<V>();
+  V middle[kVectors], d_sum[kVectors] = {}, s_sum[kVectors] = {}, scale[kVectors], shift[kVectors];
+#pragma GCC unroll 8
+  for (int k = 0; k < kVectors; ++k) {
+    middle[k] = load_lanes<V>(center + k * kEach);
+    if (NORM) scale[k] = load_lanes<V>(norm->scale + channel + k * kEach);
+    if (NORM) shift[k] = load_lanes<V>(norm->shift + channel + k * kEach);
   }
-  double mean[kStrip] = {}, m2[kStrip] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t at = i * stride + k * kEach;
+      const V v = load_lanes<V>(x + at);
+      __builtin_prefetch(x + at + 32 * stride);
+      const V d = v - middle[k];
+      d_sum[k] += d;
+      s_sum[k] += d * d;
+      if (NORM) {
+        const V y = v * scale[k] + shift[k];
+        const V sum = ADD ? y + load_lanes<V>(with.r + at) : y;
+        store_lanes(with.y + at, clamp_lanes(sum, norm->low, norm->high));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kVectors; ++k) {
+    store_lanes(drift + k * kEach, load_lanes<V>(drift + k * kEach) + d_sum[k]);
+    store_lanes(squares + k * kEach, load_lanes<V>(squares + k * kEach) + s_sum[k]);
+  }
+}
+
+// The same for `width` channels.
+template <bool NORM, bool ADD, class T>
+void add_tile(const T* x, int64_t rows, int64_t stride, int64_t width, const float* center,
+              float* drift, float* squares, Companions<T> with, const BnRelu* norm,
+              int64_t channel) {
+  for (int64_t i = 0; i < rows; i += kRun) {
+    for_each_lanes<4>(width, [&](auto lanes, int64_t c) {
+      const int64_t at = i * stride + c;
+      add_pixels<decltype(lanes), NORM, ADD>(x + at, min64(kRun, rows - i), stride, center + c,
+                                             drift + c, squares + c, NORM ? with.at(at) : with,
+                                             norm, channel + c);
+    });
+  }
+}
+
+// `width` <= kStrip adjacent channels of pixels `stride` elements apart.
+template <bool NORM, bool ADD, class T>
+void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, double* mean,
+                   double* m2, Companions<T> with, const BnRelu* norm, int64_t channel) {
+  for (int64_t c = 0; c < width; ++c) mean[c] = m2[c] = 0.0;
   for (int64_t start = 0; start < pixels; start += kStripRows) {
-    const T* tile = x + start * stride;
-    const int64_t size = min64(kStripRows, pixels - start);
+    const int64_t size = min64(kStripRows, pixels - start), at = start * stride;
     const double n = static_cast<double>(size);
-    float center[kStrip];
+    float center[kStrip] = {}, drift[kStrip] = {}, squares[kStrip] = {};
     if (start == 0) {
       float sum[kStrip] = {};
-      for (int64_t i = 0; i < size; ++i) {
-        for (int64_t c = 0; c < w; ++c) sum[c] += load(tile[i * stride + c]);
-      }
-      for (int64_t c = 0; c < w; ++c) {
+      add_tile<false, false>(x, size, stride, width, center, sum, squares, with, norm, channel);
+      for (int64_t c = 0; c < width; ++c) {
         center[c] = static_cast<float>(static_cast<double>(sum[c]) / n);
+        squares[c] = 0.0f;
       }
     } else {
-      for (int64_t c = 0; c < w; ++c) center[c] = static_cast<float>(mean[c]);
+      for (int64_t c = 0; c < width; ++c) center[c] = static_cast<float>(mean[c]);
     }
-    float drift[kStrip] = {}, squares[kStrip] = {};
-    for (int64_t run = 0; run < size; run += kRun) {
-      float d_sum[kStrip] = {}, s_sum[kStrip] = {};
-      for (int64_t i = run; i < min64(run + kRun, size); ++i) {
-        const int64_t at = (start + i) * stride;
-        const T* __restrict pixel = x + at;
-        T* __restrict y = NORM ? with.y + at : nullptr;
-        const T* __restrict r = ADD ? with.r + at : nullptr;
-        for (int64_t c = 0; c < w; ++c) {
-          const float v = load(pixel[c]);
-          const float d = v - center[c];
-          d_sum[c] += d;
-          s_sum[c] += d * d;
-          if (NORM) {
-            store(y[c], ChannelNorm{scale[c], shift_by[c], low, high}(v, ADD ? load(r[c]) : 0.0f));
-          }
-        }
-      }
-      for (int64_t c = 0; c < w; ++c) {
-        drift[c] += d_sum[c];
-        squares[c] += s_sum[c];
-      }
-    }
+    add_tile<NORM, ADD>(x + at, size, stride, width, center, drift, squares,
+                        NORM ? with.at(at) : with, norm, channel);
     // As merge() has it, the counts alike for all channels.
     const double before = static_cast<double>(start), after = before + n;
-    for (int64_t c = 0; c < w; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       const double shift = static_cast<double>(drift[c]) / n;
       const double tile_m2 = static_cast<double>(squares[c]) - n * shift * shift;
       const double delta = static_cast<double>(center[c]) + shift - mean[c];
       mean[c] += delta * (n / after);
       m2[c] += (tile_m2 < 0.0 ? 0.0 : tile_m2) + delta * delta * (before * n / after);
     }
-  }
-  for (int64_t c = 0; c < w; ++c) {
-    mean_out[c] = mean[c];
-    m2_out[c] = m2[c];
   }
 }
 
@@ -199,10 +217,8 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
         const int64_t width = min64(kStrip, a.channels - c);
         const int64_t out = n * a.channels + c;
         const int64_t at = n * sample + c;
-        const auto strip = width == kStrip ? strip_moments<true, NORM, ADD, T>
-                                           : strip_moments<false, NORM, ADD, T>;
-        strip(x + at, a.inner, a.channels, width, mean + out, m2 + out, NORM ? with.at(at) : with,
-              a.bn_relu, c);
+        strip_moments<NORM, ADD>(x + at, a.inner, a.channels, width, mean + out, m2 + out,
+                                 NORM ? with.at(at) : with, a.bn_relu, c);
       }
     });
   } else {
@@ -261,23 +277,32 @@ void run_forward(const ClassMoments& a) {
 
 // dx = shift + (x - mean) * slope, the mean taken into the difference first: no cancellation. NORM:
 // plus the gradient through batch norm where it did not clip; what passes there is also that of r.
-template <bool NORM>
+template <class V>
 struct Gradient {
-  float mean, shift, slope;
-  ChannelNorm norm;
-  float through(float x, float r, float grad_y) const {
-    const float y = x * norm.scale + norm.shift + r;
-    return y > norm.low && y < norm.high ? grad_y : 0.0f;
-  }
-  float operator()(float x, float through) const {
-    const float moments = shift + (x - mean) * slope;
-    return NORM ? moments + through * norm.scale : moments;
-  }
+  V mean, shift, slope, norm_scale, norm_shift;
 };
+
+template <bool NORM, bool ADD, class V, class T>
+void move_lanes(const Gradient<V>& g, const BnRelu* norm, const T* x, const T* grad_y, const T* r,
+                T* grad_r, T* out) {
+  const V v = load_lanes<V>(x);
+  V grad = g.shift + (v - g.mean) * g.slope;
+  if (NORM) {
+    V y = v * g.norm_scale + g.norm_shift;
+    if (ADD) y += load_lanes<V>(r);
+    V through = load_lanes<V>(grad_y);
+    through = y > norm->low - V{} ? through : V{};
+    through = y < norm->high - V{} ? through : V{};
+    if (ADD) store_lanes(grad_r, through);
+    grad += through * g.norm_scale;
+  }
+  store_lanes(out, grad);
+}
 
 template <bool NORM, bool ADD, class T>
 void run_backward(const ClassMomentsBackward& a) {
   const int64_t sample = a.channels * a.inner;
+  const BnRelu* norm = a.bn_relu;
   parallel_for(a.batch, max64(1, 16384 / max64(1, sample)), [&](int64_t begin, int64_t end) {
     float* shift = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
     float* slope = shift + a.channels;
@@ -289,38 +314,36 @@ void run_backward(const ClassMomentsBackward& a) {
         slope[c] = 2.0f * a.grad_var[k + c] / size;
       }
       const float* mean = a.mean + k;
-      const auto channel = [&](int64_t c) -> Gradient<NORM> {
-        if (!NORM) return {mean[c], shift[c], slope[c], {}};
-        return {mean[c], shift[c], slope[c], channel_norm(*a.bn_relu, c)};
-      };
-      const T* __restrict x = static_cast<const T*>(a.x) + n * sample;
-      const T* __restrict grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : nullptr;
-      const T* __restrict r = ADD ? static_cast<const T*>(a.residual) + n * sample : nullptr;
-      T* __restrict grad_r = ADD ? static_cast<T*>(a.grad_residual) + n * sample : nullptr;
-      T* __restrict out = static_cast<T*>(a.grad_x) + n * sample;
-      // `size` numbers from `at` on; one output a loop, which compilers then vectorise.
-      const auto run = [&](auto gradient, int64_t at, int64_t size) {
-        for (int64_t start = 0; start < size; start += kBlock) {
-          const int64_t length = min64(kBlock, size - start), first = at + start;
-          float through[kBlock];
-#pragma GCC ivdep
-          for (int64_t k = 0; NORM && k < length; ++k) {
-            through[k] = gradient(start + k).through(
-                load(x[first + k]), ADD ? load(r[first + k]) : 0.0f, load(grad_y[first + k]));
-          }
-          for (int64_t k = 0; ADD && k < length; ++k) store(grad_r[first + k], through[k]);
-#pragma GCC ivdep
-          for (int64_t k = 0; k < length; ++k) {
-            store(out[first + k],
-                  gradient(start + k)(load(x[first + k]), NORM ? through[k] : 0.0f));
-          }
-        }
+      const T* x = static_cast<const T*>(a.x) + n * sample;
+      const T* grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : nullptr;
+      const T* r = ADD ? static_cast<const T*>(a.residual) + n * sample : nullptr;
+      T* grad_r = ADD ? static_cast<T*>(a.grad_residual) + n * sample : nullptr;
+      T* out = static_cast<T*>(a.grad_x) + n * sample;
+      // parameters(V{}, i): those of the numbers from `at + i` on.
+      const auto move = [&](int64_t at, int64_t length, auto parameters) {
+        for_each_lanes<1>(length, [&](auto lanes, int64_t i) {
+          const int64_t j = at + i;
+          move_lanes<NORM, ADD>(parameters(typename decltype(lanes)::V{}, i), norm, x + j,
+                                NORM ? grad_y + j : nullptr, ADD ? r + j : nullptr,
+                                ADD ? grad_r + j : nullptr, out + j);
+        });
       };
       if (a.channels_last) {
-        for (int64_t i = 0; i < sample; i += a.channels) run(channel, i, a.channels);
+        for (int64_t i = 0; i < sample; i += a.channels) {
+          move(i, a.channels, [&](auto zero, int64_t c) {
+            using V = decltype(zero);
+            const auto at = [&](const float* values) { return load_lanes<V>(values + c); };
+            return Gradient<V>{at(mean), at(shift), at(slope), NORM ? at(norm->scale) : zero,
+                               NORM ? at(norm->shift) : zero};
+          });
+        }
       } else {
         for (int64_t c = 0; c < a.channels; ++c) {
-          run([one = channel(c)](int64_t) { return one; }, c * a.inner, a.inner);
+          move(c * a.inner, a.inner, [&](auto zero, int64_t) {
+            return Gradient<decltype(zero)>{mean[c] - zero, shift[c] - zero, slope[c] - zero,
+                                            NORM ? norm->scale[c] - zero : zero,
+                                            NORM ? norm->shift[c] - zero : zero};
+          });
         }
       }
     }

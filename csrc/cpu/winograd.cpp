@@ -10,19 +10,11 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "vectors.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
 constexpr int kPoints = 6, kOutputs = 4, kTaps = 3, kPositions = kPoints * kPoints;
 constexpr int64_t kGrain = 16384;  // elements a thread should have
@@ -122,9 +114,9 @@ inline void transform_lanes(const float* const* from, float* const* to, int64_t 
 // A square of vectors of channels to another one.
 template <class Transform>
 void transform(const float* const* from, float* const* to, int64_t channels) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) transform_lanes<Transform, Vector>(from, to, c);
-  for (; c < channels; ++c) transform_lanes<Transform, float>(from, to, c);
+  for_each_lanes<1>(channels, [&](auto lanes, int64_t channel) {
+    transform_lanes<Transform, typename decltype(lanes)::V>(from, to, channel);
+  });
 }
 
 // parts[k]: part k of an array whose parts are `size` apart.

@@ -1,0 +1,83 @@
+// float32 vectors as wide as the instruction set has them. Loops over plain arrays are left to the
+// compiler elsewhere; these are for sums that must stay in registers from one pixel to the next.
+// V is Vector or, for the channels that are left, float.
+#pragma once
+
+#include <string.h>
+
+#include "half.h"
+
+namespace fdda {
+namespace FDDA_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorLanes = 16;
+#elif defined(__AVX__)
+constexpr int kVectorLanes = 8;
+#else
+constexpr int kVectorLanes = 4;
+#endif
+typedef float Vector __attribute__((vector_size(kVectorLanes * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(kVectorLanes * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kVectorLanes * sizeof(uint16_t))));
+
+template <class V>
+constexpr int lanes_of() {
+  return static_cast<int>(sizeof(V) / sizeof(float));
+}
+
+template <class V, class T>
+inline V load_lanes(const T* from) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    return load(*from);
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+  } else {
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+    return T::template value<V>(__builtin_convertvector(halves, Bits));
+  }
+}
+
+template <class V, class T>
+inline void store_lanes(T* to, V v) {
+  if constexpr (sizeof(V) == sizeof(float)) {
+    store(*to, v);
+  } else if constexpr (sizeof(T) == sizeof(float)) {
+    memcpy(to, &v, sizeof v);
+  } else {
+    const Halves halves = __builtin_convertvector(T::template rounded<Bits>(v), Halves);
+    memcpy(to, &halves, sizeof halves);
+  }
+}
+
+// As clamp() does: NaN passes through.
+template <class V>
+inline V clamp_lanes(V v, float low, float high) {
+  const V lows = low - V{}, highs = high - V{};
+  v = v < lows ? lows : v;
+  return v > highs ? highs : v;
+}
+
+template <class V_, int COUNT>
+struct Lanes {
+  using V = V_;
+  static constexpr int kVectors = COUNT;
+};
+
+// body(lanes, i) for all of `size` numbers: COUNT vectors from i on, then one, then a float.
+template <int COUNT, class Body>
+inline void for_each_lanes(int64_t size, Body body) {
+  int64_t i = 0;
+  for (; i + COUNT * kVectorLanes <= size; i += COUNT * kVectorLanes)
+    body(Lanes<Vector, COUNT>(), i);
+  for (; i + kVectorLanes <= size; i += kVectorLanes) body(Lanes<Vector, 1>(), i);
+  for (; i < size; ++i) body(Lanes<float, 1>(), i);
+}
+
+}  // namespace
+}  // namespace FDDA_ISA
+}  // namespace fdda
