@@ -70,7 +70,7 @@ def conditional_bn_lrelu_conv3x3_backward(
         )
         return torch.empty_like(x).copy_(grad_x), *rest
     grad_result = torch.empty_like(x)
-    x, grad_y = nhwc(x), nhwc(grad_y)
+    x, grad_y, grad_x = nhwc(x), nhwc(grad_y), nhwc(grad_result)
     group = _group_of(groups)
     tables = _tables(group, *norm, mean, var, eps)
     taps = taps_of(weight, x.dtype)
@@ -103,16 +103,14 @@ def conditional_bn_lrelu_conv3x3_backward(
     sums[1] *= inverse_std[group]
     grad_norm_bias, grad_norm_weight = per_class.index_add_(1, labels, sums).float()
 
-    grad_x = torch.empty_like(x)
     for strip, grad, _ in gradients():
         torch.ops.fdda._norm_strip_gradient(
             x, tables, negative_slope, grad, corrections, grad_x, *strip.place()
         )
-    grad_x = grad_x.permute(0, 3, 1, 2)
-    if grad_x.stride() != grad_result.stride():
-        grad_x = grad_result.copy_(grad_x)
+    if grad_x.data_ptr() != grad_result.data_ptr():
+        grad_result.copy_(grad_x.permute(0, 3, 1, 2))
     grads = _few_outputs.weight_gradients(grad_taps, grad_y, weight)
-    return grad_x, grad_norm_weight, grad_norm_bias, *grads
+    return grad_result, grad_norm_weight, grad_norm_bias, *grads
 
 
 def _group_of(groups: list[int]) -> Tensor:
