@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fdda_fast as fdda
 from fdda_fast.memory import resident_memory
-from fdda_fast.quantization.finetune import Finetuner
+from fdda_fast.quantization.finetune import Finetuner, JointTraining
 from fdda_fast.quantization.modules import activation_quantizers
 from fdda_fast.quantization.prepare import prepare
 from fdda_fast.synthesis import GeneratorTrainer
@@ -93,8 +93,9 @@ class Bench:
         if step == "warmup":
             return GeneratorTrainer(self.teacher, self.centers, synthesis).step
         config = fdda.QuantizeConfig.reference().replace(
-            real_batch=self.batch, synthetic_batch=self.batch, dtype=dtype
-        )
+            warmup_steps=0, range_steps=1, real_batch=self.batch, synthetic_batch=self.batch,
+            dtype=dtype,
+        )  # fmt: skip
         student = prepare(self.teacher, fdda.Bits(4, 4), placement="paper", from_zero=True)
         for quantizer in activation_quantizers(student):
             quantizer.x_max.fill_(RANGE)
@@ -102,7 +103,7 @@ class Bench:
         if step == "student":
             return lambda index: tuner.step(index, self.images)
         trainer = GeneratorTrainer(self.teacher, self.centers, synthesis)
-        return lambda index: tuner.step(index, trainer.step(index)[:2])
+        return JointTraining(tuner, trainer).step
 
 
 def memory_peak(step: str, provider: str, batch: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,25 +21,19 @@ _SAMPLE_STREAM = 0
 _SAMPLE_CHUNK = 16
 
 
-def _check_groups(groups: Sequence[int], pixels: int) -> None:
-    if min(groups) * pixels < 2:
-        raise ValueError(f"groups: expected more than 1 value per channel, got {list(groups)}")
+def _values_per_channel(x: torch.Tensor) -> int:
+    values = len(x) * x.shape[2] * x.shape[3]
+    if values < 2:
+        raise ValueError(f"x: expected more than 1 value per channel, got {list(x.shape)}")
+    return values
 
 
 @torch.no_grad()
-def _move_running(
-    norm: nn.BatchNorm2d,
-    groups: Sequence[int],
-    pixels: int,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-) -> None:
-    """The running statistics, as if `norm` had been called with one group after the other."""
-    for size, group_mean, group_var in zip(groups, mean, var, strict=True):
-        count = size * pixels
-        norm.running_mean.lerp_(group_mean, norm.momentum)
-        norm.running_var.lerp_(group_var * (count / (count - 1)), norm.momentum)
-        norm.num_batches_tracked += 1
+def _move_running(norm: nn.BatchNorm2d, count: int, mean: torch.Tensor, var: torch.Tensor) -> None:
+    """The running statistics, as `norm` itself moves them; `count` values per channel."""
+    norm.running_mean.lerp_(mean[0], norm.momentum)
+    norm.running_var.lerp_(var[0] * (count / (count - 1)), norm.momentum)
+    norm.num_batches_tracked += 1
 
 
 def _normalize(
@@ -49,24 +42,19 @@ def _normalize(
     labels: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    groups: Sequence[int],
     negative_slope: float,
 ) -> torch.Tensor:
-    """Batch norm with weight and bias [K, C] by label, then LeakyReLU.
-
-    In train mode each group has its own statistics.
-    """
+    """Batch norm with weight and bias [K, C] by label, then LeakyReLU."""
     if not norm.training:
         scale = weight[labels] * (norm.running_var + norm.eps).rsqrt()
         shift = bias[labels] - norm.running_mean * scale
         y = x * scale[:, :, None, None] + shift[:, :, None, None]
         return F.leaky_relu(y, negative_slope).to(x.dtype)
-    pixels = x.shape[2] * x.shape[3]
-    _check_groups(groups, pixels)
+    count = _values_per_channel(x)
     y, *moments = ops.conditional_bn_lrelu(
-        x, labels, weight, bias, groups, norm.eps, negative_slope
+        x, labels, weight, bias, [len(x)], norm.eps, negative_slope
     )
-    _move_running(norm, groups, pixels, *moments)
+    _move_running(norm, count, *moments)
     return y
 
 
@@ -85,32 +73,29 @@ class ConditionalBatchNorm2d(nn.Module):
         self,
         x: torch.Tensor,
         labels: torch.Tensor,
-        groups: Sequence[int],
         negative_slope: float = 1.0,
     ) -> torch.Tensor:
-        """[N, C, H, W], normalised group by group in train mode; then LeakyReLU."""
+        """[N, C, H, W], normalised, then LeakyReLU."""
         weight, bias = self.weight.weight, self.bias.weight
-        return _normalize(x, self.norm, labels, weight, bias, groups, negative_slope)
+        return _normalize(x, self.norm, labels, weight, bias, negative_slope)
 
     def forward_with_convolution(
         self,
         x: torch.Tensor,
         labels: torch.Tensor,
-        groups: Sequence[int],
         negative_slope: float,
         convolution: nn.Conv2d,
     ) -> torch.Tensor:
-        """`convolution(self(x, labels, groups, negative_slope))`, in one operator in train mode."""
+        """`convolution(self(x, labels, negative_slope))`, in one operator in train mode."""
         if not self.training:
-            x = self(x, labels, groups, negative_slope)
+            x = self(x, labels, negative_slope)
             return ops.conv3x3_few_outputs(x, convolution.weight, convolution.bias)
-        pixels = x.shape[2] * x.shape[3]
-        _check_groups(groups, pixels)
+        count = _values_per_channel(x)
         y, *moments = ops.conditional_bn_lrelu_conv3x3(
-            x, labels, self.weight.weight, self.bias.weight, groups, self.norm.eps, negative_slope,
-            convolution.weight, convolution.bias,
+            x, labels, self.weight.weight, self.bias.weight, [len(x)], self.norm.eps,
+            negative_slope, convolution.weight, convolution.bias,
         )  # fmt: skip
-        _move_running(self.norm, groups, pixels, *moments)
+        _move_running(self.norm, count, *moments)
         return y
 
 
@@ -145,30 +130,26 @@ class Generator(nn.Module):
         self,
         z: torch.Tensor,
         labels: torch.Tensor,
-        groups: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """Images of latent vectors and labels.
 
         Args:
             z: float32 [N, 100]. labels: int64 [N].
-            groups: sizes of consecutive groups of samples, which train mode treats as one batch
-                after the other; None: one batch.
             dtype: that of the activations; parameters and statistics are float32.
 
         Returns:
             [N, C, H, W] of `dtype`, channels_last.
         """
-        groups = [len(z)] if groups is None else groups
         x = self.fc(z).view(len(z), 128, *self.seed_size)
-        x = self.norm0(x.to(dtype, memory_format=torch.channels_last), labels, groups)
+        x = self.norm0(x.to(dtype, memory_format=torch.channels_last), labels)
         x = ops.upsample_conv3x3(x, self.conv1.weight, self.conv1.bias)
-        x = self.norm1(x, labels, groups, 0.2)
+        x = self.norm1(x, labels, 0.2)
         x = ops.upsample_conv3x3(x, self.conv2.weight, self.conv2.bias)
-        x = torch.tanh(self.norm2.forward_with_convolution(x, labels, groups, 0.2, self.conv3))
+        x = torch.tanh(self.norm2.forward_with_convolution(x, labels, 0.2, self.conv3))
         one = self.conv3.bias.new_ones(1, len(self.conv3.bias))
         no_class = torch.zeros_like(labels)
-        x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), groups, 1.0)
+        x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), 1.0)
         return x[:, :, : self.image_shape[1], : self.image_shape[2]]
 
     def save(self, path: str | Path) -> None:

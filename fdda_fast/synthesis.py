@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,6 +64,13 @@ class GeneratorTrainer:
             torch.manual_seed(stream(config.seed, _INIT_STREAM).initial_seed())
             self.generator = Generator(centers.num_classes, centers.image_shape)
         self.generator.train()
+        self.weights = {
+            "ce": config.ce_weight,
+            "bns": config.bns_weight,
+            "class_ce": config.class_ce_weight,
+            "distorted": config.distorted_weight,
+            "centralized": config.centralized_weight,
+        }
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(), config.lr, config.betas, fused=True
         )
@@ -73,46 +81,46 @@ class GeneratorTrainer:
         labels_a = torch.randint(self.centers.num_classes, (config.batch_size,), generator=rng)
         classes = self._choose_classes(index, rng)
         labels_b = classes.repeat_interleave(config.images_per_class)
-        labels = torch.cat([labels_a, labels_b])
-        z = latents(len(labels), rng)
+        groups_b = torch.arange(len(classes)).repeat_interleave(config.images_per_class)
+        z = latents(len(labels_a) + len(labels_b), rng)
+        split = len(labels_a)
 
         passed = sum(index >= milestone for milestone in config.lr_milestones)
         self.optimizer.param_groups[0]["lr"] = config.lr * config.lr_decay**passed
         self.optimizer.zero_grad()
-        images = self._generate(z, labels)
-        groups = torch.cat(
-            [
-                torch.zeros_like(labels_a),
-                torch.arange(1, len(classes) + 1).repeat_interleave(config.images_per_class),
-            ]
-        )
-        logits, moments = self.teacher.with_moments(images, groups, 1 + len(classes))
-        running = self.teacher.running
-        targets, centers = running, self.centers.of(classes)
-        if config.whiten:
-            moments, targets, centers = (whitened(m, running) for m in (moments, targets, centers))
-        random_batch = [Moments(m.mean[:1], m.var[:1]) for m in moments]
-        class_batches = [Moments(m.mean[1:], m.var[1:]) for m in moments]
-
-        bns = moment_distance(random_batch, targets, range(len(moments))).mean()
-        distorted_loss, centralized_loss = self._class_losses(classes, class_batches, centers, rng)
-        ce = F.cross_entropy(logits[: config.batch_size], labels_a)
-        class_ce = F.cross_entropy(logits[config.batch_size :], labels_b)
-        loss = (
-            config.ce_weight * ce
-            + config.bns_weight * bns
-            + config.class_ce_weight * class_ce
-            + config.distorted_weight * distorted_loss
-            + config.centralized_weight * centralized_loss
-        )
-        loss.backward()
+        if config.joint_pass:
+            labels = torch.cat([labels_a, labels_b])
+            groups = torch.cat([torch.zeros_like(labels_a), 1 + groups_b])
+            images, logits, moments = self._observe(z, labels, groups)
+            images = images[:split]
+            random = [Moments(m.mean[:1], m.var[:1]) for m in moments]
+            by_class = [Moments(m.mean[1:], m.var[1:]) for m in moments]
+            losses = self._random_losses(logits[:split], random, labels_a)
+            losses |= self._class_losses(logits[split:], by_class, labels_b, classes, rng)
+            metrics = self._backward(losses)
+        else:  # nothing is shared: one after the other, in half the memory
+            images, *seen = self._observe(z[:split], labels_a, torch.zeros_like(labels_a))
+            metrics = self._backward(self._random_losses(*seen, labels_a))
+            _, *seen = self._observe(z[split:], labels_b, groups_b)
+            metrics |= self._backward(self._class_losses(*seen, labels_b, classes, rng))
         self.optimizer.step()
-        named = {
-            "loss": loss, "ce": ce, "bns": bns, "class_ce": class_ce,
-            "distorted": distorted_loss, "centralized": centralized_loss,
-        }  # fmt: skip
-        metrics = {name: float(value.detach()) for name, value in named.items()}
-        return images[: config.batch_size].detach(), labels_a, metrics
+        loss = sum(self.weights[name] * value for name, value in metrics.items())
+        return images, labels_a, {"loss": loss, **metrics}
+
+    def _observe(
+        self, z: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Moments]]:
+        """Images of one pass (detached), their logits, and moments as the losses take them."""
+        images = self.generator(z, labels, getattr(torch, self.config.dtype)).float()
+        logits, moments = self.teacher.with_moments(images, groups, 1 + int(groups[-1]))
+        return images.detach(), logits, self._comparable(moments)
+
+    def _comparable(self, moments: Sequence[Moments]) -> Sequence[Moments]:
+        return whitened(moments, self.teacher.running) if self.config.whiten else moments
+
+    def _backward(self, losses: dict[str, torch.Tensor]) -> Metrics:
+        sum(self.weights[name] * loss for name, loss in losses.items()).backward()
+        return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def _choose_classes(self, index: int, rng: torch.Generator) -> torch.Tensor:
         if index < self.config.any_class_steps:
@@ -122,26 +130,30 @@ class GeneratorTrainer:
         count = min(self.config.classes_per_step, len(pool))
         return pool[torch.randperm(len(pool), generator=rng)[:count]]
 
-    def _generate(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        split = self.config.batch_size
-        groups = [len(z)] if self.config.joint_pass else [split, len(z) - split]
-        dtype = getattr(torch, self.config.dtype)
-        return self.generator(z, labels, groups, dtype).float()
+    def _random_losses(
+        self, logits: torch.Tensor, moments: list[Moments], labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Cross entropy and L_BNS, of batch A."""
+        running = self._comparable(self.teacher.running)
+        bns = moment_distance(moments, running, range(len(moments))).mean()
+        return {"ce": F.cross_entropy(logits, labels), "bns": bns}
 
     def _class_losses(
         self,
-        classes: torch.Tensor,
+        logits: torch.Tensor,
         moments: list[Moments],
-        centers: list[Moments],
+        labels: torch.Tensor,
+        classes: torch.Tensor,
         rng: torch.Generator,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """L_D and L_C, averaged over the classes of batch B.
+    ) -> dict[str, torch.Tensor]:
+        """Cross entropy, L_D and L_C, averaged over the classes of batch B.
 
         A class without a reliable center gets N(0, 1) targets on every layer at twice the weight
         in place of L_D, and no L_C.
         """
         deep = range(first_deep_layer(len(moments)), len(moments))
         reliable = self.centers.reliable[classes]
+        centers = self._comparable(self.centers.of(classes))
         config = self.config
         noisy = distorted(centers, config.distortion_std, rng, clamp=config.clamp_variance)
         distorted_loss = moment_distance(moments, noisy, deep)
@@ -150,7 +162,11 @@ class GeneratorTrainer:
             unreliable_loss = 2 * moment_distance(moments, noise, range(len(moments)))
             distorted_loss = torch.where(reliable, distorted_loss, unreliable_loss)
         centralized_loss = moment_distance(moments, centers, deep) * reliable
-        return distorted_loss.mean(), centralized_loss.mean()
+        return {
+            "class_ce": F.cross_entropy(logits, labels),
+            "distorted": distorted_loss.mean(),
+            "centralized": centralized_loss.mean(),
+        }
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from . import ops
-from .conv3x3 import use_conv3x3
+from .layers import use_operators
 from .stem import FrozenStem
 from .tracing import fuse, norm_chains, note_shapes, trace
 
@@ -94,8 +94,7 @@ class FrozenTeacher:
         for name, module in list(graph_module.named_modules()):
             if FrozenStem.fits(module):
                 graph_module.set_submodule(name, FrozenStem(module))
-        if dtype == torch.float32:
-            use_conv3x3(graph_module)
+        use_operators(graph_module, dtype)
         for module in graph_module.modules():
             if not isinstance(module, nn.modules.batchnorm._BatchNorm | _FrozenNorm):
                 for parameter in module.parameters(recurse=False):

@@ -36,6 +36,8 @@ void add_parts(const AddParts&);
 void norm_strip(const NormStrip&);
 void norm_strip_sums(const NormStripSums&);
 void norm_strip_gradient(const NormStripGradient&);
+void max_pool2d(const MaxPool2d&);
+void max_pool2d_gradient(const MaxPool2dGradient&);
 void winograd_input(const WinogradTiles&);
 void winograd_output(const WinogradTiles&);
 void winograd_gradient(const WinogradTiles&);

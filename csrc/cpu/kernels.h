@@ -147,11 +147,33 @@ struct RequantizeCodes {
   uint8_t* out;
 };
 
-struct MaxPool {
-  const uint8_t* x;  // NHWC
+// NHWC tensors.
+struct PoolShape {
   int64_t batch, height, width, channels, out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+struct MaxPool {
+  PoolShape shape;
+  const uint8_t* x;
   uint8_t* out;
+};
+
+// Of real numbers, with the window's tap that each maximum comes from: at most 255 taps.
+struct MaxPool2d {
+  PoolShape shape;
+  Dtype dtype;
+  const void* x;
+  void* y;
+  uint8_t* tap;
+};
+
+struct MaxPool2dGradient {
+  PoolShape shape;
+  Dtype dtype;
+  const void* grad_y;
+  const uint8_t* tap;
+  void* grad_x;
 };
 
 struct PackWeight {
@@ -333,6 +355,8 @@ struct Kernels {
   void (*norm_strip)(const NormStrip&);
   void (*norm_strip_sums)(const NormStripSums&);
   void (*norm_strip_gradient)(const NormStripGradient&);
+  void (*max_pool2d)(const MaxPool2d&);
+  void (*max_pool2d_gradient)(const MaxPool2dGradient&);
   void (*winograd_input)(const WinogradTiles&);
   void (*winograd_output)(const WinogradTiles&);
   void (*winograd_gradient)(const WinogradTiles&);

@@ -78,16 +78,17 @@ void requantize_codes(const RequantizeCodes& a) {
   });
 }
 
-void max_pool(const MaxPool& a) {
+void max_pool(const MaxPool& pool) {
+  const PoolShape& a = pool.shape;
   const int64_t work = a.out_width * a.channels * a.kernel_h * a.kernel_w;
   const int64_t rows = a.batch * a.out_height;
   parallel_for(rows, max64(1, 65536 / max64(1, work)), [&](int64_t begin, int64_t end) {
     const int64_t channels = a.channels;
     for (int64_t r = begin; r < end; ++r) {
-      const uint8_t* image = a.x + r / a.out_height * a.height * a.width * channels;
+      const uint8_t* image = pool.x + r / a.out_height * a.height * a.width * channels;
       const int64_t top = r % a.out_height * a.stride_h - a.pad_h;
       for (int64_t ow = 0; ow < a.out_width; ++ow) {
-        uint8_t* out = a.out + (r * a.out_width + ow) * channels;
+        uint8_t* out = pool.out + (r * a.out_width + ow) * channels;
         memset(out, 0, channels);  // codes are unsigned: 0 never beats a valid tap
         for (int64_t kh = 0; kh < a.kernel_h; ++kh) {
           const int64_t ih = top + kh * a.dilation_h;

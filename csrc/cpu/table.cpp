@@ -32,6 +32,8 @@ extern const Kernels kernels = {
     norm_strip,
     norm_strip_sums,
     norm_strip_gradient,
+    max_pool2d,
+    max_pool2d_gradient,
     winograd_input,
     winograd_output,
     winograd_gradient,

@@ -4,6 +4,7 @@
 
 #include "../common/checks.h"
 #include "../cpu/kernels.h"
+#include "pool_shape.h"
 
 namespace fdda {
 namespace {
@@ -55,23 +56,10 @@ Tensor max_pool2d_codes(const Tensor& x_in, std::vector<int64_t> kernel_size,
   check_dtype(x_in, ScalarType::Byte, "x");
   STD_TORCH_CHECK(x_in.dim() == 4, "x: expected [N, H, W, C], got ", x_in.dim(), " dimensions");
   const Tensor x = torch::stable::contiguous(x_in);
-  MaxPool a{};
-  a.x = x.const_data_ptr<uint8_t>();
-  a.batch = x.size(0);
-  a.height = x.size(1);
-  a.width = x.size(2);
-  a.channels = x.size(3);
-  std::tie(a.kernel_h, a.kernel_w) = std::tuple_cat(pair(kernel_size, "kernel_size"));
-  std::tie(a.stride_h, a.stride_w) = std::tuple_cat(pair(stride, "stride"));
-  std::tie(a.pad_h, a.pad_w) = std::tuple_cat(pair(padding, "padding"));
-  std::tie(a.dilation_h, a.dilation_w) = std::tuple_cat(pair(dilation, "dilation"));
-  STD_TORCH_CHECK(2 * a.pad_h <= a.kernel_h && 2 * a.pad_w <= a.kernel_w,
-                  "padding: expected at most half of kernel_size, got ", a.pad_h, " and ", a.pad_w);
-  a.out_height = output_extent(a.height, a.kernel_h, a.stride_h, a.pad_h, a.dilation_h, ceil_mode);
-  a.out_width = output_extent(a.width, a.kernel_w, a.stride_w, a.pad_w, a.dilation_w, ceil_mode);
-  Tensor out = torch::stable::new_empty(x, {a.batch, a.out_height, a.out_width, a.channels});
-  a.out = out.mutable_data_ptr<uint8_t>();
-  active_kernels().max_pool(a);
+  const PoolShape shape = pool_shape(x, kernel_size, stride, padding, dilation, ceil_mode);
+  Tensor out =
+      torch::stable::new_empty(x, {shape.batch, shape.out_height, shape.out_width, shape.channels});
+  active_kernels().max_pool({shape, x.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>()});
   return out;
 }
 

@@ -17,6 +17,7 @@ from fdda_fast.ops.fake_quantize import (
     fake_quantize_range,
     observe_range,
 )
+from fdda_fast.ops.max_pool import max_pool2d
 from fdda_fast.ops.packed import (
     max_pool2d_codes,
     pack_weight,
@@ -41,6 +42,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_minmax",
     "fake_quantize_range",
+    "max_pool2d",
     "max_pool2d_codes",
     "observe_range",
     "pack_weight",

@@ -85,13 +85,20 @@ def _load_cpu(isa: str) -> None:
 
 
 def _register_compositions() -> None:
-    """CPU implementations that call the library's matrix products between compiled passes."""
-    from fdda_fast.ops import _few_outputs, _nine_products, _norm_few_outputs, _winograd
+    """CPU implementations made of compiled passes, and of the library's matrix products."""
+    from fdda_fast.ops import (
+        _few_outputs,
+        _max_pool,
+        _nine_products,
+        _norm_few_outputs,
+        _winograd,
+    )
 
     for module, name in (
         (_nine_products, "upsample_conv3x3"),
         (_few_outputs, "conv3x3_few_outputs"),
         (_norm_few_outputs, "conditional_bn_lrelu_conv3x3"),
+        (_max_pool, "max_pool2d"),
     ):
         for operator in (name, f"{name}_backward"):
             LIBRARY.impl(operator, getattr(module, operator), "CPU")

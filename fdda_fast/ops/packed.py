@@ -10,6 +10,7 @@ from torch import Tensor
 from fdda_fast.ops import reference
 from fdda_fast.ops._checks import check, check_int, check_tensor, pair
 from fdda_fast.ops._library import define
+from fdda_fast.ops._windows import output_size, pool_windows
 
 # Largest sum of |x - zero_point| * |q|: the accumulators are int32.
 _MAX_DEPTH = (2**31 - 1) // (255 * 128)
@@ -129,7 +130,7 @@ def packed_conv2d(
     depth = kernel_size[0] * kernel_size[1] * channels // groups
     _check_depth(depth)
     _check_packed(weight, "weight", bits, out_channels, depth)
-    height, width = _output_size(x, kernel_size, stride, padding, dilation)
+    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
     out_shape = (x.shape[0], height, width, out_channels)
     _check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
     return torch.ops.fdda.packed_conv2d(
@@ -290,35 +291,9 @@ def max_pool2d_codes(
         ValueError: shapes do not fit.
     """
     check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
-    kernel_size = pair(kernel_size, "kernel_size", 1)
-    stride = pair(stride, "stride", 1)
-    padding = pair(padding, "padding", 0)
-    dilation = pair(dilation, "dilation", 1)
-    fits = all(2 * p <= k for p, k in zip(padding, kernel_size, strict=True))
-    check(fits, "padding", f"at most half of {kernel_size}", padding)
-    _output_size(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return torch.ops.fdda.max_pool2d_codes(x, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def _output_size(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool = False,
-) -> list[int]:
-    out = []
-    for i in range(2):
-        size = x.shape[1 + i]
-        room = size + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1
-        check(room >= 0, "kernel_size", "a kernel within the padded input", list(kernel_size))
-        extent = room // stride[i] + 1
-        # The last window starts inside the input or its left padding.
-        if ceil_mode and room % stride[i] and extent * stride[i] < size + padding[i]:
-            extent += 1
-        out.append(extent)
-    return out
+    windows = pool_windows(kernel_size, stride, padding, dilation)
+    output_size(x.shape[1:3], *windows, ceil_mode)
+    return torch.ops.fdda.max_pool2d_codes(x, *windows, ceil_mode)
 
 
 def _check_packed(packed: Tensor, argument: str, bits: int, rows: int, cols: int) -> None:
@@ -379,7 +354,7 @@ def _fake_conv2d(
     residual_scale=0.0,
     output_range=None,
 ) -> Tensor:
-    height, width = _output_size(x, kernel_size, stride, padding, dilation)
+    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
     shape = (x.shape[0], height, width, out_channels)
     return x.new_empty(shape, dtype=_out_dtype(output_range))
 
@@ -406,7 +381,7 @@ def _fake_quantize(x: Tensor, scale: float, zero_point: float, bits: int) -> Ten
 
 
 def _fake_max_pool(x, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor:
-    height, width = _output_size(x, kernel_size, stride, padding, dilation, ceil_mode)
+    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation, ceil_mode)
     return x.new_empty((x.shape[0], height, width, x.shape[3]))
 
 

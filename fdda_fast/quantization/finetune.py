@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..config import QuantizeConfig
-from ..conv3x3 import use_conv3x3
 from ..data.augment import blended, random_resized_crop, random_shift
 from ..generator import Generator, sample
+from ..layers import use_operators
 from ..losses import distillation
 from ..seeding import stream
 from ..statistics import BNSCenters, check_labelled_images, collect_centers
@@ -63,9 +63,8 @@ class Finetuner:
         self.teacher = FrozenTeacher(model, image_shape, dtype)
         # For the steps alone, with the same parameters.
         self.fused = fuse_norms(student, image_shape)
-        if dtype == torch.float32:
-            use_conv3x3(self.fused)
-        else:
+        use_operators(self.fused, dtype)
+        if dtype != torch.float32:
             cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
@@ -193,7 +192,7 @@ class Finetuner:
         load_optimizer_tensors(self.range_optimizer, below("range_optimizer", tensors))
 
 
-class _Together:
+class JointTraining:
     """Generator and student trained in one loop, as FDDA does (sections 3.3 and 4.1)."""
 
     def __init__(self, tuner: Finetuner, trainer: GeneratorTrainer) -> None:
@@ -204,6 +203,8 @@ class _Together:
                 f"got {tuner.config.synthetic_batch}"
             )
         self.tuner, self.trainer, self.config = tuner, trainer, tuner.config
+        if trainer.config.dtype == tuner.config.dtype:
+            trainer.teacher = tuner.teacher  # one copy
 
     def step(self, index: int) -> Metrics:
         config = self.config
@@ -216,6 +217,7 @@ class _Together:
             self.tuner.observe(images)
         if index < start:
             return metrics
+        self.trainer.optimizer.zero_grad()  # the student's step may have the memory
         synthetic = (images[: config.synthetic_batch], labels[: config.synthetic_batch])
         return {**metrics, **self.tuner.step(index - start, synthetic)}
 
@@ -290,7 +292,7 @@ def quantize(
     step: Callable[[int], Metrics]
     if generator is None and config.synthetic_batch:
         centers = centers or collect_centers(model, images, labels, num_classes)
-        both = _Together(tuner, GeneratorTrainer(model, centers, config.synthesis))
+        both = JointTraining(tuner, GeneratorTrainer(model, centers, config.synthesis))
         step, state, total = both.step, both, config.warmup_steps + config.steps
     else:
         source = _synthetic_source(generator, config)

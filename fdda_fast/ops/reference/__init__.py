@@ -35,6 +35,7 @@ from fdda_fast.ops.reference.fake_quantize import (
     fake_quantize_range_backward,
     observe_range,
 )
+from fdda_fast.ops.reference.max_pool import max_pool2d, max_pool2d_backward
 from fdda_fast.ops.reference.packed import (
     BLOCK_DEPTH,
     PANEL_ROWS,
@@ -68,6 +69,8 @@ __all__ = [
     "fake_quantize_minmax",
     "fake_quantize_range",
     "fake_quantize_range_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
     "max_pool2d_codes",
     "observe_range",
     "pack_weight",

@@ -1,4 +1,4 @@
-"""Conv2d modules that compute by `ops.conv3x3`."""
+"""Modules of networks that compute by this library's operators."""
 
 from __future__ import annotations
 
@@ -38,8 +38,35 @@ class Conv3x3(nn.Module):
         return y if conv.bias is None else y + conv.bias[:, None, None]
 
 
-def use_conv3x3(network: nn.Module) -> None:
-    """Puts a Conv3x3 in the place of every layer that fits."""
+class MaxPool2d(nn.Module):
+    """An nn.MaxPool2d by `ops.max_pool2d`.
+
+    Args:
+        pool: for which `fits` holds.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.windows = (
+            pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        )  # fmt: skip
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return type(module) is nn.MaxPool2d and not module.return_indices
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.max_pool2d(x, *self.windows)
+
+
+def use_operators(network: nn.Module, dtype: torch.dtype) -> None:
+    """Puts a module of ours in the place of every layer that one fits.
+
+    Args:
+        dtype: of the activations.
+    """
+    kinds = (MaxPool2d, Conv3x3) if dtype == torch.float32 else (MaxPool2d,)
     for name, module in list(network.named_modules()):
-        if Conv3x3.fits(module):
-            network.set_submodule(name, Conv3x3(module))
+        for kind in kinds:
+            if kind.fits(module):
+                network.set_submodule(name, kind(module))

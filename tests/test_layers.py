@@ -1,4 +1,4 @@
-"""Convolutions of networks by ops.conv3x3."""
+"""Layers of networks by this library's operators."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdda_fast.conv3x3 import Conv3x3, use_conv3x3
+from fdda_fast.layers import Conv3x3, MaxPool2d, use_operators
 from fdda_fast.ops import convolutions
 from fdda_fast.quantization.modules import quantized_layer
 
@@ -54,14 +54,28 @@ def test_what_fits():
         assert not Conv3x3.fits(other)
 
 
+def test_what_pools():
+    assert MaxPool2d.fits(nn.MaxPool2d(3, 2, 1))
+    assert not MaxPool2d.fits(nn.MaxPool2d(2, return_indices=True))
+    assert not MaxPool2d.fits(nn.AvgPool2d(2))
+    for pool in (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((3, 2), dilation=2, ceil_mode=True)):
+        x = torch.randn(2, 3, 11, 14)
+        assert torch.equal(MaxPool2d(pool)(x), pool(x))
+
+
 def test_layers_of_a_network():
     """Those that fit, at every depth; the parameters stay the same objects."""
     inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), inner)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), inner)
     before, same = copy.deepcopy(network), {id(p) for p in network.parameters()}
-    use_conv3x3(network)
-    kinds = [type(m) for m in (network[0], *network[1])]
-    assert kinds == [Conv3x3, Conv3x3, nn.ReLU, nn.Conv2d]
+    use_operators(network, torch.bfloat16)
+    assert [type(m) for m in (*network[:2], *network[2])] == [
+        *(nn.Conv2d, MaxPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d)
+    ]
+    use_operators(network, torch.float32)
+    assert [type(m) for m in (*network[:2], *network[2])] == [
+        *(Conv3x3, MaxPool2d, Conv3x3, nn.ReLU, nn.Conv2d)
+    ]
     assert {id(p) for p in network.parameters()} == same
     x = torch.randn(2, 3, 7, 7)
     torch.testing.assert_close(network(x), before(x), rtol=1e-4, atol=1e-4)
