@@ -86,10 +86,10 @@ def _load_cpu(isa: str) -> None:
 
 def _register_compositions() -> None:
     """CPU implementations that call the library's matrix products between compiled passes."""
-    from fdda_fast.ops import _few_outputs, _nine_products, _norm_few_outputs, _winograd
+    from fdda_fast.ops import _few_outputs, _norm_few_outputs, _winograd, _winograd_upsample
 
     for module, name in (
-        (_nine_products, "upsample_conv3x3"),
+        (_winograd_upsample, "upsample_conv3x3"),
         (_few_outputs, "conv3x3_few_outputs"),
         (_norm_few_outputs, "conditional_bn_lrelu_conv3x3"),
     ):

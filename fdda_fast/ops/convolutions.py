@@ -178,6 +178,13 @@ define_pass("_winograd_output(Tensor positions, Tensor(a!) y, int tile) -> ()")
 define_pass("_winograd_weights(Tensor weight, Tensor(a!) positions, bool rotated) -> ()")
 define_pass("_winograd_weight_gradient(Tensor positions, Tensor(a!) grad_weight) -> ()")
 
+define_pass("_winograd_upsample_input(Tensor x, Tensor(a!) positions, int tile) -> ()")
+define_pass("_winograd_upsample_input_gradient(Tensor positions, Tensor(a!) grad_x, int tile) -> ()")
+define_pass("_winograd_upsample_gradient(Tensor grad_y, Tensor(a!) products, int tile) -> ()")
+define_pass("_winograd_upsample_output(Tensor products, Tensor(a!) y, int tile) -> ()")
+define_pass("_winograd_upsample_weights(Tensor weight, Tensor(a!) products) -> ()")
+define_pass("_winograd_upsample_weight_gradient(Tensor products, Tensor(a!) grad_weight) -> ()")
+
 _STRIP = "int image, int images, int row, int row_end"
 _MAPS = "Tensor row_map, Tensor column_map, Tensor mixed_map"
 _OUT_MAPS = "Tensor(b!) row_map, Tensor(c!) column_map, Tensor(d!) mixed_map"
