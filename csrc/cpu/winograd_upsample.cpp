@@ -169,22 +169,12 @@ void split_positions(T* all, const WinogradTiles& a, int64_t t, T** positions) {
   }
 }
 
-// Products [9, tiles, channels], [18, tiles, 2, channels] and [9, tiles, 4, channels].
+// A row of products [9, rows, channels], [18, rows, 2, channels] and [9, rows, 4, channels].
 template <class T>
-void split_products(T* all, const WinogradTiles& a, int64_t t, T** products) {
-  const int64_t size = (a.tile_end - a.tile) * a.channels;
+void split_products(T* all, int64_t rows, int64_t row, int64_t channels, T** products) {
   for (int k = 0; k < kProducts * kProducts; ++k) {
     const ProductPlace& p = kPlaces.places[k];
-    products[k] = all + p.first * size + (t * p.count + p.variant) * a.channels;
-  }
-}
-
-// Products [81, filters, channels] of a filter.
-template <class T>
-void split_weights(T* all, const WinogradWeights& a, int64_t filter, T** products) {
-  for (int k = 0; k < kProducts * kProducts; ++k) {
-    const ProductPlace& p = kPlaces.places[k];
-    products[k] = all + ((p.first + p.variant) * a.filters + filter) * a.channels;
+    products[k] = all + (p.first * rows + row * p.count + p.variant) * channels;
   }
 }
 
@@ -204,7 +194,7 @@ void winograd_upsample_output(const WinogradTiles& a) {
   for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, float* unused) {
     const float* products[kProducts * kProducts];
     float* pixels[kOutputs * kOutputs];
-    split_products(a.from, a, t, products);
+    split_products(a.from, a.tile_end - a.tile, t, a.channels, products);
     split_tile<kOutputs, kOutputs>(a.to, a, tile, 0, unused, pixels);
     transform<OutputTransform>(products, pixels, a.channels);
   });
@@ -215,7 +205,7 @@ void winograd_upsample_gradient(const WinogradTiles& a) {
     const float* pixels[kOutputs * kOutputs];
     float* products[kProducts * kProducts];
     split_tile<kOutputs, kOutputs>(a.from, a, tile, 0, zeros, pixels);
-    split_products(a.to, a, t, products);
+    split_products(a.to, a.tile_end - a.tile, t, a.channels, products);
     transform<GradientTransform>(pixels, products, a.channels);
   });
 }
@@ -258,7 +248,7 @@ void winograd_upsample_weights(const WinogradWeights& a) {
     const float* taps[kTaps * kTaps];
     float* products[kProducts * kProducts];
     split<kTaps * kTaps>(a.from + filter * kTaps * kTaps * a.channels, a.channels, taps);
-    split_weights(a.to, a, filter, products);
+    split_products(a.to, a.filters, filter, a.channels, products);
     transform<WeightTransform>(taps, products, a.channels);
   });
 }
@@ -267,7 +257,7 @@ void winograd_upsample_weight_gradient(const WinogradWeights& a) {
   for_each_filter(a, kProducts * kProducts, [&](int64_t filter) {
     const float* products[kProducts * kProducts];
     float* taps[kTaps * kTaps];
-    split_weights(a.from, a, filter, products);
+    split_products(a.from, a.filters, filter, a.channels, products);
     split<kTaps * kTaps>(a.to + filter * kTaps * kTaps * a.channels, a.channels, taps);
     transform<WeightGradientTransform>(products, taps, a.channels);
   });

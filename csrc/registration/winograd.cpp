@@ -78,11 +78,11 @@ void winograd_upsample_output(const Tensor& products, Tensor y, int64_t tile) {
   active_kernels().winograd_upsample_output(from_parts(products, y, "y", tile, kProducts));
 }
 
-// `weight`: [filters, 3, 3, channels]; `parts`: [36 or 81, filters, channels].
+// `weight`: [filters, 3, 3, channels]; `parts`: of all filters.
 WinogradWeights weights_of(const Tensor& weight, const Tensor& parts, Form form, bool rotated,
                            const Tensor& from, const Tensor& to) {
   check_dense(weight, 4, "weight");
-  check_dense(parts, 3, "parts");
+  check_dense(parts, parts.dim(), "parts");
   const int64_t filters = weight.size(0), channels = weight.size(3);
   check_numel(weight, filters * 9 * channels, "weight");
   check_numel(parts, form.parts * filters * channels, "parts");
