@@ -16,12 +16,16 @@ constexpr int64_t kGrain = 16384;  // elements a thread should have
 
 // Columns first, then rows. store(k, vector) takes the result's element k.
 template <class Transform, class V, class Store>
-inline void transform_lanes(const float* const* from, int64_t channel, Store store) {
+inline void transform_lanes(const float* const* from, int64_t channel, int64_t ahead, Store store) {
   constexpr int kFrom = Transform::kFrom, kTo = Transform::kTo;
   V between[kTo][kFrom];
   for (int j = 0; j < kFrom; ++j) {
     V column[kFrom], result[kTo];
-    for (int i = 0; i < kFrom; ++i) memcpy(&column[i], from[i * kFrom + j] + channel, sizeof(V));
+    for (int i = 0; i < kFrom; ++i) {
+      const float* values = from[i * kFrom + j] + channel;
+      column[i] = load_lanes<V>(values);
+      __builtin_prefetch(values + ahead);
+    }
     Transform::apply(column, result);
     for (int i = 0; i < kTo; ++i) between[i][j] = result[i];
   }
@@ -34,10 +38,10 @@ inline void transform_lanes(const float* const* from, int64_t channel, Store sto
 
 // A square of vectors of channels to another one.
 template <class Transform>
-void transform(const float* const* from, float* const* to, int64_t channels) {
+void transform(const float* const* from, float* const* to, int64_t channels, int64_t ahead) {
   for_each_lanes<1>(channels, [&](auto lanes, int64_t channel) {
     using V = typename decltype(lanes)::V;
-    transform_lanes<Transform, V>(from, channel,
+    transform_lanes<Transform, V>(from, channel, ahead,
                                   [&](int k, V v) { store_lanes(to[k] + channel, v); });
   });
 }

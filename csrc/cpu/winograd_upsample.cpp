@@ -186,7 +186,7 @@ void winograd_upsample_input(const WinogradTiles& a) {
     float* positions[kPoints * kPoints];
     split_tile<kPoints, kStep>(a.from, a, tile, 1, zeros, pixels);
     split_positions(a.to, a, t, positions);
-    transform<InputTransform>(pixels, positions, a.channels);
+    transform<InputTransform>(pixels, positions, a.channels, kStep * a.channels);
   });
 }
 
@@ -196,7 +196,7 @@ void winograd_upsample_output(const WinogradTiles& a) {
     float* pixels[kOutputs * kOutputs];
     split_products(a.from, a.tile_end - a.tile, t, a.channels, products);
     split_tile<kOutputs, kOutputs>(a.to, a, tile, 0, unused, pixels);
-    transform<OutputTransform>(products, pixels, a.channels);
+    transform<OutputTransform>(products, pixels, a.channels, 4 * a.channels);
   });
 }
 
@@ -206,7 +206,7 @@ void winograd_upsample_gradient(const WinogradTiles& a) {
     float* products[kProducts * kProducts];
     split_tile<kOutputs, kOutputs>(a.from, a, tile, 0, zeros, pixels);
     split_products(a.to, a.tile_end - a.tile, t, a.channels, products);
-    transform<GradientTransform>(pixels, products, a.channels);
+    transform<GradientTransform>(pixels, products, a.channels, kOutputs * a.channels);
   });
 }
 
@@ -235,7 +235,7 @@ void winograd_upsample_input_gradient(const WinogradTiles& a) {
       }
       for_each_lanes<1>(channels, [&](auto lanes, int64_t c) {
         using V = typename decltype(lanes)::V;
-        transform_lanes<InputGradientTransform, V>(positions, first + c, [&](int k, V v) {
+        transform_lanes<InputGradientTransform, V>(positions, first + c, a.channels, [&](int k, V v) {
           store_lanes(pixels[k] + first + c, load_lanes<V>(before[k] + first + c) + v);
         });
       });
@@ -249,7 +249,7 @@ void winograd_upsample_weights(const WinogradWeights& a) {
     float* products[kProducts * kProducts];
     split<kTaps * kTaps>(a.from + filter * kTaps * kTaps * a.channels, a.channels, taps);
     split_products(a.to, a.filters, filter, a.channels, products);
-    transform<WeightTransform>(taps, products, a.channels);
+    transform<WeightTransform>(taps, products, a.channels, 0);
   });
 }
 
@@ -259,7 +259,7 @@ void winograd_upsample_weight_gradient(const WinogradWeights& a) {
     float* taps[kTaps * kTaps];
     split_products(a.from, a.filters, filter, a.channels, products);
     split<kTaps * kTaps>(a.to + filter * kTaps * kTaps * a.channels, a.channels, taps);
-    transform<WeightGradientTransform>(products, taps, a.channels);
+    transform<WeightGradientTransform>(products, taps, a.channels, 0);
   });
 }
 
