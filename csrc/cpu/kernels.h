@@ -291,13 +291,13 @@ struct NormStripGradient {
 // Tiles [tile, tile_end), numbered row by row, image by image, of images [height, width, channels],
 // to or from positions or products; see winograd.cpp and winograd_upsample.cpp.
 struct WinogradTiles {
-  int64_t height, width, channels, tile, tile_end;
+  int64_t images, height, width, channels, tile, tile_end;
   const float* from;
   float* to;
 };
 
-// Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or gradients
-// back.
+// Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or
+// gradients back.
 struct WinogradWeights {
   int64_t filters, channels;
   bool rotated;  // by half a turn, for the gradient of x; of winograd.cpp only

@@ -97,7 +97,7 @@ void tiles_to_positions(const WinogradTiles& a, int64_t margin) {
     float* positions[kPositions];
     split_tile<Transform::kFrom, kOutputs>(a.from, a, tile, margin, zeros, pixels);
     split<kPositions>(a.to + t * a.channels, size, positions);
-    transform<Transform>(pixels, positions, a.channels, 4 * a.channels);
+    transform<Transform>(pixels, a.channels, 4 * a.channels, positions);
   });
 }
 
@@ -114,7 +114,7 @@ void winograd_output(const WinogradTiles& a) {
     float* pixels[kOutputs * kOutputs];
     split<kPositions>(a.from + t * a.channels, size, positions);
     split_tile<kOutputs, kOutputs>(a.to, a, tile, 0, unused, pixels);
-    transform<OutputTransform>(positions, pixels, a.channels, a.channels);
+    transform<OutputTransform>(positions, a.channels, a.channels, pixels);
   });
 }
 
@@ -127,7 +127,7 @@ void winograd_weights(const WinogradWeights& a) {
     const int64_t step = a.rotated ? -a.channels : a.channels;
     split<kTaps * kTaps>(a.rotated ? last : first, step, taps);
     split<kPositions>(a.to + filter * a.channels, a.filters * a.channels, positions);
-    transform<WeightTransform>(taps, positions, a.channels, 4 * a.channels);
+    transform<WeightTransform>(taps, a.channels, 0, positions);
   });
 }
 
@@ -137,7 +137,7 @@ void winograd_weight_gradient(const WinogradWeights& a) {
     float* taps[kTaps * kTaps];
     split<kPositions>(a.from + filter * a.channels, a.filters * a.channels, positions);
     split<kTaps * kTaps>(a.to + filter * kTaps * kTaps * a.channels, a.channels, taps);
-    transform<WeightGradientTransform>(positions, taps, a.channels, 0);
+    transform<WeightGradientTransform>(positions, a.channels, 0, taps);
   });
 }
 

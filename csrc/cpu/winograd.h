@@ -6,6 +6,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "stream.h"
 #include "vectors.h"
 
 namespace fdda {
@@ -14,7 +15,8 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have
 
-// Columns first, then rows. store(k, vector) takes the result's element k.
+// Columns first, then rows. store(k, vector) takes element k of the result; `ahead` of every number
+// read another one will be, soon.
 template <class Transform, class V, class Store>
 inline void transform_lanes(const float* const* from, int64_t channel, int64_t ahead, Store store) {
   constexpr int kFrom = Transform::kFrom, kTo = Transform::kTo;
@@ -36,13 +38,19 @@ inline void transform_lanes(const float* const* from, int64_t channel, int64_t a
   }
 }
 
-// A square of vectors of channels to another one.
-template <class Transform>
-void transform(const float* const* from, float* const* to, int64_t channels, int64_t ahead) {
+// A square of vectors of channels to another one, of which store(k, channel, vector) takes a part.
+template <class Transform, class Store>
+void transform_each(const float* const* from, int64_t channels, int64_t ahead, Store store) {
   for_each_lanes<1>(channels, [&](auto lanes, int64_t channel) {
     using V = typename decltype(lanes)::V;
-    transform_lanes<Transform, V>(from, channel, ahead,
-                                  [&](int k, V v) { store_lanes(to[k] + channel, v); });
+    transform_lanes<Transform, V>(from, channel, ahead, [&](int k, V v) { store(k, channel, v); });
+  });
+}
+
+template <class Transform>
+void transform(const float* const* from, int64_t channels, int64_t ahead, float* const* to) {
+  transform_each<Transform>(from, channels, ahead, [=](int k, int64_t channel, auto v) {
+    store_lanes(to[k] + channel, v);
   });
 }
 
@@ -87,6 +95,7 @@ void for_each_tile(const WinogradTiles& a, int64_t positions, Each each) {
     float* outside = static_cast<float*>(scratch(kLocalRows, a.channels * sizeof(float)));
     memset(outside, 0, a.channels * sizeof(float));
     for (int64_t t = begin; t < end; ++t) each(a.tile + t, t, outside);
+    stream_fence();
   });
 }
 

@@ -186,17 +186,27 @@ void winograd_upsample_input(const WinogradTiles& a) {
     float* positions[kPoints * kPoints];
     split_tile<kPoints, kStep>(a.from, a, tile, 1, zeros, pixels);
     split_positions(a.to, a, t, positions);
-    transform<InputTransform>(pixels, positions, a.channels, kStep * a.channels);
+    transform<InputTransform>(pixels, a.channels, kStep * a.channels, positions);
   });
 }
 
 void winograd_upsample_output(const WinogradTiles& a) {
+  const int64_t line = kLine / static_cast<int64_t>(sizeof(float));
+  const bool stream = a.images * a.height * a.width * a.channels * 4 >= kStreamBytes &&
+                      a.channels % line == 0 && reinterpret_cast<uintptr_t>(a.to) % kLine == 0;
   for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, float* unused) {
     const float* products[kProducts * kProducts];
     float* pixels[kOutputs * kOutputs];
     split_products(a.from, a.tile_end - a.tile, t, a.channels, products);
     split_tile<kOutputs, kOutputs>(a.to, a, tile, 0, unused, pixels);
-    transform<OutputTransform>(products, pixels, a.channels, 4 * a.channels);
+    const int64_t ahead = 4 * a.channels;  // in all matrices: a row has one, two or four products
+    if (stream) {
+      transform_each<OutputTransform>(products, a.channels, ahead, [&](int k, int64_t c, auto v) {
+        stream_lanes(pixels[k] + c, v);
+      });
+    } else {
+      transform<OutputTransform>(products, a.channels, ahead, pixels);
+    }
   });
 }
 
@@ -206,7 +216,7 @@ void winograd_upsample_gradient(const WinogradTiles& a) {
     float* products[kProducts * kProducts];
     split_tile<kOutputs, kOutputs>(a.from, a, tile, 0, zeros, pixels);
     split_products(a.to, a.tile_end - a.tile, t, a.channels, products);
-    transform<GradientTransform>(pixels, products, a.channels, kOutputs * a.channels);
+    transform<GradientTransform>(pixels, a.channels, kOutputs * a.channels, products);
   });
 }
 
@@ -224,8 +234,8 @@ void winograd_upsample_input_gradient(const WinogradTiles& a) {
       const float* positions[kPoints * kPoints];
       const float* before[kPoints * kPoints];
       float* pixels[kPoints * kPoints];
-      split_positions(a.from, a, t, positions);
-      split_tile<kPoints, kStep>(a.to, a, a.tile + t, 1, zeros + a.channels, pixels);
+      split_positions(a.from + first, a, t, positions);
+      split_tile<kPoints, kStep>(a.to + first, a, a.tile + t, 1, zeros + a.channels, pixels);
       const TilePlace<kStep> place(a, a.tile + t);
       for (int i = 0; i < kPoints; ++i) {
         for (int j = 0; j < kPoints; ++j) {
@@ -233,12 +243,11 @@ void winograd_upsample_input_gradient(const WinogradTiles& a) {
           before[i * kPoints + j] = written ? pixels[i * kPoints + j] : zeros;
         }
       }
-      for_each_lanes<1>(channels, [&](auto lanes, int64_t c) {
-        using V = typename decltype(lanes)::V;
-        transform_lanes<InputGradientTransform, V>(positions, first + c, a.channels, [&](int k, V v) {
-          store_lanes(pixels[k] + first + c, load_lanes<V>(before[k] + first + c) + v);
-        });
-      });
+      transform_each<InputGradientTransform>(
+          positions, channels, a.channels, [&](int k, int64_t c, auto v) {
+            store_lanes(pixels[k] + c, load_lanes<decltype(v)>(before[k] + c) + v);
+            __builtin_prefetch(pixels[k] + c + kStep * a.channels);
+          });
     }
   });
 }
@@ -249,7 +258,7 @@ void winograd_upsample_weights(const WinogradWeights& a) {
     float* products[kProducts * kProducts];
     split<kTaps * kTaps>(a.from + filter * kTaps * kTaps * a.channels, a.channels, taps);
     split_products(a.to, a.filters, filter, a.channels, products);
-    transform<WeightTransform>(taps, products, a.channels, 0);
+    transform<WeightTransform>(taps, a.channels, 0, products);
   });
 }
 
@@ -259,7 +268,7 @@ void winograd_upsample_weight_gradient(const WinogradWeights& a) {
     float* taps[kTaps * kTaps];
     split_products(a.from, a.filters, filter, a.channels, products);
     split<kTaps * kTaps>(a.to + filter * kTaps * kTaps * a.channels, a.channels, taps);
-    transform<WeightGradientTransform>(products, taps, a.channels, 0);
+    transform<WeightGradientTransform>(products, a.channels, 0, taps);
   });
 }
 

@@ -29,7 +29,8 @@ WinogradTiles tiles_of(const Tensor& images, const char* argument, const Tensor&
       images.size(0) * ceil_div(images.size(1), form.step) * ceil_div(images.size(2), form.step);
   STD_TORCH_CHECK(0 <= tile && tile + count <= tiles, "tile: expected tiles of ", argument,
                   ", got ", tile, " + ", count);
-  return {images.size(1), images.size(2), channels, tile, tile + count, nullptr, nullptr};
+  return {images.size(0), images.size(1), images.size(2), channels,
+          tile,           tile + count,   nullptr,        nullptr};
 }
 
 WinogradTiles to_parts(const Tensor& images, const char* argument, const Tensor& parts,
