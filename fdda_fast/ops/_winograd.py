@@ -69,6 +69,18 @@ def _positions(weight: Tensor, rotated: bool = False) -> Tensor:
     return positions
 
 
+def winograd_pays(x: Tensor, weight: Tensor, channels: int, pixels: int) -> bool:
+    """Whether [N, C, H, W] has so many pixels, and the filters so many channels.
+
+    With fewer channels the transforms, with fewer pixels those of the weights cost more than the
+    products saved; and what lies beyond the image is computed, too.
+    """
+    batch, _, height, width = x.shape
+    computed = 16 * batch * -(-height // 4) * -(-width // 4)
+    enough = batch * height * width >= max(pixels, computed / 2)
+    return enough and min(weight.shape[:2]) >= channels
+
+
 def tile_groups(x: Tensor, most: int) -> list[tuple[int, int]]:
     """First tile and number of tiles, in nearly equal shares, by the shape [N, H, W, C] alone."""
     batch, height, width, _ = x.shape

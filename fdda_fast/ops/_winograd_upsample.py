@@ -1,10 +1,10 @@
-"""CPU implementation of upsample_conv3x3 in float32: Winograd, 81 products where 144 are the least.
+"""CPU implementation of upsample_conv3x3 in float32: Winograd, 81 products where 576 would do.
 
-Per 4 x 4 pixels of x; _nine_products.py has the 144. A tile of 6 x 6 pixels is transformed to 36
+These make 8 x 8 outputs; _nine_products.py has 144. A tile of 6 x 6 pixels is transformed to 36
 positions. The filters that make the even outputs and those that make the odd ones coincide at some
-of them, so that 9 positions meet one product, 18 two and 9 four; these make 8 x 8 outputs. All
-gradients are the exact adjoints. The products run in the library's GEMM, a group of tiles at a
-time, so that what is transformed stays in cache; csrc/cpu/winograd_upsample.cpp transforms.
+of them, so that 9 positions meet one product, 18 two and 9 four. All gradients are the exact
+adjoints. The products run in the library's GEMM, a group of tiles at a time, so that what is
+transformed stays in cache; csrc/cpu/winograd_upsample.cpp transforms.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fdda_fast.ops import _nine_products
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._winograd import TileMemory, tile_groups
+from fdda_fast.ops._winograd import TileMemory, tile_groups, winograd_pays
 
-TILES = 192
+TILES = 160  # a matrix product takes at most; measured: 96 to 192 differ little, 256 is slower
 # Positions that meet as many products.
 _POSITIONS = {1: 9, 2: 18, 4: 9}
 _CENTER = 4  # the product that every output has, once
@@ -70,11 +70,12 @@ def upsample_conv3x3_backward(
             torch.bmm(grad, w, out=value)
         torch.ops.fdda._winograd_upsample_input_gradient(values, grad_x, first)
     torch.ops.fdda._winograd_upsample_weight_gradient(total, grad_weight)
-    return grad_x.permute(0, 3, 1, 2), grad_weight.permute(3, 0, 1, 2).contiguous(), grad_bias.float()
+    grad_weight = grad_weight.permute(3, 0, 1, 2).contiguous()
+    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias.float()
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == torch.float32 and min(weight.shape[:2]) >= 64
+    return x.dtype == torch.float32 and winograd_pays(x, weight, channels=16, pixels=1568)
 
 
 def _weights(weight: Tensor) -> list[Tensor]:
