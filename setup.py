@@ -21,16 +21,8 @@ COMMON_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-ff
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
-    *(
-        "upsample_conv",
-        "few_outputs_conv",
-        "norm_strip",
-        "winograd",
-        "max_pool",
-        "pixels",
-        "weights",
-    ),
-    *("depthwise", "table"),
+    *("upsample_conv", "few_outputs_conv", "norm_strip", "winograd", "winograd_upsample"),
+    *("max_pool", "pixels", "weights", "depthwise", "table"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]

@@ -43,6 +43,12 @@ void winograd_output(const WinogradTiles&);
 void winograd_gradient(const WinogradTiles&);
 void winograd_weights(const WinogradWeights&);
 void winograd_weight_gradient(const WinogradWeights&);
+void winograd_upsample_input(const WinogradTiles&);
+void winograd_upsample_input_gradient(const WinogradTiles&);
+void winograd_upsample_output(const WinogradTiles&);
+void winograd_upsample_gradient(const WinogradTiles&);
+void winograd_upsample_weights(const WinogradWeights&);
+void winograd_upsample_weight_gradient(const WinogradWeights&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

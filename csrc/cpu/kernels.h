@@ -310,18 +310,19 @@ struct NormStripGradient {
   const float *shift, *slope;
 };
 
-// Tiles [tile, tile_end) of 4 x 4 outputs, numbered row by row, image by image, to or from
-// positions [36, tiles, channels]; see winograd.cpp.
+// Tiles [tile, tile_end), numbered row by row, image by image, of images [height, width, channels],
+// to or from positions or products; see winograd.cpp and winograd_upsample.cpp.
 struct WinogradTiles {
-  int64_t height, width, channels, tile, tile_end;
+  int64_t images, height, width, channels, tile, tile_end;
   const float* from;
   float* to;
 };
 
-// Filters [filters, 3, 3, channels] to positions [36, filters, channels], or gradients back.
+// Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or
+// gradients back.
 struct WinogradWeights {
   int64_t filters, channels;
-  bool rotated;  // by half a turn, for the gradient of x
+  bool rotated;  // by half a turn, for the gradient of x; of winograd.cpp only
   const float* from;
   float* to;
 };
@@ -362,6 +363,12 @@ struct Kernels {
   void (*winograd_gradient)(const WinogradTiles&);
   void (*winograd_weights)(const WinogradWeights&);
   void (*winograd_weight_gradient)(const WinogradWeights&);
+  void (*winograd_upsample_input)(const WinogradTiles&);
+  void (*winograd_upsample_input_gradient)(const WinogradTiles&);
+  void (*winograd_upsample_output)(const WinogradTiles&);
+  void (*winograd_upsample_gradient)(const WinogradTiles&);
+  void (*winograd_upsample_weights)(const WinogradWeights&);
+  void (*winograd_upsample_weight_gradient)(const WinogradWeights&);
 };
 
 namespace generic {

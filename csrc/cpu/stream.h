@@ -10,6 +10,7 @@
 
 #include "functions.h"
 #include "half.h"
+#include "vectors.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -46,6 +47,18 @@ static inline void stream_lines(void* out, const void* tile, int64_t bytes) {
     memcpy(to, from, kLine);
 #endif
   }
+}
+
+// As store_lanes, but a vector of a whole line to an aligned address.
+template <class V>
+inline void stream_lanes(float* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == kLine) {
+    _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
+    return;
+  }
+#endif
+  store_lanes(to, v);
 }
 
 // Before another thread may read what was streamed.

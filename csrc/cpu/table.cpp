@@ -39,6 +39,12 @@ extern const Kernels kernels = {
     winograd_gradient,
     winograd_weights,
     winograd_weight_gradient,
+    winograd_upsample_input,
+    winograd_upsample_input_gradient,
+    winograd_upsample_output,
+    winograd_upsample_gradient,
+    winograd_upsample_weights,
+    winograd_upsample_weight_gradient,
 };
 
 }  // namespace FDDA_ISA

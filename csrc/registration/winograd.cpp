@@ -1,4 +1,5 @@
-// CPU passes of conv3x3: checks and pointers, nothing numerical. Dense float32 tensors.
+// CPU passes of the Winograd convolutions: checks and pointers, nothing numerical. Dense float32
+// tensors.
 #include "layout.h"
 
 namespace fdda {
@@ -10,60 +11,103 @@ void check_dense(const Tensor& t, int64_t dim, const char* argument) {
                   dim, " dimensions");
 }
 
-// `images`: [N, H, W, channels]; `positions`: [36, tiles from `tile` on, channels].
-WinogradTiles tiles_of(const Tensor& images, const char* argument, const Tensor& positions,
-                       int64_t tile) {
+// A tile's step in images, and what it and a filter are transformed to.
+struct Form {
+  int64_t step, parts;
+};
+constexpr Form kPositions{4, 36}, kProducts{8, 81};
+
+// `images`: [N, H, W, channels]; `parts`: of the tiles from `tile` on.
+WinogradTiles tiles_of(const Tensor& images, const char* argument, const Tensor& parts,
+                       int64_t tile, Form form) {
   check_dense(images, 4, argument);
-  check_dense(positions, 3, "positions");
-  const int64_t count = positions.size(1), channels = images.size(3);
-  check_numel(positions, 36 * count * channels, "positions");
-  const int64_t tiles = images.size(0) * ceil_div(images.size(1), 4) * ceil_div(images.size(2), 4);
+  check_dense(parts, parts.dim(), "parts");
+  const int64_t channels = images.size(3), size = form.parts * std::max<int64_t>(1, channels);
+  const int64_t count = parts.numel() / size;
+  check_numel(parts, count * size, "parts");
+  const int64_t tiles =
+      images.size(0) * ceil_div(images.size(1), form.step) * ceil_div(images.size(2), form.step);
   STD_TORCH_CHECK(0 <= tile && tile + count <= tiles, "tile: expected tiles of ", argument,
                   ", got ", tile, " + ", count);
-  return {images.size(1), images.size(2), channels, tile, tile + count, nullptr, nullptr};
+  return {images.size(0), images.size(1), images.size(2), channels,
+          tile,           tile + count,   nullptr,        nullptr};
 }
 
-WinogradTiles to_positions(const Tensor& images, const char* argument, const Tensor& positions,
-                           int64_t tile) {
-  WinogradTiles a = tiles_of(images, argument, positions, tile);
+WinogradTiles to_parts(const Tensor& images, const char* argument, const Tensor& parts,
+                       int64_t tile, Form form) {
+  WinogradTiles a = tiles_of(images, argument, parts, tile, form);
   a.from = images.const_data_ptr<float>();
-  a.to = positions.mutable_data_ptr<float>();
+  a.to = parts.mutable_data_ptr<float>();
+  return a;
+}
+
+WinogradTiles from_parts(const Tensor& parts, const Tensor& images, const char* argument,
+                         int64_t tile, Form form) {
+  WinogradTiles a = tiles_of(images, argument, parts, tile, form);
+  a.from = parts.const_data_ptr<float>();
+  a.to = images.mutable_data_ptr<float>();
   return a;
 }
 
 void winograd_input(const Tensor& x, Tensor positions, int64_t tile) {
-  active_kernels().winograd_input(to_positions(x, "x", positions, tile));
+  active_kernels().winograd_input(to_parts(x, "x", positions, tile, kPositions));
 }
 
 void winograd_gradient(const Tensor& grad_y, Tensor positions, int64_t tile) {
-  active_kernels().winograd_gradient(to_positions(grad_y, "grad_y", positions, tile));
+  active_kernels().winograd_gradient(to_parts(grad_y, "grad_y", positions, tile, kPositions));
 }
 
 void winograd_output(const Tensor& positions, Tensor y, int64_t tile) {
-  WinogradTiles a = tiles_of(y, "y", positions, tile);
-  a.from = positions.const_data_ptr<float>();
-  a.to = y.mutable_data_ptr<float>();
-  active_kernels().winograd_output(a);
+  active_kernels().winograd_output(from_parts(positions, y, "y", tile, kPositions));
 }
 
-// `weight`: [filters, 3, 3, channels]; `positions`: [36, filters, channels].
-WinogradWeights weights_of(const Tensor& weight, const Tensor& positions, bool rotated,
+void winograd_upsample_input(const Tensor& x, Tensor positions, int64_t tile) {
+  active_kernels().winograd_upsample_input(to_parts(x, "x", positions, tile, kPositions));
+}
+
+void winograd_upsample_input_gradient(const Tensor& positions, Tensor grad_x, int64_t tile) {
+  active_kernels().winograd_upsample_input_gradient(
+      from_parts(positions, grad_x, "grad_x", tile, kPositions));
+}
+
+void winograd_upsample_gradient(const Tensor& grad_y, Tensor products, int64_t tile) {
+  active_kernels().winograd_upsample_gradient(
+      to_parts(grad_y, "grad_y", products, tile, kProducts));
+}
+
+void winograd_upsample_output(const Tensor& products, Tensor y, int64_t tile) {
+  active_kernels().winograd_upsample_output(from_parts(products, y, "y", tile, kProducts));
+}
+
+// `weight`: [filters, 3, 3, channels]; `parts`: of all filters.
+WinogradWeights weights_of(const Tensor& weight, const Tensor& parts, Form form, bool rotated,
                            const Tensor& from, const Tensor& to) {
   check_dense(weight, 4, "weight");
-  check_dense(positions, 3, "positions");
+  check_dense(parts, parts.dim(), "parts");
   const int64_t filters = weight.size(0), channels = weight.size(3);
   check_numel(weight, filters * 9 * channels, "weight");
-  check_numel(positions, 36 * filters * channels, "positions");
+  check_numel(parts, form.parts * filters * channels, "parts");
   return {filters, channels, rotated, from.const_data_ptr<float>(), to.mutable_data_ptr<float>()};
 }
 
 void winograd_weights(const Tensor& weight, Tensor positions, bool rotated) {
-  active_kernels().winograd_weights(weights_of(weight, positions, rotated, weight, positions));
+  active_kernels().winograd_weights(
+      weights_of(weight, positions, kPositions, rotated, weight, positions));
 }
 
 void winograd_weight_gradient(const Tensor& positions, Tensor grad_weight) {
   active_kernels().winograd_weight_gradient(
-      weights_of(grad_weight, positions, false, positions, grad_weight));
+      weights_of(grad_weight, positions, kPositions, false, positions, grad_weight));
+}
+
+void winograd_upsample_weights(const Tensor& weight, Tensor products) {
+  active_kernels().winograd_upsample_weights(
+      weights_of(weight, products, kProducts, false, weight, products));
+}
+
+void winograd_upsample_weight_gradient(const Tensor& products, Tensor grad_weight) {
+  active_kernels().winograd_upsample_weight_gradient(
+      weights_of(grad_weight, products, kProducts, false, products, grad_weight));
 }
 
 }  // namespace
@@ -75,4 +119,10 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_winograd_output", TORCH_BOX(&fdda::winograd_output));
   m.impl("_winograd_weights", TORCH_BOX(&fdda::winograd_weights));
   m.impl("_winograd_weight_gradient", TORCH_BOX(&fdda::winograd_weight_gradient));
+  m.impl("_winograd_upsample_input", TORCH_BOX(&fdda::winograd_upsample_input));
+  m.impl("_winograd_upsample_input_gradient", TORCH_BOX(&fdda::winograd_upsample_input_gradient));
+  m.impl("_winograd_upsample_gradient", TORCH_BOX(&fdda::winograd_upsample_gradient));
+  m.impl("_winograd_upsample_output", TORCH_BOX(&fdda::winograd_upsample_output));
+  m.impl("_winograd_upsample_weights", TORCH_BOX(&fdda::winograd_upsample_weights));
+  m.impl("_winograd_upsample_weight_gradient", TORCH_BOX(&fdda::winograd_upsample_weight_gradient));
 }

@@ -89,13 +89,13 @@ def _register_compositions() -> None:
     from fdda_fast.ops import (
         _few_outputs,
         _max_pool,
-        _nine_products,
         _norm_few_outputs,
         _winograd,
+        _winograd_upsample,
     )
 
     for module, name in (
-        (_nine_products, "upsample_conv3x3"),
+        (_winograd_upsample, "upsample_conv3x3"),
         (_few_outputs, "conv3x3_few_outputs"),
         (_norm_few_outputs, "conditional_bn_lrelu_conv3x3"),
         (_max_pool, "max_pool2d"),

@@ -35,9 +35,10 @@ def conv3x3_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     x, grad_y = nhwc(x), nhwc(grad_y)
     outputs, inputs = grad_y.shape[3], x.shape[3]
     total = x.new_zeros(36, outputs, inputs)
-    x_memory, grad_memory = _Memory(x), _Memory(grad_y)
-    for first, count in _groups(x):
-        values, grads = x_memory.positions(count), grad_memory.positions(count)
+    groups = tile_groups(x, TILES)
+    x_memory, grad_memory = (TileMemory(t, groups, 36) for t in (x, grad_y))
+    for first, count in groups:
+        values, grads = (m.of(count).view(36, count, -1) for m in (x_memory, grad_memory))
         torch.ops.fdda._winograd_input(x, values, first)
         torch.ops.fdda._winograd_gradient(grad_y, grads, first)
         total.baddbmm_(grads.transpose(1, 2), values)
@@ -50,9 +51,10 @@ def _convolution(x: Tensor, weights: Tensor) -> Tensor:
     """weights: [36, inputs, outputs]"""
     x = nhwc(x)
     y = x.new_empty(*x.shape[:3], weights.shape[2])
-    x_memory, y_memory = _Memory(x), _Memory(y)
-    for first, count in _groups(x):
-        values, products = x_memory.positions(count), y_memory.positions(count)
+    groups = tile_groups(x, TILES)
+    x_memory, y_memory = (TileMemory(t, groups, 36) for t in (x, y))
+    for first, count in groups:
+        values, products = (m.of(count).view(36, count, -1) for m in (x_memory, y_memory))
         torch.ops.fdda._winograd_input(x, values, first)
         torch.bmm(values, weights, out=products)
         torch.ops.fdda._winograd_output(products, y, first)
@@ -67,22 +69,36 @@ def _positions(weight: Tensor, rotated: bool = False) -> Tensor:
     return positions
 
 
-def _groups(x: Tensor) -> list[tuple[int, int]]:
-    """First tile and number of tiles, in nearly equal shares, by the shape alone."""
+def winograd_pays(x: Tensor, weight: Tensor, channels: int, pixels: int) -> bool:
+    """Whether [N, C, H, W] has so many pixels, and the filters so many channels.
+
+    With fewer channels the transforms, with fewer pixels those of the weights cost more than the
+    products saved; and what lies beyond the image is computed, too.
+    """
+    batch, _, height, width = x.shape
+    computed = 16 * batch * -(-height // 4) * -(-width // 4)
+    enough = batch * height * width >= max(pixels, computed / 2)
+    return enough and min(weight.shape[:2]) >= channels
+
+
+def tile_groups(x: Tensor, most: int) -> list[tuple[int, int]]:
+    """First tile and number of tiles, in nearly equal shares, by the shape [N, H, W, C] alone."""
     batch, height, width, _ = x.shape
     tiles = batch * -(-height // 4) * -(-width // 4)
-    groups = -(-tiles // TILES)
+    groups = -(-tiles // most)
     edges = [tiles * k // groups for k in range(groups + 1)] if groups else []
     return [(first, end - first) for first, end in itertools.pairwise(edges)]
 
 
-class _Memory:
-    """Positions of the groups' tiles of x [N, H, W, C]: fresh pages would cost more than a pass."""
+class TileMemory:
+    """`parts` pixels of x [N, H, W, C] for every tile of a group, each group after the other.
 
-    def __init__(self, x: Tensor) -> None:
-        self.channels = x.shape[3]
-        most = max((count for _, count in _groups(x)), default=0)
-        self.memory = x.new_empty(36 * most * self.channels)
+    Fresh pages would cost more than a pass.
+    """
 
-    def positions(self, count: int) -> Tensor:
-        return self.memory[: 36 * count * self.channels].view(36, count, self.channels)
+    def __init__(self, x: Tensor, groups: list[tuple[int, int]], parts: int) -> None:
+        self.size = parts * x.shape[3]
+        self.memory = x.new_empty(self.size * max((count for _, count in groups), default=0))
+
+    def of(self, count: int) -> Tensor:
+        return self.memory[: self.size * count]

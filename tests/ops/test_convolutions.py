@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import _strips, reference
+from fdda_fast.ops import _strips, _winograd_upsample, reference
 
 NAMES = ["upsample_conv3x3", "conv3x3_few_outputs"]
+# Of the direct convolution's error; of Winograd's also in units of float32's rounding.
+FACTOR, WINOGRAD_FACTOR, WINOGRAD_ROUNDINGS = 3, 10, 32
 # How far bfloat16 may be off, in units of the output's rounding: every one of four terms is
 # rounded, as are the differences and the sums of weights.
 ROUNDINGS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 2}
@@ -16,18 +18,26 @@ ROUNDINGS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 2}
 
 @pytest.fixture(params=[8 << 20, 20_000, 1], ids=["images", "rows", "row"])
 def strip_bytes(request, monkeypatch):
-    """Several images a strip, several rows, one row."""
+    """Several images a strip, several rows, one row; never Winograd."""
     monkeypatch.setattr(_strips, "STRIP_BYTES", request.param)
+    monkeypatch.setattr(_winograd_upsample, "_pays", lambda *_: False)
+
+
+@pytest.fixture(params=[160, 5, 1], ids=["one group", "groups", "tiles"])
+def winograd(request, monkeypatch):
+    """At every size, in one group of tiles or several."""
+    monkeypatch.setattr(_winograd_upsample, "_pays", lambda x, _: x.dtype == torch.float32)
+    monkeypatch.setattr(_winograd_upsample, "TILES", request.param)
 
 
 @st.composite
-def cases(draw):
+def cases(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
     g = generator(draw(st.integers(0, 2**32 - 1)))
     shape = [draw(st.integers(0, 5)), draw(st.sampled_from([1, 3, 16, 17, 64]))]
     shape += [draw(st.integers(1, 12)) for _ in range(2)]
     kind = draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
     x = torch.randn(shape, generator=g)
-    x = x.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    x = x.to(draw(st.sampled_from(dtypes)))
     if kind == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     elif kind == "sliced":
@@ -54,12 +64,8 @@ def distance(found, exact):
     return (found.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("strip_bytes")
-@QUICK
-@given(case=cases(), seed=st.integers(0, 2**32 - 1))
-def test_results_and_gradients(name, case, seed):
-    """Against float64: 3 times the error of the direct convolution, or a few roundings."""
+def assert_close_to_exact(name, case, seed, factor, roundings):
+    """Against float64: `factor` times the error of the direct convolution, or a few roundings."""
     operator, x = getattr(ops, name), case[0]
     scale = 2 if name == "upsample_conv3x3" else 1
     shape = (len(x), len(case[1]), scale * x.shape[2], scale * x.shape[3])
@@ -77,8 +83,24 @@ def test_results_and_gradients(name, case, seed):
         for result, want, direct in zip(results, exact, usual, strict=True):
             assert result.shape == want.shape
             size = want.square().mean().sqrt().item() if want.numel() else 0.0
-            rounding = ROUNDINGS[x.dtype] * torch.finfo(x.dtype).eps * (size + 0.1)
-            assert distance(result, want) <= 3 * distance(direct, want) + rounding, run
+            rounding = roundings * torch.finfo(x.dtype).eps * (size + 0.1)
+            assert distance(result, want) <= factor * distance(direct, want) + rounding, run
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("strip_bytes")
+@QUICK
+@given(case=cases(), seed=st.integers(0, 2**32 - 1))
+def test_results_and_gradients(name, case, seed):
+    assert_close_to_exact(name, case, seed, FACTOR, ROUNDINGS[case[0].dtype])
+
+
+@pytest.mark.usefixtures("winograd")
+@QUICK
+@given(case=cases([torch.float32]), seed=st.integers(0, 2**32 - 1))
+def test_results_and_gradients_by_winograd(case, seed):
+    name = "upsample_conv3x3"
+    assert_close_to_exact(name, case, seed, WINOGRAD_FACTOR, WINOGRAD_ROUNDINGS)
 
 
 def errors_at_size(name, dtype):
@@ -100,7 +122,38 @@ def errors_at_size(name, dtype):
 @pytest.mark.usefixtures("strip_bytes")
 def test_error_is_like_the_direct_convolutions(name, dtype):
     for found, usual in errors_at_size(name, dtype):
-        assert found <= 3 * usual
+        assert found <= FACTOR * usual
+
+
+def winograd_case():
+    """Large enough to pay; neither tiles nor vectors of channels are whole."""
+    g = generator(7)
+    x = torch.randn(3, 72, 43, 26, generator=g)
+    case = x, torch.randn(70, 72, 3, 3, generator=g) / 25, torch.randn(70, generator=g)
+    return case, torch.randn(3, 70, 86, 52, generator=g)
+
+
+def test_winograd_error_at_size():
+    case, grad_y = winograd_case()
+    assert _winograd_upsample._pays(*case[:2])
+    exact = gradients(lambda *t: plain("upsample_conv3x3", *t), [t.double() for t in case], grad_y)
+    usual = gradients(lambda *t: plain("upsample_conv3x3", *t), case, grad_y)
+    found = gradients(ops.upsample_conv3x3, case, grad_y)
+    for result, direct, want in zip(found, usual, exact, strict=True):
+        assert distance(result, want) <= WINOGRAD_FACTOR * distance(direct, want)
+        assert distance(result, want) <= 3e-6 * want.square().mean().sqrt()
+
+
+def test_winograd_on_instruction_sets_and_threads_agrees_bit_by_bit():
+    """The transforms do; the products are the library's."""
+    before, results = torch.get_num_threads(), []
+    for isa in ISAS:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with on_isa(isa):
+                results.append(gradients(ops.upsample_conv3x3, *winograd_case()))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -140,8 +193,7 @@ def test_refuses(name, changes, error, message):
         getattr(ops, name)(**good | {"bias": torch.zeros(4)} | changes)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name):
+def opcheck(name):
     g = generator(4)
     weight, bias = torch.randn(5, 4, 3, 3, generator=g), torch.randn(5, generator=g)
     for x in (
@@ -155,6 +207,16 @@ def test_opcheck(name):
         x = x.detach()
         args = operator(x, weight, bias), x, weight
         torch.library.opcheck(getattr(torch.ops.fdda, f"{name}_backward").default, args)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    opcheck(name)
+
+
+@pytest.mark.usefixtures("winograd")
+def test_winograd_opcheck():
+    opcheck("upsample_conv3x3")
 
 
 def test_compiles_without_graph_breaks():

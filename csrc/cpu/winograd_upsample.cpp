@@ -1,0 +1,276 @@
+// The transforms of nearest x2 up-sampling and a 3x3 convolution by Winograd's algorithm: 8 x 8
+// outputs by 81 products.
+//
+// In one dimension, the filter (a, b, c) behind the up-sampling is (a, b + c, 0) for the even
+// outputs and (0, a + b, c) for the odd ones, on the same tile of 6 inputs. Both are F(4, 3), with
+// the points 0, 1, infinity, -1, 1/2 and -2. At 0 the odd filter is zero, at infinity the even one,
+// and at 1 both are equal, so that one product is enough there and two are needed elsewhere: 9 for
+// 8 outputs. Of the points tried, 1 among them, these have the least error: two thirds of that of
+// -1, 1/2 and -1/2. In two dimensions, columns are transformed first, then rows; positions are
+// ordered by the number of products: 9 with one, 18 with two, 9 with four.
+
+#include "winograd.h"
+
+namespace fdda {
+namespace FDDA_ISA {
+namespace {
+
+constexpr int kPoints = 6, kProducts = 9, kStep = 4, kOutputs = 2 * kStep, kTaps = 3;
+constexpr int kSingle = 3;  // points with one product, the first ones
+
+struct InputTransform {
+  static constexpr int kFrom = kPoints, kTo = kPoints;
+  template <class V>
+  static void apply(const V* x, V* y) {
+    // By the factors t^2 - 1 of the points 1 and -1, and t^2 + 1.5 t - 1 of 1/2 and -2.
+    const V d0 = x[2] - x[0], d1 = x[3] - x[1], d2 = x[4] - x[2], d3 = x[5] - x[3];
+    const V e1 = d1 + 1.5f * x[2], e2 = d2 + 1.5f * x[3];
+    y[0] = (d2 - d0) + 1.5f * d1;
+    y[1] = e2 + e1;
+    y[2] = (d3 - d1) + 1.5f * d2;
+    y[3] = e2 - e1;
+    y[4] = d2 + 2.0f * d1;
+    y[5] = d2 - 0.5f * d1;
+  }
+};
+
+// The transpose of InputTransform.
+struct InputGradientTransform {
+  static constexpr int kFrom = kPoints, kTo = kPoints;
+  template <class V>
+  static void apply(const V* x, V* y) {
+    const V e1 = x[1] - x[3], e2 = x[1] + x[3];
+    const V d1 = (e1 + (2.0f * x[4] - 0.5f * x[5])) + (1.5f * x[0] - x[2]);
+    const V d2 = (e2 + (x[4] + x[5])) + (x[0] + 1.5f * x[2]);
+    y[0] = x[0];
+    y[1] = -d1;
+    y[2] = 1.5f * e1 - d2 - x[0];
+    y[3] = d1 + 1.5f * e2 - x[2];
+    y[4] = d2;
+    y[5] = x[2];
+  }
+};
+
+struct OutputTransform {
+  static constexpr int kFrom = kProducts, kTo = kOutputs;
+  template <class V>
+  static void apply(const V* x, V* y) {
+    for (int odd = 0; odd < 2; ++odd) {
+      const V one = x[1], minus = x[3 + odd], half = x[5 + odd], two = x[7 + odd];
+      const V even = one + minus, difference = one - minus;
+      y[odd] = even + (half + two);
+      y[2 + odd] = difference + (0.5f * half - 2.0f * two);
+      y[4 + odd] = even + (0.25f * half + 4.0f * two);
+      y[6 + odd] = difference + (0.125f * half - 8.0f * two);
+    }
+    y[0] += x[0];
+    y[7] += x[2];
+  }
+};
+
+// The transpose of OutputTransform.
+struct GradientTransform {
+  static constexpr int kFrom = kOutputs, kTo = kProducts;
+  template <class V>
+  static void apply(const V* x, V* y) {
+    V sums[2];
+    for (int odd = 0; odd < 2; ++odd) {
+      const V x0 = x[odd], x1 = x[2 + odd], x2 = x[4 + odd], x3 = x[6 + odd];
+      const V even = x0 + x2, uneven = x1 + x3;
+      sums[odd] = even + uneven;
+      y[3 + odd] = even - uneven;
+      y[5 + odd] = (x0 + 0.25f * x2) + (0.5f * x1 + 0.125f * x3);
+      y[7 + odd] = (x0 + 4.0f * x2) - (2.0f * x1 + 8.0f * x3);
+    }
+    y[0] = x[0];
+    y[1] = sums[0] + sums[1];
+    y[2] = x[7];
+  }
+};
+
+// Of the points 1 and -1, 1/2, and -2.
+constexpr float kThird = 1.0f / 3.0f, kHalf = -8.0f / 15.0f, kTwo = 1.0f / 15.0f;
+
+struct WeightTransform {
+  static constexpr int kFrom = kTaps, kTo = kProducts;
+  template <class V>
+  static void apply(const V* x, V* y) {
+    const V left = x[0] + x[1], right = x[1] + x[2];
+    y[0] = x[0];
+    y[1] = kThird * (left + x[2]);
+    y[2] = x[2];
+    y[3] = kThird * (right - x[0]);
+    y[4] = kThird * (left - x[2]);
+    y[5] = kHalf * (2.0f * x[0] + right);
+    y[6] = kHalf * (left + 0.5f * x[2]);
+    y[7] = kTwo * (x[0] - 2.0f * right);
+    y[8] = kTwo * (4.0f * x[2] - 2.0f * left);
+  }
+};
+
+// The transpose of WeightTransform.
+struct WeightGradientTransform {
+  static constexpr int kFrom = kProducts, kTo = kTaps;
+  template <class V>
+  static void apply(const V* x, V* y) {
+    const V one = kThird * x[1];
+    const V minus_even = kThird * x[3], half_even = kHalf * x[5], two_even = kTwo * x[7];
+    const V minus_odd = kThird * x[4], half_odd = kHalf * x[6], two_odd = kTwo * x[8];
+    const V right = (minus_even + half_even) - 2.0f * two_even;
+    const V left = (minus_odd + half_odd) - 2.0f * two_odd;
+    y[0] = (x[0] + (one + left)) + (2.0f * half_even + (two_even - minus_even));
+    y[1] = one + (left + right);
+    y[2] = (x[2] + (one + right)) + (0.5f * half_odd + (4.0f * two_odd - minus_odd));
+  }
+};
+
+// Where position (i, j) of points comes in the order.
+constexpr int position_of(int i, int j) {
+  const int block = i / kSingle * 2 + j / kSingle;
+  return (block * kSingle + i % kSingle) * kSingle + j % kSingle;
+}
+
+// Product (i, j): number `variant` of `count` at its position; `first` products precede these.
+struct ProductPlace {
+  int first = 0, count = 0, variant = 0;
+};
+
+struct ProductPlaces {
+  ProductPlace places[kProducts * kProducts];
+  constexpr ProductPlaces() : places() {
+    constexpr int kBlock = kSingle * kSingle;
+    for (int i = 0; i < kProducts; ++i) {
+      for (int j = 0; j < kProducts; ++j) {
+        const bool two_i = i >= kSingle, two_j = j >= kSingle;
+        const int point_i = two_i ? (i + kSingle) / 2 : i, point_j = two_j ? (j + kSingle) / 2 : j;
+        const int position = position_of(point_i, point_j);
+        const int doubles = position < kBlock ? 0 : position - kBlock;
+        const int fourfold = position < 3 * kBlock ? 0 : position - 3 * kBlock;
+        ProductPlace& place = places[i * kProducts + j];
+        place.first = position + doubles + 2 * fourfold;
+        place.count = (1 + two_i) * (1 + two_j);
+        place.variant =
+            (two_i ? (i - kSingle) % 2 * (1 + two_j) : 0) + (two_j ? (j - kSingle) % 2 : 0);
+      }
+    }
+  }
+};
+
+constexpr ProductPlaces kPlaces;
+
+// Positions [36, tiles, channels] of the tile with `t` before it.
+template <class T>
+void split_positions(T* all, const WinogradTiles& a, int64_t t, T** positions) {
+  const int64_t size = (a.tile_end - a.tile) * a.channels;
+  for (int i = 0; i < kPoints; ++i) {
+    for (int j = 0; j < kPoints; ++j) {
+      positions[i * kPoints + j] = all + position_of(i, j) * size + t * a.channels;
+    }
+  }
+}
+
+// A row of products [9, rows, channels], [18, rows, 2, channels] and [9, rows, 4, channels].
+template <class T>
+void split_products(T* all, int64_t rows, int64_t row, int64_t channels, T** products) {
+  for (int k = 0; k < kProducts * kProducts; ++k) {
+    const ProductPlace& p = kPlaces.places[k];
+    products[k] = all + (p.first * rows + row * p.count + p.variant) * channels;
+  }
+}
+
+}  // namespace
+
+void winograd_upsample_input(const WinogradTiles& a) {
+  for_each_tile(a, kPoints * kPoints, [&](int64_t tile, int64_t t, const float* zeros) {
+    const float* pixels[kPoints * kPoints];
+    float* positions[kPoints * kPoints];
+    split_tile<kPoints, kStep>(a.from, a, tile, 1, zeros, pixels);
+    split_positions(a.to, a, t, positions);
+    transform<InputTransform>(pixels, a.channels, kStep * a.channels, positions);
+  });
+}
+
+void winograd_upsample_output(const WinogradTiles& a) {
+  const int64_t line = kLine / static_cast<int64_t>(sizeof(float));
+  const bool stream = a.images * a.height * a.width * a.channels * 4 >= kStreamBytes &&
+                      a.channels % line == 0 && reinterpret_cast<uintptr_t>(a.to) % kLine == 0;
+  for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, float* unused) {
+    const float* products[kProducts * kProducts];
+    float* pixels[kOutputs * kOutputs];
+    split_products(a.from, a.tile_end - a.tile, t, a.channels, products);
+    split_tile<kOutputs, kOutputs>(a.to, a, tile, 0, unused, pixels);
+    const int64_t ahead = 4 * a.channels;  // in all matrices: a row has one, two or four products
+    if (stream) {
+      transform_each<OutputTransform>(products, a.channels, ahead, [&](int k, int64_t c, auto v) {
+        stream_lanes(pixels[k] + c, v);
+      });
+    } else {
+      transform<OutputTransform>(products, a.channels, ahead, pixels);
+    }
+  });
+}
+
+void winograd_upsample_gradient(const WinogradTiles& a) {
+  for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, const float* zeros) {
+    const float* pixels[kOutputs * kOutputs];
+    float* products[kProducts * kProducts];
+    split_tile<kOutputs, kOutputs>(a.from, a, tile, 0, zeros, pixels);
+    split_products(a.to, a.tile_end - a.tile, t, a.channels, products);
+    transform<GradientTransform>(pixels, a.channels, kOutputs * a.channels, products);
+  });
+}
+
+// Tiles overlap by two pixels: every thread takes some channels of all tiles in their order, of
+// which the first to have a pixel writes it and the others add to it.
+void winograd_upsample_input_gradient(const WinogradTiles& a) {
+  constexpr int64_t kUnit = 16;
+  const int64_t tiles = a.tile_end - a.tile, units = ceil_div(a.channels, kUnit);
+  const int64_t unit_size = kPoints * kPoints * kUnit * max64(1, tiles);
+  parallel_for(units, max64(1, kGrain / unit_size), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kUnit, channels = min64(end * kUnit, a.channels) - first;
+    float* zeros = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
+    memset(zeros, 0, a.channels * sizeof(float));
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float* positions[kPoints * kPoints];
+      const float* before[kPoints * kPoints];
+      float* pixels[kPoints * kPoints];
+      split_positions(a.from + first, a, t, positions);
+      split_tile<kPoints, kStep>(a.to + first, a, a.tile + t, 1, zeros + a.channels, pixels);
+      const TilePlace<kStep> place(a, a.tile + t);
+      for (int i = 0; i < kPoints; ++i) {
+        for (int j = 0; j < kPoints; ++j) {
+          const bool written = i < (place.top ? 2 : 1) || j < (place.left ? 2 : 1);
+          before[i * kPoints + j] = written ? pixels[i * kPoints + j] : zeros;
+        }
+      }
+      transform_each<InputGradientTransform>(
+          positions, channels, a.channels, [&](int k, int64_t c, auto v) {
+            store_lanes(pixels[k] + c, load_lanes<decltype(v)>(before[k] + c) + v);
+            __builtin_prefetch(pixels[k] + c + kStep * a.channels);
+          });
+    }
+  });
+}
+
+void winograd_upsample_weights(const WinogradWeights& a) {
+  for_each_filter(a, kProducts * kProducts, [&](int64_t filter) {
+    const float* taps[kTaps * kTaps];
+    float* products[kProducts * kProducts];
+    split<kTaps * kTaps>(a.from + filter * kTaps * kTaps * a.channels, a.channels, taps);
+    split_products(a.to, a.filters, filter, a.channels, products);
+    transform<WeightTransform>(taps, a.channels, 0, products);
+  });
+}
+
+void winograd_upsample_weight_gradient(const WinogradWeights& a) {
+  for_each_filter(a, kProducts * kProducts, [&](int64_t filter) {
+    const float* products[kProducts * kProducts];
+    float* taps[kTaps * kTaps];
+    split_products(a.from, a.filters, filter, a.channels, products);
+    split<kTaps * kTaps>(a.to + filter * kTaps * kTaps * a.channels, a.channels, taps);
+    transform<WeightGradientTransform>(products, a.channels, 0, taps);
+  });
+}
+
+}  // namespace FDDA_ISA
+}  // namespace fdda

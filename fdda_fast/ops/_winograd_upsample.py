@@ -1,0 +1,96 @@
+"""CPU implementation of upsample_conv3x3 in float32: Winograd, 81 products where 576 would do.
+
+These make 8 x 8 outputs; _nine_products.py has 144. A tile of 6 x 6 pixels is transformed to 36
+positions. The filters that make the even outputs and those that make the odd ones coincide at some
+of them, so that 9 positions meet one product, 18 two and 9 four. All gradients are the exact
+adjoints. The products run in the library's GEMM, a group of tiles at a time, so that what is
+transformed stays in cache; csrc/cpu/winograd_upsample.cpp transforms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdda_fast.ops import _nine_products
+from fdda_fast.ops._layout import nhwc
+from fdda_fast.ops._winograd import TileMemory, tile_groups, winograd_pays
+
+TILES = 160  # a matrix product takes at most; measured: 96 to 192 differ little, 256 is slower
+# Positions that meet as many products.
+_POSITIONS = {1: 9, 2: 18, 4: 9}
+_CENTER = 4  # the product that every output has, once
+
+
+def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not _pays(x, weight):
+        return _nine_products.upsample_conv3x3(x, weight, bias)
+    x = nhwc(x)
+    batch, height, width, _ = x.shape
+    y = x.new_empty(batch, 2 * height, 2 * width, len(weight))
+    weights = _weights(weight)
+    groups = tile_groups(x, TILES)
+    x_memory, y_memory = TileMemory(x, groups, 36), TileMemory(y, groups, 81)
+    for first, count in groups:
+        values, products = x_memory.of(count).view(36, count, -1), y_memory.of(count)
+        torch.ops.fdda._winograd_upsample_input(x, values, first)
+        terms = _products(products, count)
+        for value, w, term in zip(_positions(values), weights, terms, strict=True):
+            torch.bmm(value, w, out=term)
+        terms[0][_CENTER] += bias
+        torch.ops.fdda._winograd_upsample_output(products, y, first)
+    return y.permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def upsample_conv3x3_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _pays(x, weight):
+        return _nine_products.upsample_conv3x3_backward(grad_y, x, weight)
+    x, grad_y = nhwc(x), nhwc(grad_y)
+    outputs, inputs = weight.shape[:2]
+    grad_x, grad_weight = torch.empty_like(x), weight.new_empty(inputs, 3, 3, outputs)
+    grad_bias = weight.new_zeros(outputs, dtype=torch.float64)
+    # Products with transposed views were seen to take a quarter longer.
+    weights = [w.transpose(1, 2).contiguous() for w in _weights(weight)]
+    total = weight.new_zeros(81 * inputs * outputs)
+    groups = tile_groups(x, TILES)
+    x_memory, y_memory = TileMemory(x, groups, 36), TileMemory(grad_y, groups, 81)
+    for first, count in groups:
+        values, products = x_memory.of(count).view(36, count, -1), y_memory.of(count)
+        torch.ops.fdda._winograd_upsample_gradient(grad_y, products, first)
+        grads = _products(products, count)
+        grad_bias += grads[0][_CENTER].sum(0, dtype=torch.float64)
+        torch.ops.fdda._winograd_upsample_input(x, values, first)
+        for grad, value, w, sums in zip(
+            grads, _positions(values), weights, _products(total, inputs), strict=True
+        ):
+            sums.baddbmm_(value.transpose(1, 2), grad)
+            torch.bmm(grad, w, out=value)
+        torch.ops.fdda._winograd_upsample_input_gradient(values, grad_x, first)
+    torch.ops.fdda._winograd_upsample_weight_gradient(total, grad_weight)
+    grad_weight = grad_weight.permute(3, 0, 1, 2).contiguous()
+    return grad_x.permute(0, 3, 1, 2), grad_weight, grad_bias.float()
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and winograd_pays(x, weight, channels=16, pixels=1568)
+
+
+def _weights(weight: Tensor) -> list[Tensor]:
+    """As `_products`, of [outputs, inputs, 3, 3] with a row per input."""
+    memory = weight.new_empty(81 * weight[:, :, 0, 0].numel())
+    torch.ops.fdda._winograd_upsample_weights(weight.permute(1, 2, 3, 0).contiguous(), memory)
+    return _products(memory, weight.shape[1])
+
+
+def _positions(values: Tensor) -> tuple[Tensor, ...]:
+    return values.split(list(_POSITIONS.values()))
+
+
+def _products(memory: Tensor, rows: int) -> list[Tensor]:
+    """[81 * rows * outputs] as [positions, rows, products * outputs]"""
+    one = len(memory) // 81
+    parts = memory.split([count * n * one for count, n in _POSITIONS.items()])
+    return [p.view(n, rows, -1) for p, n in zip(parts, _POSITIONS.values(), strict=True)]
