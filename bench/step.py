@@ -120,9 +120,10 @@ def print_peak(step: str, provider: str, batch: int) -> None:
 
     before = kibibytes("VmRSS")
     run = Bench(batch).run(step, provider)
+    run()
     plain = provider == "reference"
     with nullcontext() if plain else resident_memory():
-        for _ in range(2 if plain else 8):  # what stays with the process grows at first
+        for _ in range(1 if plain else 7):  # what stays with the process grows at first
             run()
     print((kibibytes("VmHWM") - before) / 2**20)
 
@@ -147,6 +148,7 @@ def main() -> None:
         runs = {provider: bench.run(step, provider) for provider in PROVIDERS}
         with FlopCounterMode(display=False) as counter:
             runs["reference"]()
+        runs["float32"](), runs["bfloat16"]()  # with the memory that stays, see resident_memory
         seconds = interleaved(runs, args.rounds, plain_memory=["reference"])
         for provider, value in seconds.items():
             table.add_row(

@@ -20,6 +20,9 @@ def resident_memory() -> Iterator[None]:
     Otherwise glibc gives every large tensor fresh pages and returns them when it is freed: a
     training step then spends more time on page faults than on its element-wise kernels. Without
     glibc nothing is changed.
+
+    What lives longer than a step (parameters, an optimizer's state) is best made before: between
+    tensors that come and go it would split the memory, which then grows by a half.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -106,9 +106,11 @@ def run_steps(
     """
     start = _load(checkpoint, state, fingerprint) if resume and checkpoint is not None else 0
     saved = time.monotonic()
-    with _deferred_interrupt() as interrupted, resident_memory():
+    with _deferred_interrupt() as interrupted, ExitStack() as memory:
         for index in range(start, total):
             metrics = step(index)
+            if index == start:
+                memory.enter_context(resident_memory())
             if progress is not None:
                 progress(index + 1, total, metrics)
             stopping = interrupted.is_set() and index + 1 < total

@@ -68,7 +68,8 @@ class Finetuner:
             cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
-        self.average = [p.detach().clone() for p in student.parameters()]
+        parameters = student.parameters() if config.average_decay else ()
+        self.average = [p.detach().clone() for p in parameters]
         known = {id(parameter) for parameter in ranges}
         self.weights = [p for p in student.parameters() if id(p) not in known]
         self.optimizer = torch.optim.SGD(
@@ -162,16 +163,17 @@ class Finetuner:
     @torch.no_grad()
     def _move_average(self, index: int) -> None:
         decay = min(self.config.average_decay, (1 + index) / (10 + index))
-        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
+        for average, parameter in zip(self.average, self.student.parameters(), strict=False):
             average.lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
     def finish(self) -> fx.GraphModule:
         """The averaged student, its learned ranges made final; ValueError where a step diverged."""
-        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
-            if not bool(average.isfinite().all()):
+        parameters = list(self.student.parameters())
+        for result, parameter in zip(self.average or parameters, parameters, strict=True):
+            if not bool(result.isfinite().all()):
                 raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
-            parameter.copy_(average)
+            parameter.copy_(result)
         for quantizer in activation_quantizers(self.student):
             quantizer.keep_learned_range()
         return self.student
@@ -212,12 +214,13 @@ class JointTraining:
         if index == start and config.ranges != "reference":
             source = _synthetic_source(self.trainer.generator, config)
             self.tuner.calibrate(_range_batches(self.tuner, source))
+        self.tuner.student.zero_grad()  # the other's step may have the memory
         images, labels, metrics = self.trainer.step(index)
         if index < config.range_steps and config.ranges == "reference":
             self.tuner.observe(images)
         if index < start:
             return metrics
-        self.trainer.optimizer.zero_grad()  # the student's step may have the memory
+        self.trainer.optimizer.zero_grad()
         synthetic = (images[: config.synthetic_batch], labels[: config.synthetic_batch])
         return {**metrics, **self.tuner.step(index - start, synthetic)}
 
