@@ -226,6 +226,14 @@ def ceiling(case: Case) -> tuple[Run, float]:
     return copy_run(x.numel(), x.dtype), 2 * x.nbytes
 
 
+def on_threads(count: int, run: Run) -> Run:
+    def call() -> object:
+        torch.set_num_threads(count)
+        return run()
+
+    return call
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -238,13 +246,17 @@ def main() -> None:
     cases = [case for part in (norms, generator) for dtype in dtypes for case in part(dtype)]
     table = Table(title=f"training operators, {args.threads} thread")
     table.add_column("operator", no_wrap=True)
-    for column in ("ms", "x plain", "x compiled", "GB/s or GMAC/s", "share of the ceiling %"):
+    columns = "ms", "x plain", "x compiled", "x one thread", "GB/s or GMAC/s", "% of the ceiling"
+    for column in columns:
         table.add_column(column, justify="right")
     for case in [*quantizers(), *cases, *networks()]:
         if args.only not in case.name:
             continue
         bound, work = ceiling(case)
-        seconds = interleaved({**runs_of(case), "bound": bound}, args.rounds)
+        runs = {**runs_of(case), "bound": bound}
+        threads = {name: on_threads(args.threads, run) for name, run in runs.items()}
+        one_thread = {"one thread": on_threads(1, runs["ours"])}
+        seconds = interleaved({**threads, **one_thread}, args.rounds)
         ours = seconds["ours"]
         rate = (case.macs or case.moved) / ours
         table.add_row(
@@ -252,6 +264,7 @@ def main() -> None:
             f"{1e3 * ours:.2f}",
             f"{seconds['plain'] / ours:.2f}",
             f"{seconds['compiled'] / ours:.2f}",
+            f"{seconds['one thread'] / ours:.2f}",
             f"{rate / 1e9:.1f}",
             f"{100 * rate / (work / seconds['bound']):.0f}",
         )
