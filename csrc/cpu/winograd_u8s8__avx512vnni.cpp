@@ -488,6 +488,8 @@ bool applies(const PackedConv& conv) {
       e.residual_f32 || conv.x_zero_point > kLargestCode) {
     return false;
   }
+  // Below, the transforms cost more than they save.
+  if (conv.channels < 16 || conv.batch * conv.height * conv.width <= 16) return false;
   const int64_t half = int64_t{1} << (conv.bits - 1);
   for (int64_t o = 0; o < conv.out_channels; ++o) {
     const int64_t offset = conv.weight_offset[o];
