@@ -31,7 +31,6 @@ constexpr int kWide = 2 * kPanelRows;              // outputs whose weights are 
 constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
 constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
 constexpr int kLargestCode = 63;                   // 4 * 63 fits u8, 2 * 63 fits s8
-constexpr int kSafeWeight = 14;                    // |U| <= 9 |w|
 constexpr int kLargestWeight = 31;                 // 4 w is among U
 
 // int32s between two positions' products: no power of two, whose addresses would share cache sets.
@@ -201,12 +200,8 @@ bool expand_planes(const PackedConv& conv, int64_t channel, int panels, int half
   int8_t* out = panel->weights + half * kLine;
   const int64_t count = min64(kPanelRows, conv.out_channels - channel);
   int8_t offsets[kPanelRows] = {};
-  bool safe = true;
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t offset = conv.weight_offset[channel + j];
-    offsets[j] = static_cast<int8_t>(offset);
-    safe = safe && offset - (1 << (BITS - 1)) >= -kSafeWeight &&
-           offset + (1 << (BITS - 1)) - 1 <= kSafeWeight;
+    offsets[j] = static_cast<int8_t>(conv.weight_offset[channel + j]);
   }
   const __m512i offset = _mm512_mullo_epi32(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets))),
@@ -237,13 +232,8 @@ bool expand_planes(const PackedConv& conv, int64_t channel, int panels, int half
 #pragma GCC unroll 16
     for (int p = 0; p < kPositions; ++p) {
       _mm512_store_si512(out + p * panel->position_stride, u[p]);
-    }
-    if (!safe) {
-#pragma GCC unroll 16
-      for (int p = 0; p < kPositions; ++p) {
-        low = _mm512_min_epi8(low, u[p]);
-        high = _mm512_max_epi8(high, u[p]);
-      }
+      low = _mm512_min_epi8(low, u[p]);
+      high = _mm512_max_epi8(high, u[p]);
     }
   }
 

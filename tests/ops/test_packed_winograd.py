@@ -55,24 +55,24 @@ def convolutions(draw):
     channels = draw(st.sampled_from([16, 20, 36, 64, 68]))
     out_channels = draw(st.sampled_from([1, 15, 16, 17, 32, 33, 40]))
     height, width = draw(st.sampled_from([(1, 17), (17, 1), (2, 9), (5, 9), (6, 8), (7, 7)]))
-    batch = draw(st.integers(0, 3))
+    batch = draw(st.sampled_from([1, 2, 3, 0]))
     shape = (batch, height, width, channels)
-    top = draw(st.sampled_from([1, 15, 42, 63, 64, 255]))
+    top = draw(st.sampled_from([1, 15, 15, 42, 63, 255]))
     x = torch.randint(0, top + 1, shape, generator=g, dtype=torch.uint8)
     if draw(st.booleans()):
         x = torch.where(x * 2 < top, 0, top).to(torch.uint8)
-    if draw(st.booleans()):  # one code, anywhere, decides
+    if draw(st.integers(0, 3)) == 0:  # one code, anywhere, decides
         x = x.clamp(max=LARGEST_CODE)
         if x.numel():
             index = int(torch.randint(x.numel(), (1,), generator=g))
             x.view(-1)[index] = draw(st.sampled_from([63, 64, 128]))
     q = weight_codes((out_channels, 9 * channels), bits, g, draw(st.booleans()))
-    limit = draw(st.sampled_from([0, 6, 7, 12, 24, 40]))
+    limit = draw(st.sampled_from([0, 3, 6, 7, 12, 30]))
     offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
     if draw(st.booleans()):  # few large weights
         q[torch.rand(q.shape, generator=g) < draw(st.sampled_from([0.8, 0.99]))] = 0
         q = (q - offset[:, None]).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
-    zero_point = draw(st.sampled_from([0, 1, 8, 63, 64, 255]))
+    zero_point = draw(st.sampled_from([0, 1, 8, 15, 63, 64]))
     residual = None
     if draw(st.booleans()):
         size = (batch, height, width, out_channels)
