@@ -348,7 +348,7 @@ struct Output {
   alignas(64) float bias[kWide];
 };
 
-template <int PANELS, bool RESIDUAL>
+template <int PANELS, bool FLOAT>
 __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tiles, int64_t count) {
   const PackedConv& conv = out.conv;
   const Epilogue& e = conv.epilogue;
@@ -385,41 +385,47 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
         y[i][1][p] = _mm512_sub_epi32(_mm512_sub_epi32(r[i][1], r[i][2]), r[i][3]);
       }
     }
+    const uint32_t valid[2] = {mask, at.right ? mask : 0};
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       if (i && !at.below) break;
-      const int64_t index = (at.pixel + i * conv.width) * conv.out_channels + out.channel;
-      __m512i q[2][2];
+      const int64_t first = (at.pixel + i * conv.width) * conv.out_channels + out.channel;
+      __m512 v[2][2] = {};
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
 #pragma GCC unroll 2
         for (int p = 0; p < PANELS; ++p) {
+          const int64_t index = first + j * conv.out_channels + p * kPanelRows;
+          const __mmask16 present = static_cast<__mmask16>(valid[j] >> (p * kPanelRows));
           // float(4 acc) * (multiplier / 4) is float(acc) * multiplier to the bit.
-          __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(y[i][j][p]), multiplier[p]);
-          v = _mm512_add_ps(v, bias[p]);
-          if (RESIDUAL) {
-            __m128i r = _mm_setzero_si128();
-            if (j == 0 || at.right) {
-              r = _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask >> (16 * p)),
-                                       e.residual_u8 + index + j * conv.out_channels + 16 * p);
-            }
-            v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), scale));
+          v[j][p] = _mm512_mul_ps(_mm512_cvtepi32_ps(y[i][j][p]), multiplier[p]);
+          v[j][p] = _mm512_add_ps(v[j][p], bias[p]);
+          if (e.residual_u8) {
+            const __m128i r = _mm_maskz_loadu_epi8(present, e.residual_u8 + index);
+            const __m512 residual = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r));
+            v[j][p] = _mm512_add_ps(v[j][p], _mm512_mul_ps(residual, scale));
+          } else if (e.residual_f32) {
+            const __m512 residual = _mm512_maskz_loadu_ps(present, e.residual_f32 + index);
+            v[j][p] = _mm512_add_ps(v[j][p], _mm512_mul_ps(residual, scale));
           }
-          // Beyond hi it might exceed int32, which turns it negative. Below, the packs' low end is
-          // 0; then comes lo.
-          q[j][p] = _mm512_cvt_roundps_epi32(_mm512_min_ps(hi, v),
-                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+          if (FLOAT) _mm512_mask_storeu_ps(e.out_f32 + index, present, v[j][p]);
         }
-        if (PANELS == 1) q[j][1] = _mm512_setzero_si512();
+      }
+      if (FLOAT) continue;
+      __m512i q[2][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        // Beyond hi it might exceed int32, which turns it negative. Below, the packs' low end is 0;
+        // then comes lo.
+        q[k / 2][k % 2] = _mm512_cvt_roundps_epi32(_mm512_min_ps(hi, v[k / 2][k % 2]),
+                                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       }
       __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0][0], q[0][1]),
                                           _mm512_packs_epi32(q[1][0], q[1][1]));
       bytes = _mm512_permutexvar_epi32(order, _mm512_max_epu8(bytes, lo));
-      _mm256_mask_storeu_epi8(e.out_u8 + index, mask, _mm512_castsi512_si256(bytes));
-      if (at.right) {
-        _mm256_mask_storeu_epi8(e.out_u8 + index + conv.out_channels, mask,
-                                _mm512_extracti64x4_epi64(bytes, 1));
-      }
+      _mm256_mask_storeu_epi8(e.out_u8 + first, valid[0], _mm512_castsi512_si256(bytes));
+      _mm256_mask_storeu_epi8(e.out_u8 + first + conv.out_channels, valid[1],
+                              _mm512_extracti64x4_epi64(bytes, 1));
     }
   }
 }
@@ -459,10 +465,10 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
            products + position * product_stride(PANELS) + (first - begin) * PANELS * kPanelRows},
           last - first);
     }
-    if (conv.epilogue.residual_u8) {
-      store_tiles<PANELS, true>(out, b.tiles + begin, group - begin);
-    } else {
+    if (conv.epilogue.out_u8) {
       store_tiles<PANELS, false>(out, b.tiles + begin, group - begin);
+    } else {
+      store_tiles<PANELS, true>(out, b.tiles + begin, group - begin);
     }
     begin = group;
   }
@@ -474,8 +480,8 @@ bool applies(const PackedConv& conv) {
   const Epilogue& e = conv.epilogue;
   if (conv.kernel_h != 3 || conv.kernel_w != 3 || conv.stride_h != 1 || conv.stride_w != 1 ||
       conv.pad_h != 1 || conv.pad_w != 1 || conv.dilation_h != 1 || conv.dilation_w != 1 ||
-      conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 || !e.out_u8 ||
-      e.residual_f32 || conv.x_zero_point > kLargestCode) {
+      conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 ||
+      conv.x_zero_point > kLargestCode) {
     return false;
   }
   // Below, the transforms cost more than they save.
