@@ -31,7 +31,6 @@ constexpr int kWide = 2 * kPanelRows;              // outputs whose weights are 
 constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
 constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
 constexpr int kLargestCode = 63;                   // 4 * 63 fits u8, 2 * 63 fits s8
-constexpr int kLargestWeight = 31;                 // 4 w is among U
 
 // int32s between two positions' products: no power of two, whose addresses would share cache sets.
 constexpr int64_t product_stride(int panels) { return (kGroup + 1) * panels * kPanelRows; }
@@ -182,8 +181,8 @@ struct Panel {
   alignas(64) int32_t starts[5][kWide];  // corners (0, 0), (0, 3), (3, 0), (3, 3); elsewhere: zeros
 };
 
-// 2 G in one direction, saturating. Of inputs that fit, one of the results is 127 or -128 if any of
-// them, or the sum they share, does not fit.
+// 2 G in one direction, saturating. A sum that does not fit ends up at 127 or -128, and so does one
+// of those that it is added to, subtracted from or doubled in: the last results show it.
 inline void transform_weights(const __m512i* g, int step, __m512i* u, int u_step) {
   const __m512i s = _mm512_adds_epi8(g[0], g[2 * step]);
   u[0] = _mm512_adds_epi8(g[0], g[0]);
@@ -477,20 +476,17 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
 
 // Everything that can be told without reading inputs or weights.
 bool applies(const PackedConv& conv) {
-  const Epilogue& e = conv.epilogue;
   if (conv.kernel_h != 3 || conv.kernel_w != 3 || conv.stride_h != 1 || conv.stride_w != 1 ||
       conv.pad_h != 1 || conv.pad_w != 1 || conv.dilation_h != 1 || conv.dilation_w != 1 ||
-      conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 ||
+      conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 || !conv.weight_fits_s8 ||
       conv.x_zero_point > kLargestCode) {
     return false;
   }
   // Below, the transforms cost more than they save.
   if (conv.channels < 16 || conv.batch * conv.height * conv.width <= 16) return false;
-  const int64_t half = int64_t{1} << (conv.bits - 1);
   for (int64_t o = 0; o < conv.out_channels; ++o) {
-    const int64_t offset = conv.weight_offset[o];
-    if (offset - half < -kLargestWeight || offset + half - 1 > kLargestWeight) return false;
-    if (e.multiplier[o] * 0.25f * 4.0f != e.multiplier[o]) return false;  // subnormal
+    const float multiplier = conv.epilogue.multiplier[o];
+    if (multiplier * 0.25f * 4.0f != multiplier) return false;  // subnormal
   }
   return true;
 }

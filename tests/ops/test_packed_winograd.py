@@ -13,7 +13,6 @@ ISA = "avx512vnni"
 pytestmark = pytest.mark.skipif(ISA not in ISAS, reason=f"no {ISA} here")
 
 LARGEST_CODE = 63
-LARGEST_WEIGHT = 31
 DOUBLED_G = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
 
 
@@ -77,7 +76,7 @@ def convolutions(draw):
             index = int(torch.randint(x.numel(), (1,), generator=g))
             x.view(-1)[index] = draw(st.sampled_from([63, 64, 128]))
     q = weight_codes((out_channels, 9 * channels), bits, g, draw(st.booleans()))
-    limit = draw(st.sampled_from([0, 3, 6, 7, 12, 30]))
+    limit = draw(st.sampled_from([0, 3, 6, 7, 12, 30, 120, 2**31]))
     offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
     if draw(st.booleans()):  # few large weights
         q[torch.rand(q.shape, generator=g) < draw(st.sampled_from([0.8, 0.99]))] = 0
@@ -90,8 +89,8 @@ def convolutions(draw):
         residual = (torch.rand(size, generator=g) * 255).to(residual_kind)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 15), (3, 3), (10, 200)]))
     exact = x.numel() > 0 and zero_point <= LARGEST_CODE and int(x.max()) <= LARGEST_CODE
-    exact = exact and int(offset.min()) - 2 ** (bits - 1) >= -LARGEST_WEIGHT
-    exact = exact and int(offset.max()) + 2 ** (bits - 1) - 1 <= LARGEST_WEIGHT
+    half = 2 ** (bits - 1)
+    exact = exact and int(offset.min()) - half >= -128 and int(offset.max()) + half <= 128
     u = transformed(q, offset, channels)
     exact = exact and int(u.min()) > -128 and int(u.max()) < 127
     return arguments(x, q, bits, zero_point, offset, g, residual, output_range), exact
