@@ -491,45 +491,62 @@ bool applies(const PackedConv& conv) {
   return true;
 }
 
+// What ends all threads' work: the outputs would not be exact.
+class Failure {
+ public:
+  void set() { __atomic_store_n(&set_, true, __ATOMIC_RELAXED); }
+  bool is_set() const { return __atomic_load_n(&set_, __ATOMIC_RELAXED); }
+
+ private:
+  bool set_ = false;
+};
+
+// Rows [first_row, last_row) of tiles. Several threads share the rows' inputs, then the panels of
+// outputs, and where these alone would not keep them equally busy, the tiles.
+void run_rows(const PackedConv& conv, int64_t first_row, int64_t last_row, int64_t threads,
+              Failure* failure) {
+  const Block b = plan_block(conv, first_row, last_row - first_row);
+  parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end && !failure->is_set(); ++row) {
+      for (int64_t c = 0; c < conv.channels; c += kLine) {
+        if (!transform_row(conv, b, row, c)) failure->set();
+      }
+    }
+  });
+  const int64_t panels = ceil_div(conv.out_channels, kWide);
+  const int64_t shares = panels % threads && panels < 4 * threads ? threads : 1;
+  parallel_for(panels * shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end && !failure->is_set(); ++task) {
+      const int64_t channel = task / shares * kWide, share = task % shares;
+      const int64_t first = share * b.count / shares, last = (share + 1) * b.count / shares;
+      const bool fits = conv.out_channels - channel > kPanelRows
+                            ? run_panel<2>(conv, b, channel, first, last)
+                            : run_panel<1>(conv, b, channel, first, last);
+      if (!fits) failure->set();
+    }
+  });
+}
+
 }  // namespace
 
 bool winograd_conv2d(const PackedConv& conv) {
   if (!applies(conv)) return false;
   const int64_t tiles_x = ceil_div(conv.width, 2), rows = conv.batch * ceil_div(conv.height, 2);
   const int64_t row_bytes = kPositions * tiles_x * ceil_div(conv.channels, kLine) * kLine;
-  const int64_t parts = ceil_div(rows, max64(1, kInputBytes / row_bytes));
-  const int64_t panels = ceil_div(conv.out_channels, kWide);
-  // Where the panels alone do not keep the threads equally busy, tiles are shared out too.
+  int64_t parts = ceil_div(rows, max64(1, kInputBytes / row_bytes));
+  // Many tiles: each thread has its own and expands all weights for them, so that no transformed
+  // input moves between processors. A parallel_for within another one runs on its thread.
   const int64_t threads = num_threads();
-  const int64_t shares = panels % threads && panels < 4 * threads ? threads : 1;
-  bool fits = true;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first_row = part * rows / parts;
-    const Block b = plan_block(conv, first_row, (part + 1) * rows / parts - first_row);
-    parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
-      bool small = true;
-      for (int64_t row = begin; row < end && small; ++row) {
-        for (int64_t c = 0; c < conv.channels; c += kLine) {
-          small = transform_row(conv, b, row, c) && small;
-        }
-      }
-      if (!small) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
-    });
-    if (!fits) return false;
-    parallel_for(panels * shares, 1, [&](int64_t begin, int64_t end) {
-      bool small = true;
-      for (int64_t task = begin; task < end && small; ++task) {
-        const int64_t channel = task / shares * kWide, share = task % shares;
-        const int64_t first = share * b.count / shares, last = (share + 1) * b.count / shares;
-        small = conv.out_channels - channel > kPanelRows
-                    ? run_panel<2>(conv, b, channel, first, last)
-                    : run_panel<1>(conv, b, channel, first, last);
-      }
-      if (!small) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
-    });
-    if (!fits) return false;
-  }
-  return true;
+  const bool many = parts > 1 || rows * tiles_x >= 64 * threads;
+  if (many) parts = min64(rows, ceil_div(parts, threads) * threads);
+  Failure failure;
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end && !failure.is_set(); ++part) {
+      const int64_t first_row = part * rows / parts, last_row = (part + 1) * rows / parts;
+      run_rows(conv, first_row, last_row, many ? 1 : threads, &failure);
+    }
+  });
+  return !failure.is_set();
 }
 
 }  // namespace FDDA_ISA
