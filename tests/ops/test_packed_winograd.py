@@ -37,16 +37,8 @@ def arguments(x, q, bits, zero_point, offset, g, residual=None, output_range=(0,
     multiplier = torch.randn(out_channels, generator=g) * top / deviation
     bias = torch.randn(out_channels, generator=g) * top / 4 + top / 2
     args = (x, ops.pack_weight(q, bits), bits, out_channels, [3, 3], [1, 1], [1, 1], [1, 1], 1)
-    return (
-        *args,
-        zero_point,
-        offset,
-        multiplier,
-        bias,
-        residual,
-        0.37,
-        output_range and list(output_range),
-    )
+    args = (*args, zero_point, offset, multiplier, bias, residual, 0.37)
+    return (*args, output_range and list(output_range))
 
 
 def weight_codes(shape, bits, g, extreme=False):
@@ -119,6 +111,7 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn):
         (1, 7, 7, 512, 512),
         (3, 57, 55, 64, 16),  # blocks of rows; one panel, shared by the threads
         (2, 9, 30, 100, 72),  # three panels, the last one narrow
+        (1, 9, 9, 100, 72),  # the same, whose tiles are shared too
     ],
 )
 def test_layers(threads, batch, height, width, channels, out_channels):
