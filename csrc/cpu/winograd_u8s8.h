@@ -99,11 +99,12 @@ Block plan_block(const PackedConv& conv, int64_t first_row, int64_t rows) {
   b.ends[3] = b.count;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t n = (first_row + r) / tiles_y, y = (first_row + r) % tiles_y;
+    const bool second_row = below(r);
     for (int64_t x = 0; x < tiles_x; ++x) {
       const bool right = x < wide;
-      const int64_t slot = next[below(r) ? (right ? 1 : 0) : (right ? 2 : 3)]++;
+      const int64_t slot = next[second_row ? (right ? 1 : 0) : (right ? 2 : 3)]++;
       b.slots[r * tiles_x + x] = static_cast<int32_t>(slot);
-      b.tiles[slot] = {(n * conv.height + 2 * y) * conv.width + 2 * x, right, below(r)};
+      b.tiles[slot] = {(n * conv.height + 2 * y) * conv.width + 2 * x, right, second_row};
     }
   }
   return b;
