@@ -35,7 +35,13 @@ PyObject* select_isa(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+PyObject* conv_kernel(PyObject*, PyObject*) {
+  return PyUnicode_FromString(fdda::last_conv_kernel());
+}
+
 PyMethodDef methods[] = {
+    {"conv_kernel", conv_kernel, METH_NOARGS,
+     "Name of the kernel this thread's last packed_conv2d ran."},
     {"isa", isa, METH_NOARGS, "Name of the instruction set in use."},
     {"isas", isas, METH_NOARGS, "(name, has kernels of its own, supported here), lowest first."},
     {"select_isa", select_isa, METH_VARARGS, "Select an instruction set; None: the best one."},

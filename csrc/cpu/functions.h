@@ -22,7 +22,7 @@ void requantize_codes(const RequantizeCodes&);
 void max_pool(const MaxPool&);
 void pack_weight(const PackWeight&);
 void unpack_weight(const UnpackWeight&);
-void packed_conv2d(const PackedConv&);
+const char* packed_conv2d(const PackedConv&);
 void packed_linear_s32(const PackedLinearS32&);
 void conditional_bn(const ConditionalBn&);
 void conditional_bn_backward(const ConditionalBnBackward&);
@@ -52,6 +52,10 @@ void winograd_upsample_weight_gradient(const WinogradWeights&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);
+
+// Of avx512vnni. False if it does not apply: then the outputs are still to be computed, all of
+// them.
+bool winograd_conv2d(const PackedConv&);
 
 }  // namespace FDDA_ISA
 

@@ -93,12 +93,13 @@ struct S16 {
 
 }  // namespace
 
-void packed_conv2d(const PackedConv& conv) {
+const char* packed_conv2d(const PackedConv& conv) {
   if (conv.groups == conv.channels && conv.groups == conv.out_channels) {
     depthwise_conv2d(conv);
-  } else {
-    Driver<S16>(conv).run();
+    return "depthwise";
   }
+  Driver<S16>(conv).run();
+  return "direct";
 }
 
 }  // namespace FDDA_ISA

@@ -198,12 +198,14 @@ struct Vnni {
 
 }  // namespace
 
-void packed_conv2d(const PackedConv& conv) {
+const char* packed_conv2d(const PackedConv& conv) {
   if (conv.groups == conv.channels && conv.groups == conv.out_channels) {
     depthwise_conv2d(conv);
-  } else {
-    Driver<Vnni>(conv).run();
+    return "depthwise";
   }
+  if (winograd_conv2d(conv)) return "winograd";
+  Driver<Vnni>(conv).run();
+  return "direct";
 }
 
 }  // namespace FDDA_ISA

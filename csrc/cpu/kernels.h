@@ -342,7 +342,7 @@ struct Kernels {
   void (*max_pool)(const MaxPool&);
   void (*pack_weight)(const PackWeight&);
   void (*unpack_weight)(const UnpackWeight&);
-  void (*packed_conv2d)(const PackedConv&);
+  const char* (*packed_conv2d)(const PackedConv&);  // returns the name of what ran
   void (*packed_linear_s32)(const PackedLinearS32&);
   void (*conditional_bn)(const ConditionalBn&);
   void (*conditional_bn_backward)(const ConditionalBnBackward&);
@@ -395,5 +395,7 @@ const Kernels& active_kernels();
 const char* active_isa();
 // Selects `name`, or the best supported rung for null. Returns null, or what is wrong.
 const char* select_isa(const char* name);
+// Name of the kernel that this thread's last packed_conv2d ran.
+const char* last_conv_kernel();
 
 }  // namespace fdda

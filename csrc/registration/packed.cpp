@@ -9,6 +9,8 @@
 namespace fdda {
 namespace {
 
+thread_local const char* conv_kernel = "";
+
 Tensor quantize(const Tensor& x, double scale, double zero_point, int64_t bits) {
   check_bits(bits);
   check_dtype(x, ScalarType::Float, "x");
@@ -121,7 +123,7 @@ Tensor packed_conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits,
   p.weight_offset = weight_offset.const_data_ptr<int64_t>();
   p.weight_fits_s8 = offsets_fit_s8(p.weight_offset, out_channels, bits, depth);
   p.epilogue = e.view;
-  active_kernels().packed_conv2d(p);
+  conv_kernel = active_kernels().packed_conv2d(p);
   return e.out;
 }
 
@@ -166,6 +168,9 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& weight_in, int64_t bits,
 }
 
 }  // namespace
+
+const char* last_conv_kernel() { return conv_kernel; }
+
 }  // namespace fdda
 
 STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {

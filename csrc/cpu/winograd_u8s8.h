@@ -1,0 +1,268 @@
+// Winograd's F(2x2, 3x3) in 8-bit integers, exact: 16 products for 4 outputs of a 3x3 convolution
+// instead of 36.
+//
+//   V = B^T d B            of the inputs' codes d <= 63: [-126, 126], plus 128 to be u8. Position
+//                          (1, 1) is a plain sum, [0, 252], and needs nothing added.
+//   U = (2 G) w (2 G)^T    of the weights: integers, s8 if they are small or cancel
+//   4 y = A^T (sum U V) A  int32
+//
+// The 128 and the inputs' zero point add a constant to each of the four outputs. A corner of the
+// 4 x 4 positions enters just one output: the corners' sums start with these constants.
+//
+//   inputs:    [16 positions][ceil(C / 64)][tiles][64 channels] u8. The step from tile to tile does
+//              not depend on C: constant displacements in the products' loop.
+//   weights:   [16 positions][C / 4][PANELS][16 outputs][4 inputs] s8, expanded from the bit planes
+//              of PANELS * 16 outputs at a time
+//   products:  [16 positions][tiles of a group][PANELS][16 outputs] s32
+
+#pragma once
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "functions.h"
+#include "parallel.h"
+
+namespace fdda {
+namespace FDDA_ISA {
+namespace {
+
+constexpr int64_t kLine = 64;  // channels of a line of V
+constexpr int kPositions = 16;
+constexpr int kWide = 2 * kPanelRows;              // outputs whose weights are expanded together
+constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
+constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
+constexpr int kLargestCode = 63;                   // 4 * 63 fits u8, 2 * 63 fits s8
+
+// ---- tiles of outputs ----
+
+struct TileAt {
+  int64_t pixel;      // its first output, counted over the images
+  bool right, below;  // whether its second column, its second row exist
+};
+
+// Rows of tiles whose transformed inputs are held at once. Tiles are ordered by which outputs do
+// not exist: those of the second column, none, those of the second row, both. So every position
+// has one range of tiles that need it: 225 products instead of 256 at 7 x 7.
+struct Block {
+  TileAt* tiles;   // by slot
+  int32_t* slots;  // by (row of tiles, column)
+  uint8_t* inputs;
+  int64_t first_row, rows, count;
+  int64_t ends[4];                       // of the classes
+  int64_t line_stride, position_stride;  // of inputs, in bytes
+
+  void range(int position, int64_t* begin, int64_t* end) const {
+    const bool second_row = position / 4 == 3, second_column = position % 4 == 3;
+    *begin = second_column ? ends[0] : 0;
+    *end = second_row ? ends[1] : second_column ? ends[2] : count;
+  }
+
+  // End of the group that starts at `begin`: as many whole classes as fit, else an even share of
+  // one, so that no position's range meets a group in a few tiles.
+  int64_t group_end(int64_t begin) const {
+    int64_t end = begin;
+    for (int64_t e : ends) {
+      if (e - begin <= kGroup) end = max64(end, e);
+    }
+    for (int i = 0; end == begin; ++i) {
+      const int64_t rest = ends[i] - begin;
+      if (rest > 0) end = begin + ceil_div(rest, ceil_div(rest, kGroup));
+    }
+    return end;
+  }
+};
+
+Block plan_block(const PackedConv& conv, int64_t first_row, int64_t rows) {
+  const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
+  Block b;
+  b.first_row = first_row;
+  b.rows = rows;
+  b.count = rows * tiles_x;
+  b.line_stride = (b.count + 1) * kLine;
+  b.position_stride = ceil_div(conv.channels, kLine) * b.line_stride + 3 * kLine;
+  if (b.position_stride % 4096 < 4 * kLine) b.position_stride += 4 * kLine;
+  const int64_t bytes = kPositions * b.position_stride;
+  b.inputs = static_cast<uint8_t*>(
+      scratch(kSharedRows, bytes + b.count * (sizeof(TileAt) + sizeof(int32_t))));
+  b.tiles = reinterpret_cast<TileAt*>(b.inputs + bytes);
+  b.slots = reinterpret_cast<int32_t*>(b.tiles + b.count);
+
+  auto below = [&](int64_t row) { return (first_row + row) % tiles_y * 2 + 1 < conv.height; };
+  int64_t full_rows = 0;
+  for (int64_t r = 0; r < rows; ++r) full_rows += below(r);
+  const int64_t narrow = conv.width % 2;  // tiles of a row without second column
+  const int64_t wide = tiles_x - narrow;
+  int64_t next[4] = {0, full_rows * narrow, full_rows * tiles_x, full_rows * tiles_x};
+  next[3] += (rows - full_rows) * wide;
+  for (int i = 0; i < 3; ++i) b.ends[i] = next[i + 1];
+  b.ends[3] = b.count;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t n = (first_row + r) / tiles_y, y = (first_row + r) % tiles_y;
+    const bool second_row = below(r);
+    for (int64_t x = 0; x < tiles_x; ++x) {
+      const bool right = x < wide;
+      const int64_t slot = next[second_row ? (right ? 1 : 0) : (right ? 2 : 3)]++;
+      b.slots[r * tiles_x + x] = static_cast<int32_t>(slot);
+      b.tiles[slot] = {(n * conv.height + 2 * y) * conv.width + 2 * x, right, second_row};
+    }
+  }
+  return b;
+}
+
+// ---- inputs ----
+
+// One row of tiles, 64 channels from `channel` on; whether the codes read were small enough.
+// Arithmetic modulo 256: only the result has to fit.
+bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t channel) {
+  const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
+  const int64_t n = (b.first_row + row) / tiles_y, ty = (b.first_row + row) % tiles_y;
+  const int64_t valid = min64(kLine, conv.channels - channel);
+  const __mmask64 mask = ~uint64_t{0} >> (kLine - valid);
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(conv.x_zero_point));
+  alignas(64) uint8_t outside[kLine];
+  _mm512_store_si512(outside, zero);
+  const uint8_t* rows[4];
+  int64_t steps[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const int64_t y = 2 * ty - 1 + i;
+    const bool inside = y >= 0 && y < conv.height;
+    const int64_t pixel = (n * conv.height + y) * conv.width;
+    rows[i] = inside ? conv.x + pixel * conv.channels + channel : outside;
+    steps[i] = inside ? conv.channels : 0;
+  }
+  __m512i seen = zero;
+  auto column = [&](int64_t x, __m512i* t) {
+    __m512i d[4];
+    if (x < 0 || x >= conv.width) {
+      d[0] = d[1] = d[2] = d[3] = zero;
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) d[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + x * steps[i]);
+    }
+    // The other two rows are these of other tiles.
+    seen = _mm512_or_si512(seen, _mm512_or_si512(d[1], d[2]));
+    t[0] = _mm512_sub_epi8(d[0], d[2]);
+    t[1] = _mm512_add_epi8(d[1], d[2]);
+    t[2] = _mm512_sub_epi8(d[2], d[1]);
+    t[3] = _mm512_sub_epi8(d[1], d[3]);
+  };
+  const __m512i offset = _mm512_set1_epi8(static_cast<char>(128));
+  uint8_t* const inputs = b.inputs + channel / kLine * b.line_stride;
+  const int32_t* slots = b.slots + row * tiles_x;
+  __m512i t[4][4];
+  column(-1, t[0]);
+  column(0, t[1]);
+  for (int64_t tx = 0; tx < tiles_x; ++tx) {
+    column(2 * tx + 1, t[2]);
+    column(2 * tx + 2, t[3]);
+    uint8_t* out = inputs + slots[tx] * kLine;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      uint8_t* o = out + 4 * i * b.position_stride;
+      const __m512i p = _mm512_add_epi8(t[2][i], offset), q = _mm512_add_epi8(t[1][i], offset);
+      _mm512_store_si512(o, _mm512_sub_epi8(_mm512_add_epi8(t[0][i], offset), t[2][i]));
+      _mm512_store_si512(o + b.position_stride, _mm512_add_epi8(t[1][i], i == 1 ? t[2][i] : p));
+      _mm512_store_si512(o + 2 * b.position_stride, _mm512_sub_epi8(p, t[1][i]));
+      _mm512_store_si512(o + 3 * b.position_stride, _mm512_sub_epi8(q, t[3][i]));
+      t[0][i] = t[2][i];
+      t[1][i] = t[3][i];
+    }
+  }
+  return !_mm512_test_epi8_mask(seen, _mm512_set1_epi8(static_cast<char>(~kLargestCode)));
+}
+
+// ---- weights ----
+
+struct Panel {
+  int8_t* weights;
+  int64_t position_stride;
+  alignas(64) int32_t starts[5][kWide];  // corners (0, 0), (0, 3), (3, 0), (3, 3); elsewhere: zeros
+};
+
+// 2 G in one direction, saturating. A sum that does not fit ends up at 127 or -128, and so does one
+// of those that it is added to, subtracted from or doubled in: the last results show it.
+inline void transform_weights(const __m512i* g, int step, __m512i* u, int u_step) {
+  const __m512i s = _mm512_adds_epi8(g[0], g[2 * step]);
+  u[0] = _mm512_adds_epi8(g[0], g[0]);
+  u[u_step] = _mm512_adds_epi8(s, g[step]);
+  u[2 * u_step] = _mm512_subs_epi8(s, g[step]);
+  u[3 * u_step] = _mm512_adds_epi8(g[2 * step], g[2 * step]);
+}
+
+// 16 outputs, the `half`th of `panels`; whether the transformed weights fit s8 (127 counts as not).
+template <int BITS>
+bool expand_planes(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+  const int64_t k4 = conv.channels / kBlockDepth;
+  const uint8_t* planes = conv.weight + channel / kPanelRows * 9 * k4 * BITS * kPlaneBytes;
+  int8_t* out = panel->weights + half * kLine;
+  const int64_t count = min64(kPanelRows, conv.out_channels - channel);
+  int8_t offsets[kPanelRows] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    offsets[j] = static_cast<int8_t>(conv.weight_offset[channel + j]);
+  }
+  const __m512i offset = _mm512_mullo_epi32(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets))),
+      _mm512_set1_epi32(0x01010101));
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sums[9], low = _mm512_setzero_si512(), high = low;
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) sums[t] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < k4; ++k, planes += BITS * kPlaneBytes, out += panels * kLine) {
+    __m512i g[9], rows[12], u[kPositions];
+#pragma GCC unroll 9
+    for (int t = 0; t < 9; ++t) {
+      __m512i w = offset;
+#pragma GCC unroll 4
+      for (int b = 0; b < BITS; ++b) {
+        uint64_t plane;
+        memcpy(&plane, planes + (t * k4 * BITS + b) * kPlaneBytes, kPlaneBytes);
+        const int weight = b == BITS - 1 ? -(1 << b) : 1 << b;
+        w = _mm512_mask_add_epi8(w, plane, w, _mm512_set1_epi8(static_cast<char>(weight)));
+      }
+      g[t] = w;
+      sums[t] = _mm512_dpbusd_epi32(sums[t], ones, w);
+    }
+#pragma GCC unroll 3
+    for (int x = 0; x < 3; ++x) transform_weights(g + x, 3, rows + x, 3);
+#pragma GCC unroll 4
+    for (int y = 0; y < 4; ++y) transform_weights(rows + 3 * y, 1, u + 4 * y, 1);
+#pragma GCC unroll 16
+    for (int p = 0; p < kPositions; ++p) {
+      _mm512_store_si512(out + p * panel->position_stride, u[p]);
+      low = _mm512_min_epi8(low, u[p]);
+      high = _mm512_max_epi8(high, u[p]);
+    }
+  }
+
+  // The sums of U come from those of the taps by A^T (2 G); those of position (1, 1) are `all`.
+  static const int factors[2][3] = {{4, 0, 2}, {0, 2, -2}};
+  __m512i all = _mm512_setzero_si512();
+  for (int t = 0; t < 9; ++t) all = _mm512_add_epi32(all, sums[t]);
+  all = _mm512_mullo_epi32(all, _mm512_set1_epi32(128 - 4 * conv.x_zero_point));
+  for (int i = 0; i < 4; ++i) {
+    __m512i s = all;
+    for (int t = 0; t < 9; ++t) {
+      const int factor = -128 * factors[i / 2][t / 3] * factors[i % 2][t % 3];
+      s = _mm512_add_epi32(s, _mm512_mullo_epi32(sums[t], _mm512_set1_epi32(factor)));
+    }
+    const bool negated = i == 1 || i == 2;  // by A^T
+    if (negated) s = _mm512_sub_epi32(_mm512_setzero_si512(), s);
+    _mm512_store_si512(panel->starts[i] + half * kPanelRows, s);
+  }
+  return !(_mm512_cmpeq_epi8_mask(low, _mm512_set1_epi8(-128)) |
+           _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(127)));
+}
+
+bool expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+  switch (conv.bits) {
+    case 2: return expand_planes<2>(conv, channel, panels, half, panel);
+    case 3: return expand_planes<3>(conv, channel, panels, half, panel);
+    default: return expand_planes<4>(conv, channel, panels, half, panel);
+  }
+}
+
+}  // namespace
+}  // namespace FDDA_ISA
+}  // namespace fdda

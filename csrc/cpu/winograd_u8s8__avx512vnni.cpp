@@ -1,0 +1,301 @@
+// Packed 3x3 convolution by Winograd's algorithm in 8-bit integers: products, outputs and the
+// division of work. The other transforms and the layouts are in winograd_u8s8.h.
+
+#include "winograd_u8s8.h"
+
+namespace fdda {
+namespace FDDA_ISA {
+namespace {
+
+// int32s between two positions' products: no power of two, whose addresses would share cache sets.
+constexpr int64_t product_stride(int panels) { return (kGroup + 1) * panels * kPanelRows; }
+
+// ---- products ----
+
+struct Product {
+  const uint8_t* inputs;  // first tile, first 64 channels
+  int64_t line_stride;
+  const int8_t* weights;
+  int64_t k4;
+  const int32_t* start;
+  int32_t* out;
+};
+
+template <int ROWS, int PANELS>
+__attribute__((noinline)) void multiply(const Product& m, int64_t first) {
+  __m512i acc[ROWS][PANELS];
+#pragma GCC unroll 2
+  for (int p = 0; p < PANELS; ++p) {
+    const __m512i start = _mm512_load_si512(m.start + p * kPanelRows);
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; ++r) acc[r][p] = start;
+  }
+  const uint8_t* x = m.inputs + first * kLine;
+  const int8_t* w = m.weights;
+  for (int64_t left = m.k4; left > 0; left -= kLine / 4, x += m.line_stride) {
+    const int64_t n = min64(left, kLine / 4);
+    for (int64_t k = 0; k < n; ++k, w += PANELS * kLine) {
+      __m512i b[PANELS];
+#pragma GCC unroll 2
+      for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w + p * kLine);
+#pragma GCC unroll 14
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t four;
+        memcpy(&four, x + r * kLine + k * 4, sizeof four);
+        const __m512i a = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+          acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], a, b[p]);
+          asm("" : "+v"(acc[r][p]));  // in this order, else gcc spills
+        }
+      }
+    }
+  }
+  int32_t* out = m.out + first * PANELS * kPanelRows;
+#pragma GCC unroll 14
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p) {
+      _mm512_store_si512(out + (r * PANELS + p) * kPanelRows, acc[r][p]);
+    }
+  }
+}
+
+// Calls multiply for a run-time number of rows up to ROWS.
+template <int ROWS, int PANELS>
+void multiply_rows(const Product& m, int64_t first, int64_t rows) {
+  if constexpr (ROWS > 0) {
+    if (rows == ROWS) {
+      multiply<ROWS, PANELS>(m, first);
+    } else {
+      multiply_rows<ROWS - 1, PANELS>(m, first, rows);
+    }
+  }
+}
+
+// 14 * 2 accumulators, 2 weights and an input fit the 32 registers.
+template <int PANELS>
+void multiply_all(const Product& m, int64_t count) {
+  constexpr int kRows = 14;
+  const int64_t parts = ceil_div(count, kRows);
+  for (int64_t i = 0; i < parts; ++i) {  // of even height: no nearly empty last one
+    const int64_t first = i * count / parts;
+    multiply_rows<kRows, PANELS>(m, first, (i + 1) * count / parts - first);
+  }
+}
+
+// ---- outputs ----
+
+struct Output {
+  const PackedConv& conv;
+  int64_t channel, columns;
+  const int32_t* products;
+  alignas(64) float multiplier[kWide];  // a quarter of the channels'
+  alignas(64) float bias[kWide];
+};
+
+template <int PANELS, bool FLOAT>
+__attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tiles, int64_t count) {
+  const PackedConv& conv = out.conv;
+  const Epilogue& e = conv.epilogue;
+  const uint32_t mask = ~uint32_t{0} >> (kWide - out.columns);
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  const __m512 hi = _mm512_set1_ps(e.hi), scale = _mm512_set1_ps(e.residual_scale);
+  const __m512i lo = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.lo)));
+  __m512 multiplier[PANELS], bias[PANELS];
+#pragma GCC unroll 2
+  for (int p = 0; p < PANELS; ++p) {
+    multiplier[p] = _mm512_load_ps(out.multiplier + p * kPanelRows);
+    bias[p] = _mm512_load_ps(out.bias + p * kPanelRows);
+  }
+  constexpr int64_t stride = product_stride(PANELS);
+  for (int64_t t = 0; t < count; ++t) {
+    const TileAt at = tiles[t];
+    __m512i y[2][2][PANELS];
+    const int32_t* m = out.products + t * PANELS * kPanelRows;
+#pragma GCC unroll 2
+    for (int p = 0; p < PANELS; ++p, m += kPanelRows) {
+      __m512i r[2][4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i m1 = _mm512_load_si512(m + (4 + j) * stride);
+        const __m512i m2 = _mm512_load_si512(m + (8 + j) * stride);
+        const __m512i m0 = _mm512_load_si512(m + j * stride);
+        const __m512i m3 = _mm512_load_si512(m + (12 + j) * stride);
+        r[0][j] = _mm512_add_epi32(_mm512_add_epi32(m1, m2), m0);
+        r[1][j] = _mm512_sub_epi32(_mm512_sub_epi32(m1, m2), m3);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        y[i][0][p] = _mm512_add_epi32(_mm512_add_epi32(r[i][1], r[i][2]), r[i][0]);
+        y[i][1][p] = _mm512_sub_epi32(_mm512_sub_epi32(r[i][1], r[i][2]), r[i][3]);
+      }
+    }
+    const uint32_t valid[2] = {mask, at.right ? mask : 0};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if (i && !at.below) break;
+      const int64_t first = (at.pixel + i * conv.width) * conv.out_channels + out.channel;
+      __m512 v[2][2] = {};
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+          const int64_t index = first + j * conv.out_channels + p * kPanelRows;
+          const __mmask16 present = static_cast<__mmask16>(valid[j] >> (p * kPanelRows));
+          // float(4 acc) * (multiplier / 4) is float(acc) * multiplier to the bit.
+          v[j][p] = _mm512_mul_ps(_mm512_cvtepi32_ps(y[i][j][p]), multiplier[p]);
+          v[j][p] = _mm512_add_ps(v[j][p], bias[p]);
+          if (e.residual_u8) {
+            const __m128i r = _mm_maskz_loadu_epi8(present, e.residual_u8 + index);
+            const __m512 residual = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r));
+            v[j][p] = _mm512_add_ps(v[j][p], _mm512_mul_ps(residual, scale));
+          } else if (e.residual_f32) {
+            const __m512 residual = _mm512_maskz_loadu_ps(present, e.residual_f32 + index);
+            v[j][p] = _mm512_add_ps(v[j][p], _mm512_mul_ps(residual, scale));
+          }
+          if (FLOAT) _mm512_mask_storeu_ps(e.out_f32 + index, present, v[j][p]);
+        }
+      }
+      if (FLOAT) continue;
+      __m512i q[2][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        // Beyond hi it might exceed int32, which turns it negative. Below, the packs' low end is 0;
+        // then comes lo.
+        q[k / 2][k % 2] = _mm512_cvt_roundps_epi32(_mm512_min_ps(hi, v[k / 2][k % 2]),
+                                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      }
+      __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0][0], q[0][1]),
+                                          _mm512_packs_epi32(q[1][0], q[1][1]));
+      bytes = _mm512_permutexvar_epi32(order, _mm512_max_epu8(bytes, lo));
+      _mm256_mask_storeu_epi8(e.out_u8 + first, valid[0], _mm512_castsi512_si256(bytes));
+      _mm256_mask_storeu_epi8(e.out_u8 + first + conv.out_channels, valid[1],
+                              _mm512_extracti64x4_epi64(bytes, 1));
+    }
+  }
+}
+
+// ---- driver ----
+
+// PANELS * 16 outputs from `channel` on of the tiles [begin, end); whether their weights fit.
+template <int PANELS>
+bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t begin,
+               int64_t end) {
+  const int64_t k4 = conv.channels / kBlockDepth;
+  Panel panel{};
+  panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
+  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * panel.position_stride));
+  for (int half = 0; half < PANELS; ++half) {
+    if (!expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel)) return false;
+  }
+  int32_t* products = static_cast<int32_t*>(
+      scratch(kLocalRows, kPositions * product_stride(PANELS) * sizeof(int32_t)));
+  Output out{conv, channel, min64(kWide, conv.out_channels - channel), products, {}, {}};
+  for (int64_t j = 0; j < out.columns; ++j) {
+    out.multiplier[j] = conv.epilogue.multiplier[channel + j] * 0.25f;
+    out.bias[j] = conv.epilogue.bias[channel + j];
+  }
+  static const int starts[kPositions] = {0, 4, 4, 1, 4, 4, 4, 4, 4, 4, 4, 4, 2, 4, 4, 3};
+  while (begin < end) {
+    const int64_t group = min64(end, b.group_end(begin));
+    for (int position = 0; position < kPositions; ++position) {
+      int64_t first, last;
+      b.range(position, &first, &last);
+      first = max64(first, begin);
+      last = min64(last, group);
+      if (first >= last) continue;
+      multiply_all<PANELS>(
+          {b.inputs + position * b.position_stride + first * kLine, b.line_stride,
+           panel.weights + position * panel.position_stride, k4, panel.starts[starts[position]],
+           products + position * product_stride(PANELS) + (first - begin) * PANELS * kPanelRows},
+          last - first);
+    }
+    if (conv.epilogue.out_u8) {
+      store_tiles<PANELS, false>(out, b.tiles + begin, group - begin);
+    } else {
+      store_tiles<PANELS, true>(out, b.tiles + begin, group - begin);
+    }
+    begin = group;
+  }
+  return true;
+}
+
+// Everything that can be told without reading inputs or weights.
+bool applies(const PackedConv& conv) {
+  if (conv.kernel_h != 3 || conv.kernel_w != 3 || conv.stride_h != 1 || conv.stride_w != 1 ||
+      conv.pad_h != 1 || conv.pad_w != 1 || conv.dilation_h != 1 || conv.dilation_w != 1 ||
+      conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 || !conv.weight_fits_s8 ||
+      conv.x_zero_point > kLargestCode) {
+    return false;
+  }
+  // Below, the transforms cost more than they save.
+  if (conv.channels < 16 || conv.batch * conv.height * conv.width <= 16) return false;
+  for (int64_t o = 0; o < conv.out_channels; ++o) {
+    const float multiplier = conv.epilogue.multiplier[o];
+    if (multiplier * 0.25f * 4.0f != multiplier) return false;  // subnormal
+  }
+  return true;
+}
+
+// What ends all threads' work: the outputs would not be exact.
+class Failure {
+ public:
+  void set() { __atomic_store_n(&set_, true, __ATOMIC_RELAXED); }
+  bool is_set() const { return __atomic_load_n(&set_, __ATOMIC_RELAXED); }
+
+ private:
+  bool set_ = false;
+};
+
+// Rows [first_row, last_row) of tiles. Several threads share the rows' inputs, then the panels of
+// outputs, and where these alone would not keep them equally busy, the tiles.
+void run_rows(const PackedConv& conv, int64_t first_row, int64_t last_row, int64_t threads,
+              Failure* failure) {
+  const Block b = plan_block(conv, first_row, last_row - first_row);
+  parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end && !failure->is_set(); ++row) {
+      for (int64_t c = 0; c < conv.channels; c += kLine) {
+        if (!transform_row(conv, b, row, c)) failure->set();
+      }
+    }
+  });
+  const int64_t panels = ceil_div(conv.out_channels, kWide);
+  const int64_t shares = panels % threads && panels < 4 * threads ? threads : 1;
+  parallel_for(panels * shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end && !failure->is_set(); ++task) {
+      const int64_t channel = task / shares * kWide, share = task % shares;
+      const int64_t first = share * b.count / shares, last = (share + 1) * b.count / shares;
+      const bool fits = conv.out_channels - channel > kPanelRows
+                            ? run_panel<2>(conv, b, channel, first, last)
+                            : run_panel<1>(conv, b, channel, first, last);
+      if (!fits) failure->set();
+    }
+  });
+}
+
+}  // namespace
+
+bool winograd_conv2d(const PackedConv& conv) {
+  if (!applies(conv)) return false;
+  const int64_t tiles_x = ceil_div(conv.width, 2), rows = conv.batch * ceil_div(conv.height, 2);
+  const int64_t row_bytes = kPositions * tiles_x * ceil_div(conv.channels, kLine) * kLine;
+  int64_t parts = ceil_div(rows, max64(1, kInputBytes / row_bytes));
+  // Many tiles: each thread has its own and expands all weights for them, so that no transformed
+  // input moves between processors. A parallel_for within another one runs on its thread.
+  const int64_t threads = num_threads();
+  if (parts > 1 || rows * tiles_x >= 64 * threads) {
+    parts = min64(rows, ceil_div(parts, threads) * threads);
+  }
+  Failure failure;
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end && !failure.is_set(); ++part) {
+      const int64_t first_row = part * rows / parts, last_row = (part + 1) * rows / parts;
+      run_rows(conv, first_row, last_row, parts > 1 ? 1 : threads, &failure);
+    }
+  });
+  return !failure.is_set();
+}
+
+}  // namespace FDDA_ISA
+}  // namespace fdda
