@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .quantization.modules import QuantConv2d
+from .stem import FrozenStem
 
 
 class Conv3x3(nn.Module):
@@ -59,14 +62,17 @@ class MaxPool2d(nn.Module):
         return ops.max_pool2d(x, *self.windows)
 
 
-def use_operators(network: nn.Module, dtype: torch.dtype) -> None:
-    """Puts a module of ours in the place of every layer that one fits.
+Layer = type[Conv3x3 | MaxPool2d | FrozenStem]
 
-    Args:
-        dtype: of the activations.
-    """
-    kinds = (MaxPool2d, Conv3x3) if dtype == torch.float32 else (MaxPool2d,)
+
+def layers_of(dtype: torch.dtype) -> tuple[Layer, ...]:
+    """Those for activations of `dtype`, trained or not."""
+    return (MaxPool2d, Conv3x3) if dtype == torch.float32 else (MaxPool2d,)
+
+
+def use_layers(network: nn.Module, kinds: Sequence[Layer]) -> None:
+    """Puts the first of `kinds` that fits in the place of every module."""
     for name, module in list(network.named_modules()):
-        for kind in kinds:
-            if kind.fits(module):
-                network.set_submodule(name, kind(module))
+        kind = next((k for k in kinds if k.fits(module)), None)
+        if kind is not None:
+            network.set_submodule(name, kind(module))

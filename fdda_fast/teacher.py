@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from . import ops
-from .layers import use_operators
+from .layers import layers_of, use_layers
 from .stem import FrozenStem
 from .tracing import fuse, norm_chains, note_shapes, trace
 
@@ -91,10 +91,7 @@ class FrozenTeacher:
         graph_module = trace(model)
         note_shapes(graph_module, image_shape)
         self._recording, self.running = _fuse(graph_module)
-        for name, module in list(graph_module.named_modules()):
-            if FrozenStem.fits(module):
-                graph_module.set_submodule(name, FrozenStem(module))
-        use_operators(graph_module, dtype)
+        use_layers(graph_module, (FrozenStem, *layers_of(dtype)))
         for module in graph_module.modules():
             if not isinstance(module, nn.modules.batchnorm._BatchNorm | _FrozenNorm):
                 for parameter in module.parameters(recurse=False):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdda_fast.layers import Conv3x3, MaxPool2d, use_operators
+from fdda_fast.layers import Conv3x3, MaxPool2d, layers_of, use_layers
 from fdda_fast.ops import convolutions
 from fdda_fast.quantization.modules import quantized_layer
 
@@ -68,11 +68,11 @@ def test_layers_of_a_network():
     inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), inner)
     before, same = copy.deepcopy(network), {id(p) for p in network.parameters()}
-    use_operators(network, torch.bfloat16)
+    use_layers(network, layers_of(torch.bfloat16))
     assert [type(m) for m in (*network[:2], *network[2])] == [
         *(nn.Conv2d, MaxPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d)
     ]
-    use_operators(network, torch.float32)
+    use_layers(network, layers_of(torch.float32))
     assert [type(m) for m in (*network[:2], *network[2])] == [
         *(Conv3x3, MaxPool2d, Conv3x3, nn.ReLU, nn.Conv2d)
     ]

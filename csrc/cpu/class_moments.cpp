@@ -25,6 +25,7 @@ constexpr int64_t kRun = 16;        // numbers that are added before their sum i
 constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
+constexpr int64_t kAhead = 32;      // pixels asked for ahead: the processor itself stops at pages
 constexpr int kLanes = 64;
 
 struct Moments {
@@ -137,7 +138,7 @@ void add_pixels(const T* x, int64_t rows, int64_t stride, const float* center, f
     for (int k = 0; k < kVectors; ++k) {
       const int64_t at = i * stride + k * kEach;
       const V v = load_lanes<V>(x + at);
-      __builtin_prefetch(x + at + 32 * stride);
+      __builtin_prefetch(x + at + kAhead * stride);
       const V d = v - middle[k];
       d_sum[k] += d;
       s_sum[k] += d * d;
@@ -180,11 +181,10 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
     const double n = static_cast<double>(size);
     float center[kStrip] = {}, drift[kStrip] = {}, squares[kStrip] = {};
     if (start == 0) {
-      float sum[kStrip] = {};
-      add_tile<false, false>(x, size, stride, width, center, sum, squares, with, norm, channel);
+      float sum[kStrip] = {}, unused[kStrip] = {};
+      add_tile<false, false>(x, size, stride, width, center, sum, unused, with, norm, channel);
       for (int64_t c = 0; c < width; ++c) {
         center[c] = static_cast<float>(static_cast<double>(sum[c]) / n);
-        squares[c] = 0.0f;
       }
     } else {
       for (int64_t c = 0; c < width; ++c) center[c] = static_cast<float>(mean[c]);

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "packed_avx512.h"
 #include "packed_driver.h"
 
 namespace fdda {
@@ -16,10 +17,6 @@ constexpr int kPanelBytes = kPanelRows * kBlockDepth;  // of one depth block: on
 struct StoreRow {
   const Epilogue& e;
   const int64_t* offset;  // null: already in the weights
-
-  static __m512 add(__m512 v, __m512 residual, float scale) {
-    return _mm512_add_ps(v, _mm512_mul_ps(residual, _mm512_set1_ps(scale)));
-  }
 
   // (float)(double)(acc + offset * sum)
   __m512 with_offset(__m512i acc, int64_t channel, __mmask16 mask, int32_t sum) const {
@@ -40,13 +37,7 @@ struct StoreRow {
     __m512 v = offset ? with_offset(acc, channel, mask, sum) : _mm512_cvtepi32_ps(acc);
     v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, e.multiplier + channel));
     v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, e.bias + channel));
-    if (e.residual_u8) {
-      const __m128i r = _mm_maskz_loadu_epi8(mask, e.residual_u8 + index);
-      v = add(v, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), e.residual_scale);
-    }
-    if (e.residual_f32) {
-      v = add(v, _mm512_maskz_loadu_ps(mask, e.residual_f32 + index), e.residual_scale);
-    }
+    v = add_residual(e, v, index, mask);
     if (e.out_u8) {
       v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(e.lo)), _mm512_set1_ps(e.hi));
       const __m512i q = _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -122,26 +113,12 @@ void multiply(const Tile& t, int64_t first, const StoreRow& store_row) {
   }
 }
 
-// Calls multiply for a run-time number of rows up to ROWS.
-template <int ROWS, int PANELS, class Tile>
-void multiply_rows(const Tile& t, int64_t first, int64_t rows, const StoreRow& store_row) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      multiply<ROWS, PANELS>(t, first, store_row);
-    } else {
-      multiply_rows<ROWS - 1, PANELS>(t, first, rows, store_row);
-    }
-  }
-}
-
 // ROWS * PANELS accumulators, PANELS weights and one input fit the 32 registers.
 template <int ROWS, int PANELS, class Tile>
 void all_rows(const Tile& t, const StoreRow& store_row) {
-  const int64_t tiles = ceil_div(t.num_rows, ROWS);
-  for (int64_t i = 0; i < tiles; ++i) {  // tiles of even height: no nearly empty last one
-    const int64_t first = i * t.num_rows / tiles;
-    multiply_rows<ROWS, PANELS>(t, first, (i + 1) * t.num_rows / tiles - first, store_row);
-  }
+  for_each_row_tile<ROWS>(t.num_rows, [&](auto rows, int64_t first) {
+    multiply<decltype(rows)::kCount, PANELS>(t, first, store_row);
+  });
 }
 
 struct Vnni {

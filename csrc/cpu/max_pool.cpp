@@ -1,7 +1,9 @@
-// Max pooling that remembers which tap of its window each maximum is, in a byte, and its gradient:
-// every input gathers from the windows that it lies in, so that it is written once.
+// Max pooling of codes; that of real numbers, which remembers in a byte the tap of its window that
+// each maximum is, and its gradient: every input gathers from the windows that it lies in, so that
+// it is written once.
 
 #include <math.h>
+#include <string.h>
 
 #include "functions.h"
 #include "half.h"
@@ -37,6 +39,10 @@ void for_each_tap(const PoolShape& s, int64_t oh, int64_t ow, Body body) {
       body(static_cast<int32_t>(kh * s.kernel_w + kw), (ih * s.width + iw) * s.channels);
     }
   }
+}
+
+void maximum(uint8_t* __restrict out, const uint8_t* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] ? x[i] : out[i];
 }
 
 template <class T>
@@ -121,6 +127,19 @@ void gradient(const MaxPool2dGradient& a) {
 }
 
 }  // namespace
+
+void max_pool(const MaxPool& a) {
+  const PoolShape s = a.shape;
+  for_each_row(s, s.out_height, s.out_width, [&](int64_t n, int64_t oh) {
+    const uint8_t* image = a.x + n * s.height * s.width * s.channels;
+    for (int64_t ow = 0; ow < s.out_width; ++ow) {
+      uint8_t* out = a.out + ((n * s.out_height + oh) * s.out_width + ow) * s.channels;
+      memset(out, 0, s.channels);  // codes are unsigned: 0 never beats a valid tap
+      for_each_tap(s, oh, ow,
+                   [&](int32_t, int64_t pixel) { maximum(out, image + pixel, s.channels); });
+    }
+  });
+}
 
 void max_pool2d(const MaxPool2d& a) {
   switch (a.dtype) {

@@ -1,4 +1,4 @@
-// Float images to NHWC codes, codes to fewer bits, and max pooling on codes.
+// Float images to NHWC codes, and codes to fewer bits.
 //
 // Bytes may alias anything, so loops that store them read their bounds and factors from locals.
 
@@ -41,10 +41,6 @@ void quantize_channel(const float* x, int64_t stride, uint8_t* out, int64_t chan
   }
 }
 
-void maximum(uint8_t* __restrict out, const uint8_t* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] ? x[i] : out[i];
-}
-
 }  // namespace
 
 void quantize(const Quantize& a) {
@@ -74,32 +70,6 @@ void requantize_codes(const RequantizeCodes& a) {
     uint8_t* __restrict out = a.out;
     for (int64_t i = begin; i < end; ++i) {
       out[i] = code((static_cast<float>(x[i]) - x_zero_point) / x_scale);
-    }
-  });
-}
-
-void max_pool(const MaxPool& pool) {
-  const PoolShape& a = pool.shape;
-  const int64_t work = a.out_width * a.channels * a.kernel_h * a.kernel_w;
-  const int64_t rows = a.batch * a.out_height;
-  parallel_for(rows, max64(1, 65536 / max64(1, work)), [&](int64_t begin, int64_t end) {
-    const int64_t channels = a.channels;
-    for (int64_t r = begin; r < end; ++r) {
-      const uint8_t* image = pool.x + r / a.out_height * a.height * a.width * channels;
-      const int64_t top = r % a.out_height * a.stride_h - a.pad_h;
-      for (int64_t ow = 0; ow < a.out_width; ++ow) {
-        uint8_t* out = pool.out + (r * a.out_width + ow) * channels;
-        memset(out, 0, channels);  // codes are unsigned: 0 never beats a valid tap
-        for (int64_t kh = 0; kh < a.kernel_h; ++kh) {
-          const int64_t ih = top + kh * a.dilation_h;
-          if (ih < 0 || ih >= a.height) continue;
-          for (int64_t kw = 0; kw < a.kernel_w; ++kw) {
-            const int64_t iw = ow * a.stride_w - a.pad_w + kw * a.dilation_w;
-            if (iw < 0 || iw >= a.width) continue;
-            maximum(out, image + (ih * a.width + iw) * channels, channels);
-          }
-        }
-      }
     }
   });
 }

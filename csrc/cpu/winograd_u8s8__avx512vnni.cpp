@@ -1,6 +1,7 @@
 // Packed 3x3 convolution by Winograd's algorithm in 8-bit integers: products, outputs and the
 // division of work. The other transforms and the layouts are in winograd_u8s8.h.
 
+#include "packed_avx512.h"
 #include "winograd_u8s8.h"
 
 namespace fdda {
@@ -61,27 +62,11 @@ __attribute__((noinline)) void multiply(const Product& m, int64_t first) {
   }
 }
 
-// Calls multiply for a run-time number of rows up to ROWS.
-template <int ROWS, int PANELS>
-void multiply_rows(const Product& m, int64_t first, int64_t rows) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS) {
-      multiply<ROWS, PANELS>(m, first);
-    } else {
-      multiply_rows<ROWS - 1, PANELS>(m, first, rows);
-    }
-  }
-}
-
 // 14 * 2 accumulators, 2 weights and an input fit the 32 registers.
 template <int PANELS>
 void multiply_all(const Product& m, int64_t count) {
-  constexpr int kRows = 14;
-  const int64_t parts = ceil_div(count, kRows);
-  for (int64_t i = 0; i < parts; ++i) {  // of even height: no nearly empty last one
-    const int64_t first = i * count / parts;
-    multiply_rows<kRows, PANELS>(m, first, (i + 1) * count / parts - first);
-  }
+  for_each_row_tile<14>(
+      count, [&](auto rows, int64_t first) { multiply<decltype(rows)::kCount, PANELS>(m, first); });
 }
 
 // ---- outputs ----
@@ -100,7 +85,7 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
   const Epilogue& e = conv.epilogue;
   const uint32_t mask = ~uint32_t{0} >> (kWide - out.columns);
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  const __m512 hi = _mm512_set1_ps(e.hi), scale = _mm512_set1_ps(e.residual_scale);
+  const __m512 hi = _mm512_set1_ps(e.hi);
   const __m512i lo = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.lo)));
   __m512 multiplier[PANELS], bias[PANELS];
 #pragma GCC unroll 2
@@ -146,14 +131,7 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
           // float(4 acc) * (multiplier / 4) is float(acc) * multiplier to the bit.
           v[j][p] = _mm512_mul_ps(_mm512_cvtepi32_ps(y[i][j][p]), multiplier[p]);
           v[j][p] = _mm512_add_ps(v[j][p], bias[p]);
-          if (e.residual_u8) {
-            const __m128i r = _mm_maskz_loadu_epi8(present, e.residual_u8 + index);
-            const __m512 residual = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r));
-            v[j][p] = _mm512_add_ps(v[j][p], _mm512_mul_ps(residual, scale));
-          } else if (e.residual_f32) {
-            const __m512 residual = _mm512_maskz_loadu_ps(present, e.residual_f32 + index);
-            v[j][p] = _mm512_add_ps(v[j][p], _mm512_mul_ps(residual, scale));
-          }
+          v[j][p] = add_residual(e, v[j][p], index, present);
           if (FLOAT) _mm512_mask_storeu_ps(e.out_f32 + index, present, v[j][p]);
         }
       }

@@ -9,7 +9,7 @@ csrc/cpu/winograd.cpp transforms.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,10 +35,8 @@ def conv3x3_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     x, grad_y = nhwc(x), nhwc(grad_y)
     outputs, inputs = grad_y.shape[3], x.shape[3]
     total = x.new_zeros(36, outputs, inputs)
-    groups = tile_groups(x, TILES)
-    x_memory, grad_memory = (TileMemory(t, groups, 36) for t in (x, grad_y))
-    for first, count in groups:
-        values, grads = (m.of(count).view(36, count, -1) for m in (x_memory, grad_memory))
+    for first, values, grads in tile_groups(x, grad_y, TILES, 36):
+        grads = grads.view(*values.shape[:2], outputs)
         torch.ops.fdda._winograd_input(x, values, first)
         torch.ops.fdda._winograd_gradient(grad_y, grads, first)
         total.baddbmm_(grads.transpose(1, 2), values)
@@ -51,10 +49,8 @@ def _convolution(x: Tensor, weights: Tensor) -> Tensor:
     """weights: [36, inputs, outputs]"""
     x = nhwc(x)
     y = x.new_empty(*x.shape[:3], weights.shape[2])
-    groups = tile_groups(x, TILES)
-    x_memory, y_memory = (TileMemory(t, groups, 36) for t in (x, y))
-    for first, count in groups:
-        values, products = (m.of(count).view(36, count, -1) for m in (x_memory, y_memory))
+    for first, values, products in tile_groups(x, y, TILES, 36):
+        products = products.view(*values.shape[:2], y.shape[3])
         torch.ops.fdda._winograd_input(x, values, first)
         torch.bmm(values, weights, out=products)
         torch.ops.fdda._winograd_output(products, y, first)
@@ -81,24 +77,25 @@ def winograd_pays(x: Tensor, weight: Tensor, channels: int, pixels: int) -> bool
     return enough and min(weight.shape[:2]) >= channels
 
 
-def tile_groups(x: Tensor, most: int) -> list[tuple[int, int]]:
-    """First tile and number of tiles, in nearly equal shares, by the shape [N, H, W, C] alone."""
-    batch, height, width, _ = x.shape
+def tile_groups(
+    x: Tensor, y: Tensor, most: int, products: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Tiles of x [N, H, W, Cx], at most so many at a time, in nearly equal shares.
+
+    By the shape alone. Groups share their memory: fresh pages would cost more than a pass.
+
+    Yields:
+        The first tile, memory for its group's positions [36, tiles, Cx], and for their products,
+        flat [products * tiles * Cy], with the channels of y [..., Cy].
+    """
+    batch, height, width, channels = x.shape
     tiles = batch * -(-height // 4) * -(-width // 4)
     groups = -(-tiles // most)
-    edges = [tiles * k // groups for k in range(groups + 1)] if groups else []
-    return [(first, end - first) for first, end in itertools.pairwise(edges)]
-
-
-class TileMemory:
-    """`parts` pixels of x [N, H, W, C] for every tile of a group, each group after the other.
-
-    Fresh pages would cost more than a pass.
-    """
-
-    def __init__(self, x: Tensor, groups: list[tuple[int, int]], parts: int) -> None:
-        self.size = parts * x.shape[3]
-        self.memory = x.new_empty(self.size * max((count for _, count in groups), default=0))
-
-    def of(self, count: int) -> Tensor:
-        return self.memory[: self.size * count]
+    largest = -(-tiles // max(1, groups))
+    x_memory = x.new_empty(36 * largest * channels)
+    y_memory = y.new_empty(products * largest * y.shape[3])
+    for k in range(groups):
+        first = tiles * k // groups
+        count = tiles * (k + 1) // groups - first
+        positions = x_memory[: 36 * count * channels].view(36, count, channels)
+        yield first, positions, y_memory[: products * count * y.shape[3]]

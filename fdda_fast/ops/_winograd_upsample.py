@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdda_fast.ops import _nine_products
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._winograd import TileMemory, tile_groups, winograd_pays
+from fdda_fast.ops._winograd import tile_groups, winograd_pays
 
 TILES = 160  # a matrix product takes at most; measured: 96 to 192 differ little, 256 is slower
 # Positions that meet as many products.
@@ -29,12 +29,9 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, height, width, _ = x.shape
     y = x.new_empty(batch, 2 * height, 2 * width, len(weight))
     weights = _weights(weight)
-    groups = tile_groups(x, TILES)
-    x_memory, y_memory = TileMemory(x, groups, 36), TileMemory(y, groups, 81)
-    for first, count in groups:
-        values, products = x_memory.of(count).view(36, count, -1), y_memory.of(count)
+    for first, values, products in tile_groups(x, y, TILES, 81):
         torch.ops.fdda._winograd_upsample_input(x, values, first)
-        terms = _products(products, count)
+        terms = _products(products, values.shape[1])
         for value, w, term in zip(_positions(values), weights, terms, strict=True):
             torch.bmm(value, w, out=term)
         terms[0][_CENTER] += bias
@@ -55,12 +52,9 @@ def upsample_conv3x3_backward(
     # Products with transposed views were seen to take a quarter longer.
     weights = [w.transpose(1, 2).contiguous() for w in _weights(weight)]
     total = weight.new_zeros(81 * inputs * outputs)
-    groups = tile_groups(x, TILES)
-    x_memory, y_memory = TileMemory(x, groups, 36), TileMemory(grad_y, groups, 81)
-    for first, count in groups:
-        values, products = x_memory.of(count).view(36, count, -1), y_memory.of(count)
+    for first, values, products in tile_groups(x, grad_y, TILES, 81):
         torch.ops.fdda._winograd_upsample_gradient(grad_y, products, first)
-        grads = _products(products, count)
+        grads = _products(products, values.shape[1])
         grad_bias += grads[0][_CENTER].sum(0, dtype=torch.float64)
         torch.ops.fdda._winograd_upsample_input(x, values, first)
         for grad, value, w, sums in zip(

@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..config import QuantizeConfig
 from ..data.augment import blended, random_resized_crop, random_shift
 from ..generator import Generator, sample
-from ..layers import use_operators
+from ..layers import layers_of, use_layers
 from ..losses import distillation
 from ..seeding import stream
 from ..statistics import BNSCenters, check_labelled_images, collect_centers
@@ -63,7 +63,7 @@ class Finetuner:
         self.teacher = FrozenTeacher(model, image_shape, dtype)
         # For the steps alone, with the same parameters.
         self.fused = fuse_norms(student, image_shape)
-        use_operators(self.fused, dtype)
+        use_layers(self.fused, layers_of(dtype))
         if dtype != torch.float32:
             cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)
@@ -156,14 +156,15 @@ class Finetuner:
             nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
         self.optimizer.step()
         self.range_optimizer.step()
-        self._move_average(index)
+        if self.average:
+            self._move_average(index)
         agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return {"student_loss": loss.item(), "agreement": float(agreement)}
 
     @torch.no_grad()
     def _move_average(self, index: int) -> None:
         decay = min(self.config.average_decay, (1 + index) / (10 + index))
-        for average, parameter in zip(self.average, self.student.parameters(), strict=False):
+        for average, parameter in zip(self.average, self.student.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
