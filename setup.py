@@ -28,7 +28,10 @@ PORTABLE_KERNELS = [
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISAS = {
     "generic": ([*PORTABLE_KERNELS, "gemm_s16"], []),
-    "avx2": ([*PORTABLE_KERNELS, "gemm_s16"], ["-mavx2", "-mf16c"]),
+    "avx2": ([*PORTABLE_KERNELS, "gemm_6x16__avx2"], ["-mavx2", "-mf16c"]),
+    # Packed convolutions only, in either encoding; everything else is avx2's.
+    "avxvnni": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavxvnni"]),
+    "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
     "avx512vnni": (
         [*PORTABLE_KERNELS, "gemm_u8s8_6x64__avx512vnni", "winograd_u8s8__avx512vnni"],
         [

@@ -7,11 +7,23 @@ namespace fdda {
 namespace {
 
 #if defined(__x86_64__)
+Kernels with_packed_conv2d(const char* (*packed_conv2d)(const PackedConv&)) {
+  Kernels kernels = avx2::kernels;
+  kernels.packed_conv2d = packed_conv2d;
+  return kernels;
+}
+
+const Kernels avxvnni_kernels = with_packed_conv2d(
+    __builtin_cpu_supports("avxvnni") ? avxvnni::packed_conv2d : avxvnni_evex::packed_conv2d);
+
 // __builtin_cpu_supports also asks the operating system for the wide registers' state.
 const Isa kIsas[kNumIsas] = {
     {"generic", &generic::kernels, true},
     {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
-    {"avxvnni", nullptr, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")},
+    {"avxvnni", &avxvnni_kernels,
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+         (__builtin_cpu_supports("avxvnni") ||
+          (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))},
     {"avx512", nullptr,
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},

@@ -1,17 +1,15 @@
-// Packed convolution on any processor: inputs minus their zero point and weights, both as int16.
-// Sums of int16 products are what compilers turn into pmaddwd and its kin.
+// Packed convolution on any processor: compilers turn sums of int16 products into pmaddwd and its
+// kin.
 
+#include "operands_s16.h"
 #include "packed_driver.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-struct S16 {
-  using Input = int16_t;
-  using Weight = int16_t;
+struct S16 : S16Operands {
   static constexpr int64_t kColumns = 64;
-  static constexpr bool kReadsInput = false;
   static constexpr int kRows = 3;
   static constexpr int kChannels = 4;
 
@@ -37,19 +35,6 @@ struct S16 {
       }
     }
     for (int n = 0; n < kPanelRows; ++n) start[n] = 0;
-  }
-
-  static void copy(Input* out, const uint8_t* x, int64_t n, const PackedConv& conv) {
-    const int zero = conv.x_zero_point;
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int16_t>(x[i] - zero);
-  }
-
-  static void pad(Input* out, int64_t n, const PackedConv&) { memset(out, 0, n * sizeof(Input)); }
-
-  static int32_t row_sum(const Input* row, int64_t depth, const PackedConv&) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < depth; ++i) sum += row[i];
-    return sum;
   }
 
   // Sums of ROWS rows times kChannels channels in one pass: each load serves several products.

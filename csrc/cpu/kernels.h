@@ -377,6 +377,13 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+// Packed convolutions in 256-bit VNNI, VEX and EVEX encoded; their other kernels are avx2's.
+namespace avxvnni {
+const char* packed_conv2d(const PackedConv&);
+}
+namespace avxvnni_evex {
+const char* packed_conv2d(const PackedConv&);
+}
 namespace avx512vnni {
 extern const Kernels kernels;
 }

@@ -11,6 +11,8 @@
 //   row_sum(row, depth, conv)
 //                      sum of (x - x_zero_point) over a row
 //   gemm(tile)         all rows times all columns, with the epilogue
+//
+// gemm may be a member of a policy that knows more about the call.
 #pragma once
 
 #include <string.h>
@@ -47,8 +49,9 @@ class Driver {
   using Weight = typename Policy::Weight;
 
  public:
-  explicit Driver(const PackedConv& conv)
+  explicit Driver(const PackedConv& conv, const Policy& policy = {})
       : conv_(conv),
+        policy_(policy),
         group_inputs_(conv.channels / conv.groups),
         group_outputs_(conv.out_channels / conv.groups),
         depth_(conv.kernel_h * conv.kernel_w * group_inputs_),
@@ -243,10 +246,11 @@ class Driver {
     tile.first_row = first;
     tile.first_channel = group * group_outputs_ + panel * kPanelRows;
     tile.columns = min64(Policy::kColumns, group_outputs_ - panel * kPanelRows);
-    Policy::gemm(tile);
+    policy_.gemm(tile);
   }
 
   const PackedConv& conv_;
+  const Policy policy_;
   const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, row_size_, panel_size_,
       panels_, num_rows_;
   const bool direct_;

@@ -1,0 +1,195 @@
+// What the packed convolutions on 256-bit registers share: expansion of weights, u8 x s8 operands,
+// register tiles and the epilogue. A panel of 16 channels is two registers wide.
+#pragma once
+
+#include <immintrin.h>
+
+#include "packed_driver.h"
+#include "row_tiles.h"
+
+// Keeps accumulators in registers and their updates in this order; gcc 12 otherwise hoists the
+// loads of all rows and spills.
+#define FDDA_PIN(x) asm("" : "+x"(x))
+
+namespace fdda {
+namespace FDDA_ISA {
+namespace {
+
+constexpr int kHalf = 8;      // channels of a register of sums
+constexpr int kTileRows = 6;  // 6 * 2 sums, 2 weights, an input and a product fit 16 registers
+
+// ---- weights ----
+
+// sink(low, high) for each block: s8 weights of channels 0-7 and 8-15, 4 inputs each.
+template <int BITS, class Sink>
+void expand_planes(const uint8_t* planes, int64_t depth, const int8_t* offset, Sink sink) {
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+  const __m256i spread =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  __m256i offsets[2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const __m128i o = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(offset + h * kHalf));
+    offsets[h] = _mm256_mullo_epi32(_mm256_cvtepu8_epi32(o), _mm256_set1_epi32(0x01010101));
+  }
+  for (int64_t k = 0; k < depth; k += kBlockDepth) {
+    __m256i w[2] = {offsets[0], offsets[1]};
+#pragma GCC unroll 8
+    for (int b = 0; b < BITS; ++b, planes += kPlaneBytes) {
+      const int weight = b == BITS - 1 ? -(1 << b) : 1 << b;
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        int32_t half;
+        memcpy(&half, planes + h * sizeof half, sizeof half);
+        const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(half), spread);
+        const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+        w[h] = _mm256_add_epi8(w[h],
+                               _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(weight))));
+      }
+    }
+    if (depth - k < kBlockDepth) {  // padding weighs 0, not `offset`
+      const __m256i valid = _mm256_set1_epi32((1 << 8 * (depth - k)) - 1);
+      w[0] = _mm256_and_si256(w[0], valid);
+      w[1] = _mm256_and_si256(w[1], valid);
+    }
+    sink(w[0], w[1]);
+  }
+}
+
+template <class Sink>
+void expand_panel(int bits, const uint8_t* planes, int64_t depth, const int8_t* offset, Sink sink) {
+  switch (bits) {
+    case 2: return expand_planes<2>(planes, depth, offset, sink);
+    case 3: return expand_planes<3>(planes, depth, offset, sink);
+    case 4: return expand_planes<4>(planes, depth, offset, sink);
+    case 5: return expand_planes<5>(planes, depth, offset, sink);
+    case 6: return expand_planes<6>(planes, depth, offset, sink);
+    case 7: return expand_planes<7>(planes, depth, offset, sink);
+    case 8: return expand_planes<8>(planes, depth, offset, sink);
+  }
+}
+
+// ---- operands ----
+
+// u8 inputs as they are, weights as [depth / 4][16][4] s8. The inputs' zero point enters through
+// the sums' start, -x_zero_point * sum of the channel's weights.
+struct U8S8Operands {
+  using Input = uint8_t;
+  using Weight = int8_t;
+  static constexpr bool kReadsInput = true;
+
+  static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
+                     const int8_t* offset, Weight* panel, int32_t* start) {
+    const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
+    __m256i sums[2] = {};
+    expand_panel(conv.bits, planes, depth, offset, [&](__m256i low, __m256i high) {
+      __m256i* out = reinterpret_cast<__m256i*>(panel);
+      _mm256_store_si256(out, low);
+      _mm256_store_si256(out + 1, high);
+      panel += kPanelRows * kBlockDepth;
+      sums[0] =
+          _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, low), ones16));
+      sums[1] =
+          _mm256_add_epi32(sums[1], _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, high), ones16));
+    });
+    const __m256i factor = _mm256_set1_epi32(-conv.x_zero_point);
+    for (int h = 0; h < 2; ++h) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(start + h * kHalf),
+                          _mm256_mullo_epi32(sums[h], factor));
+    }
+  }
+
+  static void copy(Input* out, const uint8_t* x, int64_t n, const PackedConv&) {
+    memcpy(out, x, n);
+  }
+
+  static void pad(Input* out, int64_t n, const PackedConv& conv) {
+    memset(out, conv.x_zero_point, n);
+  }
+
+  static int32_t row_sum(const Input* row, int64_t depth, const PackedConv& conv) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < depth; ++i) sum += row[i];
+    return static_cast<int32_t>(sum - conv.x_zero_point * depth);
+  }
+};
+
+// 4 bytes of inputs, in all lanes.
+inline __m256i broadcast(const void* x) {
+  int32_t v;
+  memcpy(&v, x, sizeof v);
+  return _mm256_set1_epi32(v);
+}
+
+// ---- epilogue ----
+
+// store_outputs<8>
+inline void store_half(const Epilogue& e, __m256i acc, int64_t index, int64_t channel) {
+  __m256 v = _mm256_cvtepi32_ps(acc);
+  v = _mm256_mul_ps(v, _mm256_loadu_ps(e.multiplier + channel));
+  v = _mm256_add_ps(v, _mm256_loadu_ps(e.bias + channel));
+  const __m256 scale = _mm256_set1_ps(e.residual_scale);
+  if (e.residual_u8) {
+    const __m128i r = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(e.residual_u8 + index));
+    v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(r)), scale));
+  }
+  if (e.residual_f32) {
+    v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_loadu_ps(e.residual_f32 + index), scale));
+  }
+  if (e.out_u8) {
+    v = _mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(e.lo)), _mm256_set1_ps(e.hi));
+    const __m256i q = _mm256_cvtps_epi32(v);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(e.out_u8 + index), _mm_packus_epi16(words, words));
+  } else {
+    _mm256_storeu_ps(e.out_f32 + index, v);
+  }
+}
+
+// Row `row` of the tile, channels n .. n + 7 as far as they exist.
+template <class Policy>
+inline void store_sums(const Tile<Policy>& t, __m256i acc, int64_t row, int64_t n) {
+  const Epilogue& e = t.conv->epilogue;
+  const int64_t channel = t.first_channel + n;
+  const int64_t index = (t.first_row + row) * t.conv->out_channels + channel;
+  if (t.columns - n >= kHalf && !t.row_sums) return store_half(e, acc, index, channel);
+  alignas(32) int32_t sums[kHalf];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(sums), acc);
+  for (int64_t j = 0; j < min64(kHalf, t.columns - n); ++j) {
+    const int64_t offset = t.row_sums ? t.conv->weight_offset[channel + j] * t.row_sums[row] : 0;
+    store_output(e, index + j, channel + j, sums[j] + offset);
+  }
+}
+
+// ---- division into register tiles ----
+
+// A panel stays in the first cache for all rows. policy.multiply adds to acc the products of
+// adjacent rows, the first at x, and of one panel.
+template <class Policy>
+void gemm_tiles(const Policy& policy, const Tile<Policy>& t) {
+  const int64_t panel_size = t.depth_blocks * kPanelRows * kBlockDepth;
+  for (int64_t n = 0; n < t.columns; n += kPanelRows) {
+    const typename Policy::Weight* panel = t.panels + n / kPanelRows * panel_size;
+    const __m256i* start = reinterpret_cast<const __m256i*>(t.starts + n);
+    for_each_row_tile<kTileRows>(t.num_rows, [&](auto rows, int64_t first) {
+      constexpr int kRows = decltype(rows)::kCount;
+      __m256i acc[kRows][2];
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        acc[r][0] = _mm256_loadu_si256(start);
+        acc[r][1] = _mm256_loadu_si256(start + 1);
+      }
+      policy.multiply(t.rows + first * t.row_stride, t.row_stride, panel, t.depth_blocks, acc);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        store_sums(t, acc[r][0], first + r, n);
+        if (t.columns - n > kHalf) store_sums(t, acc[r][1], first + r, n + kHalf);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace FDDA_ISA
+}  // namespace fdda
