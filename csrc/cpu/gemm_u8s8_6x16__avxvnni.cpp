@@ -7,35 +7,21 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-inline __m256i dpbusd(__m256i acc, __m256i x, __m256i w) {
-#if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(acc, x, w);
-#else
-  return _mm256_dpbusd_epi32(acc, x, w);
-#endif
-}
-
 struct Vnni : U8S8Operands {
   static constexpr int64_t kColumns = 64;
+  static constexpr int64_t exact_steps = INT64_MAX;
 
-  template <int ROWS>
-  void multiply(const Input* x, int64_t stride, const Weight* w, int64_t blocks,
-                __m256i (&acc)[ROWS][2]) const {
-    for (int64_t k = 0; k < blocks; ++k, x += kBlockDepth, w += kPanelRows * kBlockDepth) {
-      const __m256i* b = reinterpret_cast<const __m256i*>(w);
-      const __m256i low = _mm256_load_si256(b), high = _mm256_load_si256(b + 1);
-#pragma GCC unroll 6
-      for (int r = 0; r < ROWS; ++r) {
-        const __m256i a = broadcast(x + r * stride);
-        acc[r][0] = dpbusd(acc[r][0], a, low);
-        FDDA_PIN(acc[r][0]);
-        acc[r][1] = dpbusd(acc[r][1], a, high);
-        FDDA_PIN(acc[r][1]);
-      }
-    }
+  static __m256i add(__m256i sum, __m256i x, __m256i w) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, x, w);
+#else
+    return _mm256_dpbusd_epi32(sum, x, w);
+#endif
   }
 
-  void gemm(const Tile<Vnni>& t) const { gemm_tiles(*this, t); }
+  static __m256i widened(__m256i sum) { return sum; }
+
+  static void gemm(const Tile<Vnni>& t) { gemm_panels(Vnni(), t); }
 };
 
 }  // namespace

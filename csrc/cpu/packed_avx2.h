@@ -18,6 +18,19 @@ namespace {
 constexpr int kHalf = 8;      // channels of a register of sums
 constexpr int kTileRows = 6;  // 6 * 2 sums, 2 weights, an input and a product fit 16 registers
 
+inline __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+inline void store(void* to, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+
+// 4 bytes of inputs, in all lanes.
+inline __m256i broadcast(const void* x) {
+  int32_t v;
+  memcpy(&v, x, sizeof v);
+  return _mm256_set1_epi32(v);
+}
+
 // ---- weights ----
 
 // sink(low, high) for each block: s8 weights of channels 0-7 and 8-15, 4 inputs each.
@@ -83,9 +96,8 @@ struct U8S8Operands {
     const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
     __m256i sums[2] = {};
     expand_panel(conv.bits, planes, depth, offset, [&](__m256i low, __m256i high) {
-      __m256i* out = reinterpret_cast<__m256i*>(panel);
-      _mm256_store_si256(out, low);
-      _mm256_store_si256(out + 1, high);
+      store(panel, low);
+      store(panel + kHalf * kBlockDepth, high);
       panel += kPanelRows * kBlockDepth;
       sums[0] =
           _mm256_add_epi32(sums[0], _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, low), ones16));
@@ -94,8 +106,7 @@ struct U8S8Operands {
     });
     const __m256i factor = _mm256_set1_epi32(-conv.x_zero_point);
     for (int h = 0; h < 2; ++h) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(start + h * kHalf),
-                          _mm256_mullo_epi32(sums[h], factor));
+      store(start + h * kHalf, _mm256_mullo_epi32(sums[h], factor));
     }
   }
 
@@ -113,13 +124,6 @@ struct U8S8Operands {
     return static_cast<int32_t>(sum - conv.x_zero_point * depth);
   }
 };
-
-// 4 bytes of inputs, in all lanes.
-inline __m256i broadcast(const void* x) {
-  int32_t v;
-  memcpy(&v, x, sizeof v);
-  return _mm256_set1_epi32(v);
-}
 
 // ---- epilogue ----
 
@@ -147,45 +151,80 @@ inline void store_half(const Epilogue& e, __m256i acc, int64_t index, int64_t ch
   }
 }
 
-// Row `row` of the tile, channels n .. n + 7 as far as they exist.
+// Sums of row `row` of the tile and of the panel from column n on.
 template <class Policy>
-inline void store_sums(const Tile<Policy>& t, __m256i acc, int64_t row, int64_t n) {
+inline void store_sums(const Tile<Policy>& t, const int32_t* sums, int64_t row, int64_t n) {
   const Epilogue& e = t.conv->epilogue;
   const int64_t channel = t.first_channel + n;
   const int64_t index = (t.first_row + row) * t.conv->out_channels + channel;
-  if (t.columns - n >= kHalf && !t.row_sums) return store_half(e, acc, index, channel);
-  alignas(32) int32_t sums[kHalf];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(sums), acc);
-  for (int64_t j = 0; j < min64(kHalf, t.columns - n); ++j) {
+  const int64_t count = min64(kPanelRows, t.columns - n);
+  int64_t j = 0;
+  for (; j + kHalf <= count && !t.row_sums; j += kHalf) {
+    store_half(e, load(sums + j), index + j, channel + j);
+  }
+  for (; j < count; ++j) {
     const int64_t offset = t.row_sums ? t.conv->weight_offset[channel + j] * t.row_sums[row] : 0;
     store_output(e, index + j, channel + j, sums[j] + offset);
   }
 }
 
-// ---- division into register tiles ----
+// ---- products ----
 
-// A panel stays in the first cache for all rows. policy.multiply adds to acc the products of
-// adjacent rows, the first at x, and of one panel.
+// Sums of ROWS rows, which start at x and are `stride` bytes apart, and one panel. A step is 4
+// bytes of each row and two registers of weights. The policy:
+//   add(sum, x, w)    sum plus the products of a step
+//   exact_steps       after which the sums are to be widened
+//   widened(sum)      as int32
+template <int ROWS, class Policy>
+__attribute__((noinline)) void multiply(const Policy& policy, const char* x, int64_t stride, const char* w,
+                     int64_t steps, const __m256i (&start)[2], int32_t* sums) {
+  for (int r = 0; r < ROWS; ++r) {
+    store(sums + r * kPanelRows, start[0]);
+    store(sums + r * kPanelRows + kHalf, start[1]);
+  }
+  while (steps > 0) {
+    __m256i part[ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) part[r][0] = part[r][1] = _mm256_setzero_si256();
+    const int64_t n = min64(steps, policy.exact_steps);
+    steps -= n;
+    for (int64_t i = 0; i < n; ++i, x += 4, w += 64) {
+      const __m256i low = load(w), high = load(w + 32);
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; ++r) {
+        const __m256i a = broadcast(x + r * stride);
+        part[r][0] = Policy::add(part[r][0], a, low);
+        FDDA_PIN(part[r][0]);
+        part[r][1] = Policy::add(part[r][1], a, high);
+        FDDA_PIN(part[r][1]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        int32_t* sum = sums + r * kPanelRows + h * kHalf;
+        store(sum, _mm256_add_epi32(load(sum), Policy::widened(part[r][h])));
+      }
+    }
+  }
+}
+
+// A panel stays in the first cache for all rows.
 template <class Policy>
-void gemm_tiles(const Policy& policy, const Tile<Policy>& t) {
-  const int64_t panel_size = t.depth_blocks * kPanelRows * kBlockDepth;
+void gemm_panels(const Policy& policy, const Tile<Policy>& t) {
+  using Weight = typename Policy::Weight;
+  const int64_t panel_bytes = t.depth_blocks * kPanelRows * kBlockDepth * sizeof(Weight);
+  const int64_t stride = t.row_stride * sizeof(*t.rows);
   for (int64_t n = 0; n < t.columns; n += kPanelRows) {
-    const typename Policy::Weight* panel = t.panels + n / kPanelRows * panel_size;
-    const __m256i* start = reinterpret_cast<const __m256i*>(t.starts + n);
+    const char* w = reinterpret_cast<const char*>(t.panels) + n / kPanelRows * panel_bytes;
+    const __m256i start[2] = {load(t.starts + n), load(t.starts + n + kHalf)};
     for_each_row_tile<kTileRows>(t.num_rows, [&](auto rows, int64_t first) {
       constexpr int kRows = decltype(rows)::kCount;
-      __m256i acc[kRows][2];
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        acc[r][0] = _mm256_loadu_si256(start);
-        acc[r][1] = _mm256_loadu_si256(start + 1);
-      }
-      policy.multiply(t.rows + first * t.row_stride, t.row_stride, panel, t.depth_blocks, acc);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        store_sums(t, acc[r][0], first + r, n);
-        if (t.columns - n > kHalf) store_sums(t, acc[r][1], first + r, n + kHalf);
-      }
+      alignas(32) int32_t sums[kRows * kPanelRows];
+      multiply<kRows>(policy, reinterpret_cast<const char*>(t.rows) + first * stride, stride, w,
+                      panel_bytes / 64, start, sums);
+      for (int r = 0; r < kRows; ++r) store_sums(t, sums + r * kPanelRows, first + r, n);
     });
   }
 }

@@ -49,7 +49,7 @@ class Driver {
   using Weight = typename Policy::Weight;
 
  public:
-  explicit Driver(const PackedConv& conv, const Policy& policy = {})
+  explicit Driver(const PackedConv& conv, const Policy& policy = Policy())
       : conv_(conv),
         policy_(policy),
         group_inputs_(conv.channels / conv.groups),
