@@ -111,7 +111,20 @@ struct U8S8Operands {
   }
 
   static void copy(Input* out, const uint8_t* x, int64_t n, const PackedConv&) {
-    memcpy(out, x, n);
+    for (; n >= 32; n -= 32, out += 32, x += 32) store(out, load(x));
+    // Of a length known here, which the compiler copies in place.
+    auto part = [&](auto length) {
+      constexpr int64_t kLength = sizeof length;
+      if (!(n & kLength)) return;
+      memcpy(out, x, kLength);
+      out += kLength;
+      x += kLength;
+    };
+    part(__m128i());
+    part(int64_t());
+    part(int32_t());
+    part(int16_t());
+    part(int8_t());
   }
 
   static void pad(Input* out, int64_t n, const PackedConv& conv) {
@@ -127,44 +140,85 @@ struct U8S8Operands {
 
 // ---- epilogue ----
 
-// store_outputs<8>
-inline void store_half(const Epilogue& e, __m256i acc, int64_t index, int64_t channel) {
-  __m256 v = _mm256_cvtepi32_ps(acc);
-  v = _mm256_mul_ps(v, _mm256_loadu_ps(e.multiplier + channel));
-  v = _mm256_add_ps(v, _mm256_loadu_ps(e.bias + channel));
+// The low halves of 8 int64.
+inline __m256i narrow(const int64_t* from) {
+  const __m256 low = _mm256_castsi256_ps(load(from)), high = _mm256_castsi256_ps(load(from + 4));
+  const __m256d both = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));
+  return _mm256_castpd_si256(_mm256_permute4x64_pd(both, 0xd8));
+}
+
+// Whether sums with the offsets' share, offset * row sum, fit int32.
+inline bool totals_fit_s32(const PackedConv& conv) {
+  int64_t largest = 128;
+  for (int64_t o = 0; o < conv.out_channels && !conv.weight_fits_s8; ++o) {
+    const int64_t offset = conv.weight_offset[o];
+    largest = max64(largest, 128 + (offset < 0 ? -offset : offset));
+  }
+  const int64_t depth = conv.kernel_h * conv.kernel_w * conv.channels / conv.groups;
+  return largest <= INT32_MAX / 255 / depth;
+}
+
+// All channels of a panel; totals fit int32.
+template <class Policy>
+__attribute__((noinline)) void store_panel(const Tile<Policy>& t, const int32_t* sums,
+                                           int64_t first, int64_t rows, int64_t n) {
+  const Epilogue& e = t.conv->epilogue;
+  const int64_t channel = t.first_channel + n;
+  const __m256 multiplier[2] = {_mm256_loadu_ps(e.multiplier + channel),
+                                _mm256_loadu_ps(e.multiplier + channel + kHalf)};
+  const __m256 bias[2] = {_mm256_loadu_ps(e.bias + channel),
+                          _mm256_loadu_ps(e.bias + channel + kHalf)};
   const __m256 scale = _mm256_set1_ps(e.residual_scale);
-  if (e.residual_u8) {
-    const __m128i r = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(e.residual_u8 + index));
-    v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(r)), scale));
-  }
-  if (e.residual_f32) {
-    v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_loadu_ps(e.residual_f32 + index), scale));
-  }
-  if (e.out_u8) {
-    v = _mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(e.lo)), _mm256_set1_ps(e.hi));
-    const __m256i q = _mm256_cvtps_epi32(v);
-    const __m128i words =
-        _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(e.out_u8 + index), _mm_packus_epi16(words, words));
-  } else {
-    _mm256_storeu_ps(e.out_f32 + index, v);
+  const __m256 lo = _mm256_set1_ps(e.lo), hi = _mm256_set1_ps(e.hi);
+  int64_t index = (t.first_row + first) * t.conv->out_channels + channel;
+  for (int64_t r = 0; r < rows; ++r, sums += kPanelRows, index += t.conv->out_channels) {
+    __m256 v[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      __m256i total = load(sums + h * kHalf);
+      if (t.row_sums) {
+        const __m256i offset = narrow(t.conv->weight_offset + channel + h * kHalf);
+        const __m256i sum = _mm256_set1_epi32(t.row_sums[first + r]);
+        total = _mm256_add_epi32(total, _mm256_mullo_epi32(offset, sum));
+      }
+      v[h] = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(total), multiplier[h]), bias[h]);
+      if (e.residual_u8) {
+        const void* from = e.residual_u8 + index + h * kHalf;
+        const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+        v[h] = _mm256_add_ps(v[h], _mm256_mul_ps(_mm256_cvtepi32_ps(x), scale));
+      }
+      if (e.residual_f32) {
+        const __m256 x = _mm256_loadu_ps(e.residual_f32 + index + h * kHalf);
+        v[h] = _mm256_add_ps(v[h], _mm256_mul_ps(x, scale));
+      }
+      if (!e.out_u8) _mm256_storeu_ps(e.out_f32 + index + h * kHalf, v[h]);
+    }
+    if (!e.out_u8) continue;
+    __m256i code[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      code[h] = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(v[h], lo), hi));
+    }
+    const __m256i words = _mm256_packs_epi32(code[0], code[1]);  // 0-3, 8-11 | 4-7, 12-15
+    const __m256i order = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes =
+        _mm_packus_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(e.out_u8 + index), bytes);
   }
 }
 
-// Sums of row `row` of the tile and of the panel from column n on.
 template <class Policy>
-inline void store_sums(const Tile<Policy>& t, const int32_t* sums, int64_t row, int64_t n) {
-  const Epilogue& e = t.conv->epilogue;
-  const int64_t channel = t.first_channel + n;
-  const int64_t index = (t.first_row + row) * t.conv->out_channels + channel;
+void store_sums(const Tile<Policy>& t, const int32_t* sums, int64_t first, int64_t rows, int64_t n,
+                bool fit) {
   const int64_t count = min64(kPanelRows, t.columns - n);
-  int64_t j = 0;
-  for (; j + kHalf <= count && !t.row_sums; j += kHalf) {
-    store_half(e, load(sums + j), index + j, channel + j);
-  }
-  for (; j < count; ++j) {
-    const int64_t offset = t.row_sums ? t.conv->weight_offset[channel + j] * t.row_sums[row] : 0;
-    store_output(e, index + j, channel + j, sums[j] + offset);
+  if (count == kPanelRows && fit) return store_panel(t, sums, first, rows, n);
+  for (int64_t r = first; r < first + rows; ++r, sums += kPanelRows) {
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t channel = t.first_channel + n + j;
+      const int64_t index = (t.first_row + r) * t.conv->out_channels + channel;
+      const int64_t offset = t.row_sums ? t.conv->weight_offset[channel] * t.row_sums[r] : 0;
+      store_output(t.conv->epilogue, index, channel, sums[j] + offset);
+    }
   }
 }
 
@@ -176,8 +230,9 @@ inline void store_sums(const Tile<Policy>& t, const int32_t* sums, int64_t row, 
 //   exact_steps       after which the sums are to be widened
 //   widened(sum)      as int32
 template <int ROWS, class Policy>
-__attribute__((noinline)) void multiply(const Policy& policy, const char* x, int64_t stride, const char* w,
-                     int64_t steps, const __m256i (&start)[2], int32_t* sums) {
+__attribute__((noinline)) void multiply(const Policy& policy, const char* x, int64_t stride,
+                                        const char* w, int64_t steps, const __m256i (&start)[2],
+                                        int32_t* sums) {
   for (int r = 0; r < ROWS; ++r) {
     store(sums + r * kPanelRows, start[0]);
     store(sums + r * kPanelRows + kHalf, start[1]);
@@ -216,6 +271,7 @@ void gemm_panels(const Policy& policy, const Tile<Policy>& t) {
   using Weight = typename Policy::Weight;
   const int64_t panel_bytes = t.depth_blocks * kPanelRows * kBlockDepth * sizeof(Weight);
   const int64_t stride = t.row_stride * sizeof(*t.rows);
+  const bool fit = totals_fit_s32(*t.conv);
   for (int64_t n = 0; n < t.columns; n += kPanelRows) {
     const char* w = reinterpret_cast<const char*>(t.panels) + n / kPanelRows * panel_bytes;
     const __m256i start[2] = {load(t.starts + n), load(t.starts + n + kHalf)};
@@ -224,7 +280,7 @@ void gemm_panels(const Policy& policy, const Tile<Policy>& t) {
       alignas(32) int32_t sums[kRows * kPanelRows];
       multiply<kRows>(policy, reinterpret_cast<const char*>(t.rows) + first * stride, stride, w,
                       panel_bytes / 64, start, sums);
-      for (int r = 0; r < kRows; ++r) store_sums(t, sums + r * kPanelRows, first + r, n);
+      store_sums(t, sums, first, kRows, n, fit);
     });
   }
 }
