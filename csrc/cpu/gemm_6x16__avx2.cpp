@@ -2,6 +2,7 @@
 
 #include "operands_s16.h"
 #include "packed_avx2.h"
+#include "winograd_avx2.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -12,6 +13,8 @@ namespace {
 struct U8S8 : U8S8Operands {
   static constexpr int64_t kColumns = 64;
   int64_t exact_steps;
+
+  static U8S8 of_ranges(int64_t weight, int64_t code) { return {{}, 32767 / (2 * weight * code)}; }
 
   static __m256i add(__m256i sum, __m256i x, __m256i w) {
     return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w));
@@ -55,32 +58,6 @@ struct S16 : S16Operands {
   static void gemm(const Tile<S16>& t) { gemm_panels(S16(), t); }
 };
 
-// Upper bound of |weight| as the panels hold them.
-int64_t largest_weight(const PackedConv& conv) {
-  const int64_t half = int64_t{1} << (conv.bits - 1);
-  int64_t largest = half;
-  for (int64_t o = 0; o < conv.out_channels && conv.weight_fits_s8; ++o) {
-    const int64_t offset = conv.weight_offset[o];
-    largest = max64(largest, max64(half - offset, half - 1 + offset));
-  }
-  return largest;
-}
-
-// Of the inputs and their zero point, which pads them; at least 1.
-int64_t largest_code(const PackedConv& conv) {
-  uint8_t largest = static_cast<uint8_t>(max64(1, conv.x_zero_point));
-  const int64_t size = conv.batch * conv.height * conv.width * conv.channels;
-  parallel_for(size, 65536, [&](int64_t begin, int64_t end) {
-    uint8_t own = 0;
-    for (int64_t i = begin; i < end; ++i) own = conv.x[i] > own ? conv.x[i] : own;
-    uint8_t seen = __atomic_load_n(&largest, __ATOMIC_RELAXED);
-    while (seen < own && !__atomic_compare_exchange_n(&largest, &seen, own, true, __ATOMIC_RELAXED,
-                                                      __ATOMIC_RELAXED)) {
-    }
-  });
-  return largest;
-}
-
 }  // namespace
 
 const char* packed_conv2d(const PackedConv& conv) {
@@ -88,9 +65,14 @@ const char* packed_conv2d(const PackedConv& conv) {
     depthwise_conv2d(conv);
     return "depthwise";
   }
-  const int64_t steps = 32767 / (2 * largest_weight(conv) * largest_code(conv));
-  if (steps > 1) {
-    Driver<U8S8>(conv, {{}, steps}).run();
+  const int64_t weight = largest_weight(conv), code = largest_code(conv);
+  const U8S8 policy = U8S8::of_ranges(weight, code);
+  if (Winograd<U8S8>::applies(conv, weight, code)) {
+    Winograd<U8S8>(conv, weight, code).run();
+    return "winograd";
+  }
+  if (policy.exact_steps > 1) {
+    Driver<U8S8>(conv, policy).run();
   } else {  // where a single step would be exact, int16 is as fast
     Driver<S16>(conv).run();
   }

@@ -2,6 +2,7 @@
 // EVEX encoding: processors have one of them or both.
 
 #include "packed_avx2.h"
+#include "winograd_avx2.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -10,6 +11,8 @@ namespace {
 struct Vnni : U8S8Operands {
   static constexpr int64_t kColumns = 64;
   static constexpr int64_t exact_steps = INT64_MAX;
+
+  static Vnni of_ranges(int64_t, int64_t) { return {}; }
 
   static __m256i add(__m256i sum, __m256i x, __m256i w) {
 #if defined(__AVXVNNI__)
@@ -29,6 +32,14 @@ struct Vnni : U8S8Operands {
 const char* packed_conv2d(const PackedConv& conv) {
   if (conv.groups == conv.channels && conv.groups == conv.out_channels) {
     return avx2::kernels.packed_conv2d(conv);  // depthwise
+  }
+  const int64_t weight = largest_weight(conv);
+  if (Winograd<Vnni>::applies(conv, weight, 1)) {
+    const int64_t code = largest_code(conv);
+    if (Winograd<Vnni>::applies(conv, weight, code)) {
+      Winograd<Vnni>(conv, weight, code).run();
+      return "winograd";
+    }
   }
   Driver<Vnni>(conv).run();
   return "direct";
