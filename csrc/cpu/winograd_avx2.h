@@ -59,7 +59,8 @@ class Winograd {
   }
 
  private:
-  static constexpr int64_t kLine = 32;  // channels of a register of V
+  static constexpr int64_t kLine = 32;      // channels of a register of V
+  static constexpr int64_t kSkew = 3 * 64;  // keeps positions from sharing cache sets
 
   // Rows of tiles whose inputs are transformed together.
   struct Block {
@@ -69,8 +70,7 @@ class Winograd {
 
   void run_block(int64_t first_row, int64_t end_row) const {
     Block b{first_row, end_row - first_row, 0, nullptr};
-    // Positions must not share cache sets.
-    b.position_stride = ceil_div(b.rows * tiles_x_ * stride_, 4096) * 4096 + 3 * 64;
+    b.position_stride = ceil_div(b.rows * tiles_x_ * stride_, 4096) * 4096 + kSkew;
     b.inputs = static_cast<uint8_t*>(scratch(kSharedRows, kPositions * b.position_stride));
     parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -145,7 +145,7 @@ class Winograd {
 
   // U of a panel and its sums over the inputs, [16 positions][16 outputs].
   template <int BITS>
-  void expand_weights(int64_t channel, int8_t* weights, int32_t* sums) const {
+  void expand_weights(int64_t channel, int8_t* weights, int64_t step, int32_t* sums) const {
     const int64_t k4 = conv_.channels / kBlockDepth, line = kPanelRows * kBlockDepth;
     const uint8_t* planes = conv_.weight + channel / kPanelRows * 9 * k4 * BITS * kPlaneBytes;
     int8_t offset[kPanelRows] = {};
@@ -167,7 +167,7 @@ class Winograd {
         for (int y = 0; y < 4; ++y) transform(rows + 3 * y, 1, u + 4 * y, 1);
 #pragma GCC unroll 16
         for (int p = 0; p < kPositions; ++p) {
-          store(weights + (p * k4 + k) * line + half * line / 2, u[p]);
+          store(weights + p * step + k * line + half * line / 2, u[p]);
           totals[p] = _mm256_add_epi32(totals[p], sum_of_fours(u[p]));
         }
       }
@@ -187,13 +187,13 @@ class Winograd {
   // ---- products and outputs ----
 
   void run_panel(const Block& b, int64_t channel) const {
-    const int64_t position_bytes = conv_.channels * kPanelRows;
-    int8_t* weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * position_bytes));
+    const int64_t step = conv_.channels * kPanelRows + kSkew;  // bytes from position to position
+    int8_t* weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * step));
     alignas(32) int32_t starts[kPositions * kPanelRows];
     switch (conv_.bits) {
-      case 2: expand_weights<2>(channel, weights, starts); break;
-      case 3: expand_weights<3>(channel, weights, starts); break;
-      default: expand_weights<4>(channel, weights, starts);
+      case 2: expand_weights<2>(channel, weights, step, starts); break;
+      case 3: expand_weights<3>(channel, weights, step, starts); break;
+      default: expand_weights<4>(channel, weights, step, starts);
     }
     make_starts(starts);
     const int64_t group_rows = max64(1, kGroupTiles / tiles_x_);
@@ -208,7 +208,7 @@ class Winograd {
         const Policy policy = Policy::of_ranges(taps * weight_, 4 * code_);
         const char* x = reinterpret_cast<const char*>(b.inputs) + p * b.position_stride +
                         row * tiles_x_ * stride_;
-        const char* w = reinterpret_cast<const char*>(weights) + p * position_bytes;
+        const char* w = reinterpret_cast<const char*>(weights) + p * step;
         for_each_row_tile<kTileRows>(rows * tiles_x_, [&](auto height, int64_t first) {
           multiply<decltype(height)::kCount>(policy, x + first * stride_, stride_, w,
                                              conv_.channels / kBlockDepth, starts + p * kPanelRows,
