@@ -245,6 +245,40 @@ def test_large_sums_are_exact(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_products_at_their_extremes(isa, bits):
+    """Every product alike, so that a sum that saturates or wraps shows; offsets of int8's ends."""
+    half = 2 ** (bits - 1)
+    ones, zeros = torch.ones(17), torch.zeros(17)
+    for top in (1, 3, 15, 31, 63, 127, 128, 255):
+        x = torch.full((1, 5, 6, 37), top, dtype=torch.uint8)
+        for offset in (0, half - 128, 128 - half, -200):
+            for q in (-half, half - 1):
+                weight = ops.pack_weight(torch.full((17, 9 * 37), q, dtype=torch.int8), bits)
+                args = (x, weight, bits, 17, [3, 3], [1, 1], [1, 1], [1, 1], 1, top // 2)
+                args = (*args, torch.full((17,), offset), ones, zeros)
+                with on_isa(isa):
+                    actual = ops.packed_conv2d(*args)
+                assert torch.equal(actual, reference.packed_conv2d(*args)), (top, offset, q)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("limit", [2**9, 2**14, 2**20])
+def test_linear_of_sums(isa, limit):
+    """int32 inputs small enough, just so and too large for int32 sums, with extreme codes."""
+    g = generator(limit)
+    for bits, depth in ((2, 33), (4, 512), (8, 512)):
+        x = torch.randint(-limit, limit + 1, (3, depth), generator=g).to(torch.int32)
+        x[0] = limit
+        q = codes((35, depth), bits, g, True)
+        q[:2] = torch.tensor([[-(2 ** (bits - 1))], [2 ** (bits - 1) - 1]])
+        offset = torch.randint(-300, 300, (35,), generator=g)
+        args = (x, ops.pack_weight(q, bits), bits, 35, -7, offset, torch.ones(35), torch.zeros(35))
+        with on_isa(isa):
+            assert torch.equal(ops.packed_linear(*args), reference.packed_linear(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_noncontiguous_arguments(isa):
     g = generator(0)
     x = torch.randint(0, 256, (2, 8, 5, 6), generator=g, dtype=torch.uint8).permute(0, 2, 3, 1)

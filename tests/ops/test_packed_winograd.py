@@ -1,4 +1,4 @@
-"""packed_conv2d by Winograd in 8-bit integers, which only avx512vnni has."""
+"""packed_conv2d by Winograd in 8-bit integers."""
 
 import pytest
 import torch
@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 from fdda_fast import ops
 from fdda_fast.ops import _library, reference
 
-ISA = "avx512vnni"
-pytestmark = pytest.mark.skipif(ISA not in ISAS, reason=f"no {ISA} here")
+WINOGRAD_ISAS = [isa for isa in ("avx2", "avxvnni", "avx512vnni") if isa in ISAS]
+pytestmark = pytest.mark.skipif(not WINOGRAD_ISAS, reason="no instruction set has it here")
+on_every_isa = pytest.mark.parametrize("isa", WINOGRAD_ISAS)
 
 LARGEST_CODE = 63
 DOUBLED_G = torch.tensor([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
 
 
-def run(args):
+def run(isa, args):
     """The result and the kernel it came from."""
-    with on_isa(ISA):
+    with on_isa(isa):
         return torch.ops.fdda.packed_conv2d(*args), _library._extension.conv_kernel()
 
 
@@ -26,6 +27,20 @@ def transformed(q, offset, channels):
     """[4, 4, O, C]: the weights of the 16 products."""
     w = (q.long() + offset[:, None]).reshape(len(q), 3, 3, channels)
     return torch.einsum("py,qx,oyxc->pqoc", DOUBLED_G, DOUBLED_G, w)
+
+
+def is_exact(isa, x, q, bits, zero_point, offset):
+    """Whether transformed inputs and weights fit, by the instruction set's criterion."""
+    half = 2 ** (bits - 1)
+    low, high = int(offset.min()) - half, int(offset.max()) + half - 1
+    code = max(1, zero_point, int(x.max()) if x.numel() else 0)
+    if not (low >= -128 and high <= 127 and code <= LARGEST_CODE):
+        return False
+    if isa == "avx512vnni":
+        u = transformed(q, offset, x.shape[3])
+        return int(u.min()) > -128 and int(u.max()) < 127
+    weight = max(half, -low, high)
+    return 9 * weight <= 127 and (isa == "avxvnni" or 2 * 9 * weight * 4 * code < 2**15)
 
 
 def arguments(x, q, bits, zero_point, offset, g, residual=None, output_range=(0, 15)):
@@ -50,7 +65,7 @@ def weight_codes(shape, bits, g, extreme=False):
 
 @st.composite
 def convolutions(draw):
-    """Arguments, and whether Winograd is exact for them."""
+    """Arguments, and the instruction sets where Winograd is exact for them."""
     g = generator(draw(st.integers(0, 2**32 - 1)))
     bits = draw(st.integers(2, 4))
     channels = draw(st.sampled_from([16, 20, 36, 64, 68]))
@@ -80,11 +95,7 @@ def convolutions(draw):
         size = (batch, height, width, out_channels)
         residual = (torch.rand(size, generator=g) * 255).to(residual_kind)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 15), (3, 3), (10, 200)]))
-    exact = x.numel() > 0 and zero_point <= LARGEST_CODE and int(x.max()) <= LARGEST_CODE
-    half = 2 ** (bits - 1)
-    exact = exact and int(offset.min()) - half >= -128 and int(offset.max()) + half <= 128
-    u = transformed(q, offset, channels)
-    exact = exact and int(u.min()) > -128 and int(u.max()) < 127
+    exact = [i for i in WINOGRAD_ISAS if is_exact(i, x, q, bits, zero_point, offset)]
     return arguments(x, q, bits, zero_point, offset, g, residual, output_range), exact
 
 
@@ -93,15 +104,17 @@ def convolutions(draw):
 def test_equals_the_reference_and_runs_where_it_is_exact(drawn):
     args, exact = drawn
     large = args[0].numel() > 16 * args[0].shape[3]
-    actual, kernel = run(args)
     expected = reference.packed_conv2d(*args)
-    if args[-1] is None:
-        assert_same_bits(actual, expected)
-    else:
-        assert torch.equal(actual, expected)
-    assert kernel == ("winograd" if exact and large else "direct")
+    for isa in WINOGRAD_ISAS:
+        actual, kernel = run(isa, args)
+        if args[-1] is None:
+            assert_same_bits(actual, expected)
+        else:
+            assert torch.equal(actual, expected)
+        assert kernel == ("winograd" if isa in exact and large else "direct"), isa
 
 
+@on_every_isa
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "height", "width", "channels", "out_channels"),
@@ -114,17 +127,17 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn):
         (1, 9, 9, 100, 72),  # the same, whose tiles are shared too
     ],
 )
-def test_layers(threads, batch, height, width, channels, out_channels):
+def test_layers(isa, threads, batch, height, width, channels, out_channels):
     g = generator(channels)
     x = torch.randint(0, 16, (batch, height, width, channels), generator=g, dtype=torch.uint8)
     q = weight_codes((out_channels, 9 * channels), 4, g)
-    offset = torch.randint(-6, 8, (out_channels,), generator=g)
+    offset = torch.randint(-6, 7, (out_channels,), generator=g)
     residual = torch.randint(0, 16, (batch, height, width, out_channels), generator=g)
     args = arguments(x, q, 4, 3, offset, g, residual.to(torch.uint8))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual, kernel = run(args)
+        actual, kernel = run(isa, args)
     finally:
         torch.set_num_threads(before)
     assert kernel == "winograd"
@@ -132,6 +145,7 @@ def test_layers(threads, batch, height, width, channels, out_channels):
     assert torch.equal(actual, reference.packed_conv2d(*args))
 
 
+@pytest.mark.skipif("avx512vnni" not in WINOGRAD_ISAS, reason="looks at every weight")
 @pytest.mark.parametrize("tap", range(9))
 @pytest.mark.parametrize(("weight", "more"), [(14, 1), (-14, -2)])
 def test_weights_at_the_edge_of_what_fits(tap, weight, more):
@@ -142,22 +156,50 @@ def test_weights_at_the_edge_of_what_fits(tap, weight, more):
     for change, kernel in ((0, "winograd"), (more, "direct")):
         q[32, tap, 15] = change
         args = arguments(x, q.flatten(1), 2, 0, offset, generator(0))
-        actual, ran = run(args)
+        actual, ran = run("avx512vnni", args)
         assert ran == kernel
         assert torch.equal(actual, reference.packed_conv2d(*args))
 
 
+@pytest.mark.parametrize("isa", [isa for isa in WINOGRAD_ISAS if isa != "avx512vnni"])
+@pytest.mark.parametrize(("offset", "more"), [(13, 14), (-12, -13)])
+@pytest.mark.parametrize("pattern", ["same", "alternating", "random"])
+def test_bounds_of_the_ranges(isa, offset, more, pattern):
+    """Weights of +-14, whose transform is at most 126, and the largest code exact with them."""
+    code = 32 if isa == "avx2" else LARGEST_CODE
+    g = generator(1)
+    x = torch.full((1, 6, 7, 36), code, dtype=torch.uint8)
+    if pattern == "alternating":
+        x[:, :, ::2] = 0
+    elif pattern == "random":
+        x[torch.rand(x.shape, generator=g) < 0.5] = 0
+    q = torch.full((33, 9 * 36), 1 if offset > 0 else -2, dtype=torch.int8)
+    one_larger = x.clone()
+    one_larger[0, 3, 4, 5] = code + 1
+    for x_, offset_, kernel in (
+        (x, offset, "winograd"),
+        (x, more, "direct"),
+        (one_larger, offset, "direct"),
+    ):
+        args = arguments(x_, q, 2, 0, torch.full((33,), offset_), g)
+        actual, ran = run(isa, args)
+        assert ran == kernel
+        assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+@on_every_isa
 @pytest.mark.parametrize("row", range(5))
 @pytest.mark.parametrize("column", range(6))
-def test_one_large_code_is_seen_anywhere(row, column):
+def test_one_large_code_is_seen_anywhere(isa, row, column):
+    largest = 56 if isa == "avx2" else LARGEST_CODE
     g = generator(0)
     q = weight_codes((17, 9 * 68), 4, g)
     offset = torch.zeros(17, dtype=torch.int64)
     for channel in (0, 67):
-        x = torch.randint(0, 64, (1, 5, 6, 68), generator=g, dtype=torch.uint8)
-        x[0, row, column, channel] = 64
+        x = torch.randint(0, largest + 1, (1, 5, 6, 68), generator=g, dtype=torch.uint8)
+        x[0, row, column, channel] = largest + 1
         args = arguments(x, q, 4, 0, offset, g)
-        actual, kernel = run(args)
+        actual, kernel = run(isa, args)
         assert kernel == "direct"
         assert torch.equal(actual, reference.packed_conv2d(*args))
 
@@ -180,13 +222,13 @@ def packed(channels, bits=4, taps=9):
     return ops.pack_weight(weight_codes((32, taps * channels), bits, generator(2)), bits)
 
 
+@on_every_isa
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
         ({}, "winograd"),
         ({"x": sample()[0].permute(0, 2, 1, 3)}, "winograd"),  # not contiguous
         ({"multiplier": torch.full((32,), 2.0**-124)}, "winograd"),
-        ({"multiplier": torch.full((32,), 2.0**-125 * 1.5 + 2.0**-148)}, "direct"),  # no quarter
         ({"stride": [2, 2]}, "direct"),
         ({"padding": [0, 0]}, "direct"),
         ({"padding": [2, 2], "dilation": [2, 2]}, "direct"),
@@ -198,8 +240,17 @@ def packed(channels, bits=4, taps=9):
         ({"x": torch.ones(1, 4, 4, 32, dtype=torch.uint8)}, "direct"),  # not worth it
     ],
 )
-def test_when_it_runs(changes, kernel):
+def test_when_it_runs(isa, changes, kernel):
     args = sample(**changes)
-    actual, ran = run(args)
+    actual, ran = run(isa, args)
     assert ran == kernel
+    assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+@on_every_isa
+def test_multipliers_without_a_quarter(isa):
+    """AVX-512 divides the multipliers by 4, the others the sums."""
+    args = sample(multiplier=torch.full((32,), 2.0**-125 * 1.5 + 2.0**-148))
+    actual, ran = run(isa, args)
+    assert ran == ("direct" if isa == "avx512vnni" else "winograd")
     assert torch.equal(actual, reference.packed_conv2d(*args))
