@@ -43,5 +43,14 @@ void unpack_weight(const UnpackWeight& a) {
   });
 }
 
+void packed_linear_s32(const PackedLinearS32& a) {
+  parallel_for(a.rows * a.out_features, max64(1, 8192 / max64(1, a.depth)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   store_output(a.epilogue, i, i % a.out_features, linear_accumulator(a, i));
+                 }
+               });
+}
+
 }  // namespace FDDA_ISA
 }  // namespace fdda

@@ -40,7 +40,7 @@ inline __m256i spread_offsets(const int8_t* offset, int half) {
 
 // One block's weights of 8 channels, 4 inputs each.
 template <int BITS>
-inline __m256i expand_block(const uint8_t* planes, int half, __m256i offset) {
+inline __m256i expand_half(const uint8_t* planes, int half, __m256i offset) {
   const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
   const __m256i spread =
       _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
@@ -61,8 +61,8 @@ template <int BITS, class Sink>
 void expand_blocks(const uint8_t* planes, int64_t depth, const int8_t* offset, Sink sink) {
   const __m256i offsets[2] = {spread_offsets(offset, 0), spread_offsets(offset, 1)};
   for (int64_t k = 0; k < depth; k += kBlockDepth, planes += BITS * kPlaneBytes) {
-    __m256i w[2] = {expand_block<BITS>(planes, 0, offsets[0]),
-                    expand_block<BITS>(planes, 1, offsets[1])};
+    __m256i w[2] = {expand_half<BITS>(planes, 0, offsets[0]),
+                    expand_half<BITS>(planes, 1, offsets[1])};
     if (depth - k < kBlockDepth) {  // padding weighs 0, not `offset`
       const __m256i valid = _mm256_set1_epi32((1 << 8 * (depth - k)) - 1);
       w[0] = _mm256_and_si256(w[0], valid);

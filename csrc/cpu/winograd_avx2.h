@@ -159,7 +159,7 @@ class Winograd {
         __m256i g[9], rows[12], u[kPositions];
 #pragma GCC unroll 9
         for (int t = 0; t < 9; ++t) {
-          g[t] = expand_block<BITS>(planes + (t * k4 + k) * BITS * kPlaneBytes, half, offsets);
+          g[t] = expand_half<BITS>(planes + (t * k4 + k) * BITS * kPlaneBytes, half, offsets);
         }
 #pragma GCC unroll 3
         for (int x = 0; x < 3; ++x) transform(g + x, 3, rows + x, 3);
