@@ -5,6 +5,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "window.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -61,14 +62,6 @@ void single_channel(const PackedConv& a, const Window& w, const int16_t* weights
   }
   const int64_t offset = a.weight_fits_s8 ? 0 : a.weight_offset[channel];
   store_output(a.epilogue, index + channel, channel, products + offset * inputs);
-}
-
-// First and one-past-last tap inside [0, size) for a window that starts at `start`.
-void valid_taps(int64_t start, int64_t size, int64_t kernel, int64_t dilation, int64_t* first,
-                int64_t* end) {
-  *first = start < 0 ? min64(kernel, ceil_div(-start, dilation)) : 0;
-  *end = start < size ? min64(kernel, ceil_div(size - start, dilation)) : 0;
-  *end = max64(*end, *first);
 }
 
 }  // namespace

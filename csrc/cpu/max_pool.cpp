@@ -8,6 +8,7 @@
 #include "functions.h"
 #include "half.h"
 #include "parallel.h"
+#include "window.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t kBlock = 64;     // channels at a time, in the L1 cache
 constexpr int64_t kGrain = 65536;  // taps a thread should have
 constexpr int kMostTaps = 255;
+typedef uint8_t Codes __attribute__((vector_size(kBlock)));
 constexpr uint8_t kNoTap = 255;  // of a window that lies outside of the image
 
 // body(image, row) for all of `rows` of every image.
@@ -30,19 +32,18 @@ void for_each_row(const PoolShape& s, int64_t rows, int64_t width, Body body) {
 // For all taps of the window of output (oh, ow): body(tap, offset of its pixel in the image).
 template <class Body>
 void for_each_tap(const PoolShape& s, int64_t oh, int64_t ow, Body body) {
-  for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
-    const int64_t ih = oh * s.stride_h - s.pad_h + kh * s.dilation_h;
-    if (ih < 0 || ih >= s.height) continue;
-    for (int64_t kw = 0; kw < s.kernel_w; ++kw) {
-      const int64_t iw = ow * s.stride_w - s.pad_w + kw * s.dilation_w;
-      if (iw < 0 || iw >= s.width) continue;
-      body(static_cast<int32_t>(kh * s.kernel_w + kw), (ih * s.width + iw) * s.channels);
+  const int64_t top = oh * s.stride_h - s.pad_h, left = ow * s.stride_w - s.pad_w;
+  int64_t row, rows, column, columns;
+  valid_taps(top, s.height, s.kernel_h, s.dilation_h, &row, &rows);
+  valid_taps(left, s.width, s.kernel_w, s.dilation_w, &column, &columns);
+  const int64_t step = s.dilation_w * s.channels;
+  for (int64_t kh = row; kh < rows; ++kh) {
+    int64_t pixel =
+        ((top + kh * s.dilation_h) * s.width + left + column * s.dilation_w) * s.channels;
+    for (int64_t kw = column; kw < columns; ++kw, pixel += step) {
+      body(static_cast<int32_t>(kh * s.kernel_w + kw), pixel);
     }
   }
-}
-
-void maximum(uint8_t* __restrict out, const uint8_t* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] > out[i] ? x[i] : out[i];
 }
 
 template <class T>
@@ -134,9 +135,22 @@ void max_pool(const MaxPool& a) {
     const uint8_t* image = a.x + n * s.height * s.width * s.channels;
     for (int64_t ow = 0; ow < s.out_width; ++ow) {
       uint8_t* out = a.out + ((n * s.out_height + oh) * s.out_width + ow) * s.channels;
-      memset(out, 0, s.channels);  // codes are unsigned: 0 never beats a valid tap
-      for_each_tap(s, oh, ow,
-                   [&](int32_t, int64_t pixel) { maximum(out, image + pixel, s.channels); });
+      int64_t c = 0;
+      for (; c + kBlock <= s.channels; c += kBlock) {
+        Codes best{};  // codes are unsigned: 0 never beats a valid tap
+        for_each_tap(s, oh, ow, [&](int32_t, int64_t pixel) {
+          Codes x;
+          memcpy(&x, image + pixel + c, sizeof x);
+          best = x > best ? x : best;
+        });
+        memcpy(out + c, &best, sizeof best);
+      }
+      const int64_t rest = s.channels - c;
+      memset(out + c, 0, rest);
+      for_each_tap(s, oh, ow, [&](int32_t, int64_t pixel) {
+        const uint8_t* x = image + pixel + c;
+        for (int64_t j = 0; j < rest; ++j) out[c + j] = x[j] > out[c + j] ? x[j] : out[c + j];
+      });
     }
   });
 }

@@ -5,9 +5,8 @@
 #include <string.h>
 
 #include "functions.h"
-#include "half.h"
 #include "parallel.h"
-#include "stream.h"
+#include "vectors.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -15,19 +14,34 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have
 
-// One sample's row of the tables, and what the channels of its pixels become.
+// One sample's row of the tables, and what the channels of its pixels from c on become.
 struct Sample {
   const float *mean, *scale, *bias;
   float slope;
-  float norm(float x, int64_t c) const { return (x - mean[c]) * scale[c] + bias[c]; }
-  float activation(float x, int64_t c) const {
-    const float v = norm(x, c);
-    return v > 0.0f ? v : v * slope;
+  template <class V>
+  V centered(V x, int64_t c) const {
+    return x - load_lanes<V>(mean + c);
   }
-  float before_activation(float x, float grad, int64_t c) const {
-    return norm(x, c) > 0.0f ? grad : grad * slope;
+  template <class V>
+  V norm(V centered, int64_t c) const {
+    return centered * load_lanes<V>(scale + c) + load_lanes<V>(bias + c);
+  }
+  template <class V>
+  V activation(V norm) const {
+    return norm > 0.0f ? norm : norm * slope;
+  }
+  template <class V>
+  V before_activation(V norm, V grad) const {
+    return norm > 0.0f ? grad : grad * slope;
   }
 };
+
+// body(type of vector, c) for the channels of a pixel.
+template <class Body>
+inline void for_each_channel(int64_t channels, Body body) {
+  for_each_lanes<1>(channels,
+                    [&](auto lanes, int64_t c) { body(typename decltype(lanes)::V{}, c); });
+}
 
 // body(image, first pixel in the full tensor, first pixel in the strip, row of the strip)
 template <class Body>
@@ -40,7 +54,6 @@ void for_each_row(const NormStrip& a, Body body) {
                    const int64_t n = strip.image + r / rows, i = strip.row + r % rows;
                    body(n, (n * strip.height + i) * width, r * width, r);
                  }
-                 stream_fence();
                });
 }
 
@@ -54,11 +67,15 @@ void run_forward(const NormStrip& a) {
   const int64_t channels = a.channels;
   for_each_row(a, [&](int64_t n, int64_t from, int64_t to, int64_t) {
     const Sample sample = sample_of(a, n);
-    const T* __restrict x = static_cast<const T*>(a.x) + from * channels;
-    T* __restrict y = static_cast<T*>(a.y) + to * channels;
+    const T* x = static_cast<const T*>(a.x) + from * channels;
+    T* y = static_cast<T*>(a.y) + to * channels;
     for (int64_t j = 0; j < a.strip.width; ++j, x += channels, y += channels) {
-#pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) store(y[c], sample.activation(load(x[c]), c));
+      for_each_channel(channels, [&](auto zero, int64_t c) {
+        using V = decltype(zero);
+        prefetch(x + c);
+        const V v = sample.centered(load_lanes<V>(x + c), c);
+        store_lanes(y + c, sample.activation(sample.norm(v, c)));
+      });
     }
   });
 }
@@ -73,23 +90,20 @@ void run_sums(const NormStripSums& b) {
   memset(sums, 0, bytes);
   for_each_row(a, [&](int64_t n, int64_t from, int64_t to, int64_t r) {
     const Sample sample = sample_of(a, n);
-    const T* __restrict x = static_cast<const T*>(a.x) + from * channels;
-    const T* __restrict grad = static_cast<const T*>(b.grad_y) + to * channels;
-    T* __restrict y = static_cast<T*>(a.y) + to * channels;
-    float* __restrict sum_g = sums + r * 2 * channels;
-    float* __restrict sum_gx = sum_g + channels;
-    for (int64_t j = 0; j < a.strip.width; ++j) {
-#pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) {
-        const float v = load(x[c]);
-        const float g = sample.before_activation(v, load(grad[c]), c);
-        store(y[c], sample.activation(v, c));
-        sum_g[c] += g;
-        sum_gx[c] += g * (v - sample.mean[c]);
-      }
-      x += channels;
-      grad += channels;
-      y += channels;
+    const T* x = static_cast<const T*>(a.x) + from * channels;
+    const T* grad = static_cast<const T*>(b.grad_y) + to * channels;
+    T* y = static_cast<T*>(a.y) + to * channels;
+    float *sum_g = sums + r * 2 * channels, *sum_gx = sum_g + channels;
+    for (int64_t j = 0; j < a.strip.width; ++j, x += channels, grad += channels, y += channels) {
+      for_each_channel(channels, [&](auto zero, int64_t c) {
+        using V = decltype(zero);
+        prefetch(x + c);
+        const V v = sample.centered(load_lanes<V>(x + c), c), norm = sample.norm(v, c);
+        const V g = sample.before_activation(norm, load_lanes<V>(grad + c));
+        store_lanes(y + c, sample.activation(norm));
+        store_lanes(sum_g + c, load_lanes<V>(sum_g + c) + g);
+        store_lanes(sum_gx + c, load_lanes<V>(sum_gx + c) + g * v);
+      });
     }
   });
   for (int64_t r = 0; r < a.strip.images * rows; ++r) {
@@ -108,16 +122,21 @@ void run_gradient(const NormStripGradient& b) {
   const int64_t channels = a.channels;
   for_each_row(a, [&](int64_t n, int64_t from, int64_t to, int64_t) {
     const Sample sample = sample_of(a, n);
-    const float* __restrict shift = b.shift + n * channels;
-    const float* __restrict slope = b.slope + n * channels;
-    const T* __restrict x = static_cast<const T*>(a.x) + from * channels;
-    const T* __restrict grad = static_cast<const T*>(b.grad_y) + to * channels;
-    write_pixels<true>(static_cast<T*>(a.y) + from * channels, a.strip.width, channels,
-                       [=](int64_t i, int64_t c) {
-                         const float v = load(x[i]);
-                         return sample.before_activation(v, load(grad[i]), c) * sample.scale[c] -
-                                (shift[c] + (v - sample.mean[c]) * slope[c]);
-                       });
+    const float *shift = b.shift + n * channels, *slope = b.slope + n * channels;
+    const T* x = static_cast<const T*>(a.x) + from * channels;
+    const T* grad = static_cast<const T*>(b.grad_y) + to * channels;
+    T* grad_x = static_cast<T*>(a.y) + from * channels;
+    for (int64_t j = 0; j < a.strip.width; ++j, x += channels, grad += channels) {
+      for_each_channel(channels, [&](auto zero, int64_t c) {
+        using V = decltype(zero);
+        prefetch(x + c);
+        const V v = sample.centered(load_lanes<V>(x + c), c);
+        const V g = sample.before_activation(sample.norm(v, c), load_lanes<V>(grad + c));
+        store_lanes(grad_x + c, g * load_lanes<V>(sample.scale + c) -
+                                    (load_lanes<V>(shift + c) + v * load_lanes<V>(slope + c)));
+      });
+      grad_x += channels;
+    }
   });
 }
 

@@ -4,6 +4,10 @@
 
 #include <string.h>
 
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 #include "functions.h"
 #include "parallel.h"
 
@@ -41,6 +45,41 @@ void quantize_channel(const float* x, int64_t stride, uint8_t* out, int64_t chan
   }
 }
 
+// A row of interleaved pixels from CHANNELS planes.
+template <int CHANNELS>
+void quantize_planes(const float* x, int64_t stride, uint8_t* __restrict out, int64_t n,
+                     Quantizer code) {
+  constexpr int64_t kPiece = 256;
+  uint8_t codes[CHANNELS][kPiece];
+  for (int64_t start = 0; start < n; start += kPiece, out += CHANNELS * kPiece) {
+    const int64_t size = min64(kPiece, n - start);
+    for (int c = 0; c < CHANNELS; ++c) quantize_line(x + c * stride + start, codes[c], size, code);
+    for (int64_t i = 0; i < size; ++i) {
+      for (int c = 0; c < CHANNELS; ++c) out[i * CHANNELS + c] = codes[c][i];
+    }
+  }
+}
+
+void look_up(const uint8_t* table, const uint8_t* x, uint8_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = table[x[i]];
+}
+
+#if defined(__AVX512BW__)
+__attribute__((target("avx512vbmi"))) void look_up_vbmi(const uint8_t* table, const uint8_t* x,
+                                                        uint8_t* out, int64_t n) {
+  __m512i quarters[4];
+  for (int i = 0; i < 4; ++i) quarters[i] = _mm512_loadu_si512(table + 64 * i);
+  for (int64_t i = 0; i < n; i += 64) {
+    const __mmask64 valid = n - i >= 64 ? ~uint64_t{0} : (uint64_t{1} << (n - i)) - 1;
+    const __m512i codes = _mm512_maskz_loadu_epi8(valid, x + i);
+    const __m512i low = _mm512_permutex2var_epi8(quarters[0], codes, quarters[1]);
+    const __m512i high = _mm512_permutex2var_epi8(quarters[2], codes, quarters[3]);
+    const __m512i found = _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+    _mm512_mask_storeu_epi8(out + i, valid, found);
+  }
+}
+#endif
+
 }  // namespace
 
 void quantize(const Quantize& a) {
@@ -55,6 +94,10 @@ void quantize(const Quantize& a) {
             quantize_line(x, out, row, code);
             continue;
           }
+          if (a.channels == 3 && a.stride_w == 1) {
+            quantize_planes<3>(x, a.stride_c, out, a.width, code);
+            continue;
+          }
           for (int64_t c = 0; c < a.channels; ++c) {
             quantize_channel(x + c * a.stride_c, a.stride_w, out + c, a.channels, a.width, code);
           }
@@ -63,14 +106,18 @@ void quantize(const Quantize& a) {
 }
 
 void requantize_codes(const RequantizeCodes& a) {
+  const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
+  uint8_t table[256];
+  for (int x = 0; x < 256; ++x) {
+    table[x] = code((static_cast<float>(x) - a.x_zero_point) / a.x_scale);
+  }
   parallel_for(a.count, 65536, [&](int64_t begin, int64_t end) {
-    const Quantizer code{a.scale, a.zero_point, static_cast<float>(1 << (a.bits - 1))};
-    const float x_scale = a.x_scale, x_zero_point = a.x_zero_point;
-    const uint8_t* __restrict x = a.x;
-    uint8_t* __restrict out = a.out;
-    for (int64_t i = begin; i < end; ++i) {
-      out[i] = code((static_cast<float>(x[i]) - x_zero_point) / x_scale);
+#if defined(__AVX512BW__)
+    if (__builtin_cpu_supports("avx512vbmi")) {
+      return look_up_vbmi(table, a.x + begin, a.out + begin, end - begin);
     }
+#endif
+    look_up(table, a.x + begin, a.out + begin, end - begin);
   });
 }
 

@@ -8,8 +8,8 @@
 #include <string.h>
 
 #include "functions.h"
-#include "half.h"
 #include "parallel.h"
+#include "vectors.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -32,39 +32,67 @@ const T* zero_row(int64_t length) {
   return static_cast<const T*>(zeros);
 }
 
-// Differences of neighbours `channels` apart, zero outside: `width` pixels in, one more out.
-template <class T, class Load>
-void difference_row(T* __restrict out, int64_t width, int64_t channels, Load value) {
-  const int64_t length = width * channels;
-  for (int64_t c = 0; c < channels; ++c) store(out[c], value(c));
-#pragma GCC ivdep
-  for (int64_t k = channels; k < length; ++k) store(out[k], value(k) - value(k - channels));
-  for (int64_t c = length; c < length + channels; ++c) store(out[c], -value(c - channels));
+// Differences of rows, and of their neighbours `channels` apart: zero outside, so that a row of
+// `length` numbers has `channels` more of the latter.
+template <class T>
+void row_differences(const T* x, const T* above, int64_t length, int64_t channels, T* row,
+                     T* mixed) {
+  const auto difference = [=](auto lanes, int64_t k) {
+    using V = typename decltype(lanes)::V;
+    return load_lanes<V>(x + k) - load_lanes<V>(above + k);
+  };
+  for_each_lanes<1>(channels, [&](auto lanes, int64_t c) {
+    const auto d = difference(lanes, c);
+    store_lanes(row + c, d);
+    store_lanes(mixed + c, d);
+    store_lanes(mixed + length + c, -difference(lanes, length - channels + c));
+  });
+  for_each_lanes<1>(length - channels, [&](auto lanes, int64_t k) {
+    const auto last = difference(lanes, k), d = difference(lanes, k + channels);
+    prefetch(x + k + channels);
+    store_lanes(row + k + channels, d);
+    store_lanes(mixed + k + channels, d - last);
+  });
+}
+
+template <class T>
+void column_differences(const T* x, int64_t length, int64_t channels, T* column) {
+  for_each_lanes<1>(channels, [&](auto lanes, int64_t c) {
+    using V = typename decltype(lanes)::V;
+    store_lanes(column + c, load_lanes<V>(x + c));
+    store_lanes(column + length + c, -load_lanes<V>(x + length - channels + c));
+  });
+  for_each_lanes<1>(length - channels, [&](auto lanes, int64_t k) {
+    using V = typename decltype(lanes)::V;
+    store_lanes(column + k + channels, load_lanes<V>(x + k + channels) - load_lanes<V>(x + k));
+  });
+}
+
+// body(n, i) for the strip's rows of all its images, and for the one below.
+template <class Body>
+void for_each_row(const Strip& s, int64_t row_size, Body body) {
+  const int64_t rows = s.rows() + 1;
+  parallel_for(s.images * rows, max64(1, kGrain / row_size), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(t / rows, s.row + t % rows);
+  });
 }
 
 template <class T>
 void run_differences(const UpsampleDifferences& a) {
   const Strip& s = a.strip;
   const int64_t length = s.width * a.channels, wide = length + a.channels;
-  const int64_t first = s.first_difference(), differences = s.differences(), rows = s.rows();
-  parallel_for(s.images * differences, max64(1, kGrain / wide), [&](int64_t begin, int64_t end) {
-    const T* zeros = zero_row<T>(length);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t n = t / differences, i = first + t % differences;
-      const T* __restrict x = row_or_zeros(a.x, s.image + n, i, s.height, length, zeros);
-      const T* __restrict above = row_or_zeros(a.x, s.image + n, i - 1, s.height, length, zeros);
-      T* __restrict out = static_cast<T*>(a.row) + t * length;
-      for (int64_t k = 0; k < length; ++k) store(out[k], load(x[k]) - load(above[k]));
-      difference_row(static_cast<T*>(a.mixed) + t * wide, s.width, a.channels,
-                     [=](int64_t k) { return load(x[k]) - load(above[k]); });
+  const T* zeros = zero_row<T>(length);
+  for_each_row(s, wide, [&](int64_t n, int64_t i) {
+    const T* x = row_or_zeros(a.x, s.image + n, i, s.height, length, zeros);
+    if (i >= s.first_difference()) {
+      const int64_t d = n * s.differences() + i - s.first_difference();
+      row_differences(x, row_or_zeros(a.x, s.image + n, i - 1, s.height, length, zeros), length,
+                      a.channels, static_cast<T*>(a.row) + d * length,
+                      static_cast<T*>(a.mixed) + d * wide);
     }
-  });
-  parallel_for(s.images * rows, max64(1, kGrain / wide), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const T* __restrict x = static_cast<const T*>(a.x) +
-                              ((s.image + t / rows) * s.height + s.row + t % rows) * length;
-      difference_row(static_cast<T*>(a.column) + t * wide, s.width, a.channels,
-                     [=](int64_t k) { return load(x[k]); });
+    if (i < s.row_end) {
+      column_differences(x, length, a.channels,
+                         static_cast<T*>(a.column) + (n * s.rows() + i - s.row) * wide);
     }
   });
 }
@@ -106,69 +134,79 @@ void run_sum(const UpsampleSum& a) {
       });
 }
 
+// What a row of grad_y gives to the products of the row and the mixed differences: two weights side
+// by side in `row`, four in `mixed`.
+template <class T>
+void reduce_row(const T* grad, int64_t width, int64_t channels, T* row, T* mixed) {
+  for (int64_t j = 0; j < width; ++j) {
+    const T *even = grad + 2 * j * channels, *odd = even + channels;
+    T *sum = row + j * 2 * channels, *mixed0 = mixed + j * 4 * channels;
+    T* mixed1 = mixed0 + 5 * channels;
+    for_each_lanes<2>(channels, [&](auto lanes, int64_t c) {
+      using V = typename decltype(lanes)::V;
+#pragma GCC unroll 2
+      for (int k = 0; k < lanes.kVectors; ++k, c += lanes_of<V>()) {
+        prefetch(even + c);
+        prefetch(odd + c);
+        store_lanes(sum + c, load_lanes<V>(even + c) + load_lanes<V>(odd + c));
+        copy_lanes<V>(mixed0 + c, even + c);
+        copy_lanes<V>(mixed1 + c, odd + c);
+      }
+    });
+  }
+  memset(mixed + channels, 0, channels * sizeof(T));
+  memset(mixed + width * 4 * channels, 0, channels * sizeof(T));
+}
+
+// What the rows 2i and 2i + 1 of grad_y give to the products of x and of its column differences.
+template <class T>
+void reduce_rows(const T* grad, int64_t width, int64_t channels, T* x, T* column, float* sum) {
+  const int64_t length = 2 * width * channels;
+  memset(sum, 0, channels * sizeof(float));
+  for (int64_t j = 0; j < width; ++j) {
+    const T *even = grad + 2 * j * channels, *odd = even + channels;
+    T *total = x + j * channels, *column0 = column + j * 2 * channels;
+    T* column1 = column0 + 3 * channels;
+    for_each_lanes<2>(channels, [&](auto lanes, int64_t c) {
+      using V = typename decltype(lanes)::V;
+#pragma GCC unroll 2
+      for (int k = 0; k < lanes.kVectors; ++k, c += lanes_of<V>()) {
+        const V evens = load_lanes<V>(even + c) + load_lanes<V>(even + length + c);
+        const V odds = load_lanes<V>(odd + c) + load_lanes<V>(odd + length + c);
+        store_lanes(column0 + c, evens);
+        store_lanes(column1 + c, odds);
+        store_lanes(total + c, evens + odds);
+        store_lanes(sum + c, load_lanes<V>(sum + c) + (evens + odds));
+      }
+    });
+  }
+  memset(column + channels, 0, channels * sizeof(T));
+  memset(column + width * 2 * channels, 0, channels * sizeof(T));
+}
+
+// Of output rows 2i + p, those that read R[i] are 2i and 2i - 1.
 template <class T>
 void run_reduce(const UpsampleReduce& a) {
   const Strip& s = a.strip;
-  const int64_t channels = a.channels, width = s.width, rows = s.rows();
-  const int64_t first = s.first_difference(), differences = s.differences();
-  const int64_t length = 2 * width * channels;
-  parallel_for(
-      s.images * differences, max64(1, kGrain / (2 * length)), [&](int64_t begin, int64_t end) {
-        const T* zeros = zero_row<T>(length);
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t n = s.image + t / differences, i = first + t % differences;
-          // Rows 2i and 2i - 1 of grad_y: of output rows i + p, those that read R[i].
-          for (int64_t p = 0; p < 2; ++p) {
-            const T* grad = row_or_zeros(a.grad_y, n, 2 * i - p, 2 * s.height, length, zeros);
-            T* row_out = static_cast<T*>(a.row) + (t * width * 2 + p) * channels;
-            T* mixed_out = static_cast<T*>(a.mixed) + (t * (width + 1) * 4 + 2 * p) * channels;
-            for (int64_t j = 0; j < width; ++j) {
-              const T* __restrict even = grad + 2 * j * channels;
-              const T* __restrict odd = even + channels;
-              T* __restrict row = row_out + j * 2 * channels;
-              T* __restrict mixed0 = mixed_out + j * 4 * channels;
-              T* __restrict mixed1 = mixed_out + ((j + 1) * 4 + 1) * channels;
-#pragma GCC ivdep
-              for (int64_t c = 0; c < channels; ++c) {
-                store(row[c], load(even[c]) + load(odd[c]));
-                mixed0[c] = even[c];
-                mixed1[c] = odd[c];
-              }
-            }
-            memset(mixed_out + channels, 0, channels * sizeof(T));
-            memset(mixed_out + width * 4 * channels, 0, channels * sizeof(T));
-          }
-        }
-      });
-  parallel_for(s.images * rows, max64(1, kGrain / (2 * length)), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t n = s.image + t / rows, i = s.row + t % rows;
-      const T* upper = static_cast<const T*>(a.grad_y) + (n * s.height + i) * 2 * length;
-      T* x_out = static_cast<T*>(a.x) + t * width * channels;
-      T* column_out = static_cast<T*>(a.column) + t * (width + 1) * 2 * channels;
-      float* __restrict sum = a.sum + t * channels;
-      memset(sum, 0, channels * sizeof(float));
-      for (int64_t j = 0; j < width; ++j) {
-        const T* __restrict even0 = upper + 2 * j * channels;
-        const T* __restrict even1 = even0 + length;
-        const T* __restrict odd0 = even0 + channels;
-        const T* __restrict odd1 = even1 + channels;
-        T* __restrict x = x_out + j * channels;
-        T* __restrict column0 = column_out + j * 2 * channels;
-        T* __restrict column1 = column_out + ((j + 1) * 2 + 1) * channels;
-#pragma GCC ivdep
-        for (int64_t c = 0; c < channels; ++c) {
-          const float even = load(even0[c]) + load(even1[c]);
-          const float odd = load(odd0[c]) + load(odd1[c]);
-          store(column0[c], even);
-          store(column1[c], odd);
-          store(x[c], even + odd);
-          sum[c] += even + odd;
-        }
-      }
-      memset(column_out + channels, 0, channels * sizeof(T));
-      memset(column_out + width * 2 * channels, 0, channels * sizeof(T));
-    }
+  const int64_t channels = a.channels, width = s.width;
+  const int64_t first = s.first_difference(), length = 2 * width * channels;
+  const T* zeros = zero_row<T>(length);
+  for_each_row(s, 2 * length, [&](int64_t n, int64_t i) {
+    const auto reduce = [&](int64_t difference, int64_t p) {
+      const int64_t d = n * s.differences() + difference - first;
+      reduce_row(
+          row_or_zeros(a.grad_y, s.image + n, 2 * difference - p, 2 * s.height, length, zeros),
+          width, channels, static_cast<T*>(a.row) + (d * width * 2 + p) * channels,
+          static_cast<T*>(a.mixed) + (d * (width + 1) * 4 + 2 * p) * channels);
+    };
+    if (i == 0) reduce(0, 1);
+    if (i >= first) reduce(i, 0);
+    if (i == s.row_end) return;
+    reduce(i + 1, 1);
+    const int64_t r = n * s.rows() + i - s.row;
+    reduce_rows(static_cast<const T*>(a.grad_y) + ((s.image + n) * s.height + i) * 2 * length,
+                width, channels, static_cast<T*>(a.x) + r * width * channels,
+                static_cast<T*>(a.column) + r * (width + 1) * 2 * channels, a.sum + r * channels);
   });
 }
 

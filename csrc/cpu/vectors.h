@@ -54,6 +54,17 @@ inline void store_lanes(T* to, V v) {
   }
 }
 
+template <class V, class T>
+inline void copy_lanes(T* to, const T* from) {
+  memcpy(to, from, lanes_of<V>() * sizeof(T));
+}
+
+// Asks for what a long pass will read 2 KiB after `from`: the processor looks ahead by itself, but
+// only to the end of the page.
+inline void prefetch(const void* from) {
+  __builtin_prefetch(static_cast<const char*>(from) + 2048);
+}
+
 // As clamp() does: NaN passes through.
 template <class V>
 inline V clamp_lanes(V v, float low, float high) {

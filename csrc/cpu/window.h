@@ -1,0 +1,16 @@
+// Windows of convolutions and pools in one dimension.
+#pragma once
+
+#include "functions.h"
+
+namespace fdda {
+
+// First and one-past-last tap inside [0, size) of a window that starts at `start`.
+static inline void valid_taps(int64_t start, int64_t size, int64_t kernel, int64_t dilation,
+                              int64_t* first, int64_t* end) {
+  *first = start < 0 ? min64(kernel, ceil_div(-start, dilation)) : 0;
+  *end = start < size ? min64(kernel, ceil_div(size - start, dilation)) : 0;
+  *end = max64(*end, *first);
+}
+
+}  // namespace fdda
