@@ -12,12 +12,19 @@ namespace {
 // 2 * largest weight * largest code, fit the int16 in which they are added before they are widened.
 struct U8S8 : U8S8Operands {
   static constexpr int64_t kColumns = 64;
+  static constexpr bool kWidens = true;
   int64_t exact_steps;
 
   static U8S8 of_ranges(int64_t weight, int64_t code) { return {{}, 32767 / (2 * weight * code)}; }
 
+  static bool exact(int64_t weight, int64_t code) {
+    return of_ranges(weight, code).exact_steps > 0;
+  }
+
+  static __m256i product(__m256i x, __m256i w) { return _mm256_maddubs_epi16(x, w); }
+
   static __m256i add(__m256i sum, __m256i x, __m256i w) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w));
+    return _mm256_add_epi16(sum, product(x, w));
   }
 
   static __m256i widened(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
@@ -28,7 +35,7 @@ struct U8S8 : U8S8Operands {
 // Weights as [depth / 2][16][2] s16.
 struct S16 : S16Operands {
   static constexpr int64_t kColumns = 64;
-  static constexpr int64_t exact_steps = INT64_MAX;
+  static constexpr bool kWidens = false;
 
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
                      const int8_t* offset, Weight* panel, int32_t* start) {
@@ -52,8 +59,6 @@ struct S16 : S16Operands {
   static __m256i add(__m256i sum, __m256i x, __m256i w) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w));
   }
-
-  static __m256i widened(__m256i sum) { return sum; }
 
   static void gemm(const Tile<S16>& t) { gemm_panels(S16(), t); }
 };

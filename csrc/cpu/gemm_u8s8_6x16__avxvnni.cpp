@@ -10,9 +10,11 @@ namespace {
 
 struct Vnni : U8S8Operands {
   static constexpr int64_t kColumns = 64;
-  static constexpr int64_t exact_steps = INT64_MAX;
+  static constexpr bool kWidens = false;
 
   static Vnni of_ranges(int64_t, int64_t) { return {}; }
+
+  static bool exact(int64_t, int64_t) { return true; }
 
   static __m256i add(__m256i sum, __m256i x, __m256i w) {
 #if defined(__AVXVNNI__)
@@ -21,8 +23,6 @@ struct Vnni : U8S8Operands {
     return _mm256_dpbusd_epi32(sum, x, w);
 #endif
   }
-
-  static __m256i widened(__m256i sum) { return sum; }
 
   static void gemm(const Tile<Vnni>& t) { gemm_panels(Vnni(), t); }
 };

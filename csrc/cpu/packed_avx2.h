@@ -93,44 +93,72 @@ int64_t largest_code(const PackedConv& conv) {
   return largest;
 }
 
+// Adds to `sums` the products of 4 bytes of ROWS rows and two registers of weights.
+template <class Policy, int ROWS>
+__attribute__((always_inline)) inline void add_step(__m256i (&sums)[ROWS][2], const char* x,
+                                                    int64_t stride, const char* w) {
+  const __m256i low = load(w), high = load(w + 32);
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; ++r) {
+    const __m256i a = broadcast(x + r * stride);
+    sums[r][0] = Policy::add(sums[r][0], a, low);
+    FDDA_PIN(sums[r][0]);
+    sums[r][1] = Policy::add(sums[r][1], a, high);
+    FDDA_PIN(sums[r][1]);
+  }
+}
+
 // To `sums`, [ROWS][16]: `start` plus the products of ROWS rows, which start at x and are `stride`
-// bytes apart, and one panel. A step is 4 bytes of each row and two registers of weights. The
-// policy:
+// bytes apart, and one panel. The policy:
 //   add(sum, x, w)    sum plus the products of a step
-//   exact_steps       after which the sums are to be widened
-//   widened(sum)      as int32
+//   kWidens           whether sums are to be widened after `exact_steps` steps
+//   product(x, w)     products of a step    } if so
+//   widened(sum)      as int32              }
 template <int ROWS, class Policy>
 __attribute__((noinline)) void multiply(const Policy& policy, const char* x, int64_t stride,
                                         const char* w, int64_t steps, const int32_t* start,
                                         int32_t* sums) {
-  for (int r = 0; r < ROWS; ++r) {
-    store(sums + r * kPanelRows, load(start));
-    store(sums + r * kPanelRows + kHalf, load(start + kHalf));
-  }
-  while (steps > 0) {
-    __m256i part[ROWS][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; ++r) part[r][0] = part[r][1] = _mm256_setzero_si256();
-    const int64_t n = min64(steps, policy.exact_steps);
-    steps -= n;
-    for (int64_t i = 0; i < n; ++i, x += 4, w += 64) {
+  __m256i part[ROWS][2];
+  if constexpr (Policy::kWidens) {
+    for (int r = 0; r < ROWS; ++r) {
+      store(sums + r * kPanelRows, load(start));
+      store(sums + r * kPanelRows + kHalf, load(start + kHalf));
+    }
+    while (steps > 0) {
+      const int64_t n = min64(steps, policy.exact_steps);
+      steps -= n;
       const __m256i low = load(w), high = load(w + 32);
 #pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
         const __m256i a = broadcast(x + r * stride);
-        part[r][0] = Policy::add(part[r][0], a, low);
+        part[r][0] = Policy::product(a, low);
         FDDA_PIN(part[r][0]);
-        part[r][1] = Policy::add(part[r][1], a, high);
+        part[r][1] = Policy::product(a, high);
         FDDA_PIN(part[r][1]);
       }
+      x += 4;
+      w += 64;
+      for (int64_t i = 1; i < n; ++i, x += 4, w += 64) add_step<Policy>(part, x, stride, w);
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          int32_t* sum = sums + r * kPanelRows + h * kHalf;
+          store(sum, _mm256_add_epi32(load(sum), Policy::widened(part[r][h])));
+        }
+      }
     }
+  } else {
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        int32_t* sum = sums + r * kPanelRows + h * kHalf;
-        store(sum, _mm256_add_epi32(load(sum), Policy::widened(part[r][h])));
-      }
+      part[r][0] = load(start);
+      part[r][1] = load(start + kHalf);
+    }
+    for (int64_t i = 0; i < steps; ++i, x += 4, w += 64) add_step<Policy>(part, x, stride, w);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+      store(sums + r * kPanelRows, part[r][0]);
+      store(sums + r * kPanelRows + kHalf, part[r][1]);
     }
   }
 }

@@ -31,9 +31,8 @@ class Winograd {
     return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
            conv.pad_h == 1 && conv.pad_w == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
            conv.groups == 1 && conv.channels % kBlockDepth == 0 && conv.weight_fits_s8 &&
-           9 * weight <= 127 && 4 * code <= 255 &&
-           Policy::of_ranges(9 * weight, 4 * code).exact_steps > 0 && conv.channels >= 16 &&
-           conv.batch * conv.height * conv.width > 16;
+           9 * weight <= 127 && 4 * code <= 255 && Policy::exact(9 * weight, 4 * code) &&
+           conv.channels >= 16 && conv.batch * conv.height * conv.width > 16;
   }
 
   Winograd(const PackedConv& conv, int64_t weight, int64_t code)
