@@ -11,8 +11,13 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
+// gcc 12 splits wider sums through memory for AVX2.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kLanes = 8;
+#else
 constexpr int kLanes = 16;
-// Compilers split these where registers are narrower.
+#endif
+constexpr int kStrips = 64 / kLanes;
 typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 typedef int16_t S16 __attribute__((vector_size(2 * kLanes)));
 typedef int32_t S32 __attribute__((vector_size(4 * kLanes)));
@@ -35,7 +40,7 @@ void accumulate(const Window& w, const int16_t* weights, int64_t channels, int64
     const uint8_t* x = w.first + i * w.row_stride + channel;
     const int16_t* q = weights + (w.tap + i * w.taps_per_row) * channels + channel;
     for (int64_t j = 0; j < w.cols; ++j, x += w.col_stride, q += channels) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < STRIPS; ++s) {
         U8 code;
         S16 weight;
@@ -101,10 +106,10 @@ void depthwise_conv2d(const PackedConv& a) {
         const int64_t index = (r * a.out_width + ow) * a.channels;
         int64_t c = 0;
         if (a.weight_fits_s8) {
-          int32_t acc[4 * kLanes];
-          for (; c + 4 * kLanes <= a.channels; c += 4 * kLanes) {
-            accumulate<4>(window, weights, a.channels, c, a.x_zero_point, acc);
-            store_outputs<4 * kLanes>(a.epilogue, index + c, c, acc);
+          int32_t acc[kStrips * kLanes];
+          for (; c + kStrips * kLanes <= a.channels; c += kStrips * kLanes) {
+            accumulate<kStrips>(window, weights, a.channels, c, a.x_zero_point, acc);
+            store_outputs<kStrips * kLanes>(a.epilogue, index + c, c, acc);
           }
           for (; c + kLanes <= a.channels; c += kLanes) {
             accumulate<1>(window, weights, a.channels, c, a.x_zero_point, acc);
