@@ -61,9 +61,16 @@ struct U8S8Operands {
   }
 
   static int32_t row_sum(const Input* row, int64_t depth, const PackedConv& conv) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < depth; ++i) sum += row[i];
-    return static_cast<int32_t>(sum - conv.x_zero_point * depth);
+    __m256i sums = _mm256_setzero_si256();
+    int64_t i = 0;
+    for (; i + 32 <= depth; i += 32) {
+      sums = _mm256_add_epi64(sums, _mm256_sad_epu8(load(row + i), _mm256_setzero_si256()));
+    }
+    int64_t parts[4], sum = -conv.x_zero_point * depth;
+    store(parts, sums);
+    for (int64_t part : parts) sum += part;
+    for (; i < depth; ++i) sum += row[i];
+    return static_cast<int32_t>(sum);
   }
 };
 

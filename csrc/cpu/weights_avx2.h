@@ -60,10 +60,12 @@ inline __m256i expand_half(const uint8_t* planes, int half, __m256i offset) {
 template <int BITS, class Sink>
 void expand_blocks(const uint8_t* planes, int64_t depth, const int8_t* offset, Sink sink) {
   const __m256i offsets[2] = {spread_offsets(offset, 0), spread_offsets(offset, 1)};
+  const int64_t panel_bytes = ceil_div(depth, kBlockDepth) * BITS * kPlaneBytes;
   for (int64_t k = 0; k < depth; k += kBlockDepth, planes += BITS * kPlaneBytes) {
     __m256i w[2] = {expand_half<BITS>(planes, 0, offsets[0]),
                     expand_half<BITS>(planes, 1, offsets[1])};
-    if (depth - k < kBlockDepth) {  // padding weighs 0, not `offset`
+    _mm_prefetch(planes + panel_bytes, _MM_HINT_T1);  // likely the next panel to be expanded
+    if (depth - k < kBlockDepth) {                    // padding weighs 0, not `offset`
       const __m256i valid = _mm256_set1_epi32((1 << 8 * (depth - k)) - 1);
       w[0] = _mm256_and_si256(w[0], valid);
       w[1] = _mm256_and_si256(w[1], valid);

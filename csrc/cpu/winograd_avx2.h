@@ -158,7 +158,11 @@ class Winograd {
         __m256i g[9], rows[12], u[kPositions];
 #pragma GCC unroll 9
         for (int t = 0; t < 9; ++t) {
-          g[t] = expand_half<BITS>(planes + (t * k4 + k) * BITS * kPlaneBytes, half, offsets);
+          const uint8_t* block = planes + (t * k4 + k) * BITS * kPlaneBytes;
+          g[t] = expand_half<BITS>(block, half, offsets);
+          if (half == 1) {  // likely the next panel to be expanded
+            _mm_prefetch(block + 9 * k4 * BITS * kPlaneBytes, _MM_HINT_T1);
+          }
         }
 #pragma GCC unroll 3
         for (int x = 0; x < 3; ++x) transform(g + x, 3, rows + x, 3);
