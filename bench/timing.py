@@ -42,6 +42,30 @@ def interleaved(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def bursts(runs: Mapping[str, Run], rounds: int, length: float = 0.1) -> dict[str, float]:
+    """Median seconds of one call of every run, for calls of milliseconds and less.
+
+    All in turn, `rounds` times, each with as many calls as fit into `length` seconds. As long an
+    untimed burst comes before: weights return to the cache, threads of the last run fall asleep.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _burst(run, length)
+            seconds[name] += _burst(run, length)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _burst(run: Run, length: float) -> list[float]:
+    """Seconds of every call, one at least."""
+    seconds: list[float] = []
+    while sum(seconds) < length:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
