@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 PARTS = ("networks", "layers", "gemm", "memory")
@@ -30,12 +31,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=(1, 16, 128, 512), help="of gemm")
     parser.add_argument("--threads", nargs="+", type=int, default=(1,))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="not elapsed time: for one thread, on a busy machine",
+    )
     parser.add_argument("--split", action="store_true", help="the networks' time, by layer")
     parser.add_argument("--isa", help="of this library: sets FDDA_FAST_ISA")
     parser.add_argument("--onednn-isa", help="of peers on oneDNN: sets ONEDNN_MAX_CPU_ISA")
     args = parser.parse_args()
     if max(args.threads) > cores:
         parser.error(f"--threads {max(args.threads)}: this process may use {cores} core(s)")
+    if args.cpu_time and max(args.threads) > 1:
+        parser.error("--cpu-time: adds up all threads, one is possible")
+    args.clock = time.process_time if args.cpu_time else time.perf_counter
     return args
 
 
@@ -58,6 +67,7 @@ def main() -> None:
     console = Console()
     console.width = max(console.width, 120)  # names and figures whole, in a file, too
     console.print(*describe(), *installation(), sep="\n", highlight=False, markup=False)
+    console.print(f"medians of {'CPU' if args.cpu_time else 'elapsed'} time")
     torch.manual_seed(0)
     if "networks" in args.parts:
         inference_networks.report(console, args)

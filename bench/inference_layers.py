@@ -66,7 +66,7 @@ def _report(console: Console, args: argparse.Namespace, title: str, cases) -> No
         table = None
         for case in cases():
             case.check()
-            seconds = bursts(case.runs, args.rounds)
+            seconds = bursts(case.runs, args.rounds, args.clock)
             if table is None:
                 table = Table(title=f"{title}, {threads} thread(s)")
                 table.add_column("ms", no_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import runtimes
@@ -13,7 +12,7 @@ import torch
 from models import images, network, onnx_int8, packed
 from rich.console import Console
 from rich.table import Table
-from timing import bursts
+from timing import Clock, bursts
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
@@ -76,9 +75,8 @@ def _report(
 ) -> None:
     loaded, x = files.load(batch, threads), images(batch, seed=100)
     errors = _errors({label: runtime.run(x) for label, runtime in loaded.items()})
-    seconds = bursts(
-        {label: lambda run=runtime.run: run(x) for label, runtime in loaded.items()}, args.rounds
-    )
+    runs = {label: lambda run=runtime.run: run(x) for label, runtime in loaded.items()}
+    seconds = bursts(runs, args.rounds, args.clock)
     ours = [label for label in loaded if label.startswith(runtimes.OURS)]
     table = Table(title=f"{name}, batch {batch}, {threads} thread(s)")
     table.add_column("", no_wrap=True)
@@ -100,7 +98,7 @@ def _report(
             console.print(f"{label} runs: {runtime.kernels}", highlight=False)
     if args.split:
         for label in ours:
-            _print_split(console, label, loaded[label].run, x, args.rounds)
+            _print_split(console, label, loaded[label].run, x, args.rounds, args.clock)
 
 
 def _errors(logits: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -120,19 +118,24 @@ def _errors(logits: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _print_split(
-    console: Console, label: str, model: fdda.PackedModel, x: torch.Tensor, rounds: int
+    console: Console,
+    label: str,
+    model: fdda.PackedModel,
+    x: torch.Tensor,
+    rounds: int,
+    clock: Clock,
 ) -> None:
     """The slowest nodes of a packed model, and what all of a kind take together."""
     seconds: dict[str, list[float]] = {}
 
     def observe(node, *_) -> None:
         nonlocal last
-        now = time.perf_counter()
+        now = clock()
         seconds.setdefault(node.name, []).append(now - last)
-        last = time.perf_counter()
+        last = clock()
 
     for _ in range(5 * rounds):
-        last = time.perf_counter()
+        last = clock()
         model.execute(x, observe)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     whole = sum(medians.values())
