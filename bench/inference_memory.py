@@ -23,7 +23,7 @@ _RUNS = 10
 
 
 def report(console: Console) -> None:
-    table = Table(title=f"resident memory, resnet18, batch 1, 1 thread, {runtimes.OURS}: W4A4")
+    table = Table(title="resident memory, resnet18, batch 1")
     table.add_column("", no_wrap=True)
     for column in ("MiB", "of it anonymous", "model file"):
         table.add_column(column, justify="right")
@@ -40,7 +40,8 @@ def report(console: Console) -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             added = [float(value) for value in done.stdout.split()]
             megabytes = [*added, path.stat().st_size / 2**20]
-            table.add_row(name, *(f"{value:.1f}" for value in megabytes))
+            label = f"{name} W{BITS}A{BITS}" if name == runtimes.OURS else name
+            table.add_row(label, *(f"{value:.1f}" for value in megabytes))
     console.print(table)
 
 

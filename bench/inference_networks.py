@@ -150,7 +150,7 @@ def _print_split(
         rate = len(x) * row.macs / value / 1e9
         shapes = ("x".join(map(str, shape[1:])) for shape in (row.input_shape, row.output_shape))
         table.add_row(
-            name, row.op, *shapes, f"{1e3 * value:.3f}", f"{100 * value / whole:.0f}", f"{rate:.0f}"
+            name, row.op, *shapes, f"{1e3 * value:.3f}", f"{100 * value / whole:.0f}", f"{rate:.1f}"
         )
     kinds: dict[str, float] = {}
     for name, value in medians.items():
