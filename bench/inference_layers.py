@@ -131,10 +131,17 @@ def _quantized_weight(q: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _engines(*names: str) -> Iterator[str]:
+    """Those that this PyTorch has, each made the one that packs weights."""
+    for name in names:
+        if name in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = name
+            yield name
+
+
 def _quantized_convolutions(x: torch.Tensor, q: torch.Tensor) -> Iterator[tuple[str, Run]]:
     x = torch._make_per_tensor_quantized_tensor(x, SCALE, 0)
-    for engine in ("onednn", "fbgemm"):
-        torch.backends.quantized.engine = engine
+    for engine in _engines("onednn", "fbgemm"):
         packed = torch.ops.quantized.conv2d_prepack(
             _quantized_weight(q), torch.zeros(len(q)), [1, 1], [1, 1], [1, 1], 1
         )
@@ -169,7 +176,6 @@ def _qlinear_pointwise(x: torch.Tensor, q: torch.Tensor) -> Run:
 
 def _quantized_linears(x: torch.Tensor, q: torch.Tensor) -> Iterator[tuple[str, Run]]:
     x = torch._make_per_tensor_quantized_tensor(x, SCALE, 0)
-    for engine in ("onednn", "x86", "fbgemm"):
-        torch.backends.quantized.engine = engine
+    for engine in _engines("onednn", "x86", "fbgemm"):
         packed = torch.ops.quantized.linear_prepack(_quantized_weight(q), torch.zeros(len(q)))
         yield engine, lambda p=packed: torch.ops.quantized.linear(x, p, SCALE, 0)
