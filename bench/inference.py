@@ -5,7 +5,7 @@ PyTorch's 8-bit ones. `gemm`: a matrix product, W4A8, against PyTorch's 8-bit on
 loading and running ResNet-18 adds to the resident memory. But for the memory all in one process,
 in turn; medians. `taskset -c 1` pins it to one core.
 
-GMAC/s counts the multiply-adds of the plain formula, which Winograd's may exceed. A network's error
+GMAC/s counts the multiply-adds of the plain formula; Winograd's does fewer. A network's error
 is the root of the mean squared difference to float32's logits, over their standard deviation: that
 of random weights that nobody fine-tuned, not what low bits cost a trained network.
 
