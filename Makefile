@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench lint wheel clean
@@ -13,9 +14,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-bench: $(INSTALLED)
+bench: $(PEERS)
 	$(BIN)/python bench/operators.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/inference.py --networks resnet18 --batch 1 --rows 1 128 --rounds 3
 	$(BIN)/python -m pytest bench --benchmark-only
 
 lint: $(INSTALLED)
@@ -30,6 +32,10 @@ $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch torchvision setuptools wheel ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ import torch
 from fdda_fast.memory import resident_memory
 
 Run = Callable[[], object]
+Clock = Callable[[], float]
 _SETTLED, _MOST_CALLS = 256, 6  # page faults (1 MiB), untimed calls
 
 
@@ -40,6 +41,35 @@ def interleaved(
                 run()
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bursts(
+    runs: Mapping[str, Run], rounds: int, clock: Clock = time.perf_counter, length: float = 0.1
+) -> dict[str, float]:
+    """Median seconds of one call of every run, for calls of milliseconds and less.
+
+    All in turn, `rounds` times, each with as many calls as fit into `length` seconds. As long an
+    untimed burst comes before: weights return to the cache, threads of the last run fall asleep.
+
+    Args:
+        clock: `time.process_time` leaves out what other processes take of a core.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            _burst(run, clock, length)
+            seconds[name] += _burst(run, clock, length)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _burst(run: Run, clock: Clock, length: float) -> list[float]:
+    """Seconds of every call, one at least."""
+    seconds: list[float] = []
+    while sum(seconds) < length:
+        start = clock()
+        run()
+        seconds.append(clock() - start)
+    return seconds
 
 
 def _page_faults() -> int:

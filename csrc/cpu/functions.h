@@ -20,6 +20,7 @@ void class_moments_backward(const ClassMomentsBackward&);
 void quantize(const Quantize&);
 void requantize_codes(const RequantizeCodes&);
 void max_pool(const MaxPool&);
+void sum_pool(const SumPool&);
 void pack_weight(const PackWeight&);
 void unpack_weight(const UnpackWeight&);
 const char* packed_conv2d(const PackedConv&);

@@ -159,6 +159,13 @@ struct MaxPool {
   uint8_t* out;
 };
 
+// Sums of codes over the pixels of an image.
+struct SumPool {
+  const uint8_t* x;  // [batch, pixels, channels]
+  int64_t batch, pixels, channels;
+  int32_t* out;  // [batch, channels]
+};
+
 // Of real numbers, with the window's tap that each maximum comes from: at most 255 taps.
 struct MaxPool2d {
   PoolShape shape;
@@ -340,6 +347,7 @@ struct Kernels {
   void (*quantize)(const Quantize&);
   void (*requantize_codes)(const RequantizeCodes&);
   void (*max_pool)(const MaxPool&);
+  void (*sum_pool)(const SumPool&);
   void (*pack_weight)(const PackWeight&);
   void (*unpack_weight)(const UnpackWeight&);
   const char* (*packed_conv2d)(const PackedConv&);  // returns the name of what ran

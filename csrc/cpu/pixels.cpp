@@ -1,4 +1,4 @@
-// Float images to NHWC codes, and codes to fewer bits.
+// Float images to NHWC codes, codes to fewer bits, sums of codes over an image.
 //
 // Bytes may alias anything, so loops that store them read their bounds and factors from locals.
 
@@ -119,6 +119,24 @@ void requantize_codes(const RequantizeCodes& a) {
 #endif
     look_up(table, a.x + begin, a.out + begin, end - begin);
   });
+}
+
+void sum_pool(const SumPool& a) {
+  constexpr int64_t kBlock = 64;
+  const int64_t blocks = ceil_div(a.channels, kBlock);
+  parallel_for(a.batch * blocks, max64(1, 1024 / max64(1, a.pixels)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) {
+                   const int64_t n = t / blocks, c = t % blocks * kBlock;
+                   const int64_t count = min64(kBlock, a.channels - c);
+                   const uint8_t* x = a.x + n * a.pixels * a.channels + c;
+                   int32_t sums[kBlock] = {};
+                   for (int64_t p = 0; p < a.pixels; ++p, x += a.channels) {
+                     for (int64_t j = 0; j < count; ++j) sums[j] += x[j];
+                   }
+                   memcpy(a.out + n * a.channels + c, sums, count * sizeof(int32_t));
+                 }
+               });
 }
 
 }  // namespace FDDA_ISA

@@ -16,6 +16,7 @@ extern const Kernels kernels = {
     quantize,
     requantize_codes,
     max_pool,
+    sum_pool,
     pack_weight,
     unpack_weight,
     packed_conv2d,

@@ -11,8 +11,12 @@ import torch
 from torch import nn
 
 from ..data.preprocessing import Preprocessing
+from ..ops import backend_info
 from .graph import Graph, Node
 from .integer import PackedConv2d, PackedLinear, Sums, domain, to_nchw, weight_bits
+from .program import Program
+
+_PROGRAMS = 2  # kept for images of as many shapes: those of full and of last batches
 
 Observer = Callable[[Node, dict[str, torch.Tensor], list[Any], Any], None]
 
@@ -73,6 +77,9 @@ class PackedModel(nn.Module):
         self._bind()
         self.eval()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_programs": {}}  # they point into memory of their own
+
     def _check_metadata(self) -> None:
         if self.preprocessing and self.preprocessing.channels != self.graph.in_channels:
             raise ValueError(
@@ -90,6 +97,7 @@ class PackedModel(nn.Module):
 
     def _bind(self) -> None:
         """Gives every node its tensors, in the dtypes that the operators read."""
+        self._programs: dict[tuple, Program] = {}
         self._bound = []
         for node in self.graph.nodes:
             bound = {role: self.tensors[f"{node.name}.{role}"] for role in node.op.tensors()}
@@ -110,11 +118,36 @@ class PackedModel(nn.Module):
         Raises:
             ValueError: wrong dtype, rank or channels, or a size that the network cannot take.
         """
-        return self.execute(images)
+        self._check_images(images)
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.execute(images)
+        isa = backend_info()["isa"]
+        if isa is None:
+            return self.execute(images)
+        return self._run_program(images, (images.shape, images.stride(), isa))
+
+    @torch.no_grad()
+    def _run_program(self, images: torch.Tensor, key: tuple) -> torch.Tensor:
+        program = self._programs.pop(key, None)
+        if program is None:
+            values: list[Any] = [images]
+            logits = self.execute(images, lambda node, tensors, inputs, y: values.append(y))
+            program = Program(self.graph, self._bound, values)
+        elif program.lock.acquire(blocking=False):
+            try:
+                logits = program.run(images)
+            finally:
+                program.lock.release()
+        else:  # another thread runs it
+            logits = self.execute(images)
+        self._programs[key] = program
+        while len(self._programs) > _PROGRAMS:
+            self._programs.pop(next(iter(self._programs)), None)
+        return logits
 
     @torch.no_grad()
     def execute(self, images: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
-        """Runs the graph; `observe` sees (node, tensors, inputs, output) of every node."""
+        """Runs node by node; `observe` sees (node, tensors, inputs, output) of every node."""
         self._check_images(images)
         values: list[Any] = [images] + [None] * len(self.graph.nodes)
         for i, node in enumerate(self.graph.nodes):

@@ -1,0 +1,36 @@
+// A packed network's integer operations, decoded once and then run without the framework between
+// them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fdda {
+
+class Program {
+ public:
+  // `words`: instructions, each its kind and what `decode` in program.cpp reads for it. Addresses
+  // are those of memory that outlives the program; negative ones, -1 - i, stand for input i of a
+  // run. Throws std::invalid_argument.
+  explicit Program(const std::vector<int64_t>& words);
+
+  size_t size() const { return steps_.size(); }
+  size_t inputs() const { return inputs_; }
+
+  // `seconds`, where given, and `kernels` get an entry per instruction.
+  void run(const std::vector<const void*>& inputs, double* seconds = nullptr,
+           std::vector<const char*>* kernels = nullptr) const;
+
+ private:
+  using Step =
+      std::variant<Quantize, RequantizeCodes, MaxPool, SumPool, PackedConv, PackedLinearS32>;
+
+  std::vector<Step> steps_;
+  size_t inputs_ = 0;
+};
+
+}  // namespace fdda

@@ -1,0 +1,174 @@
+"""The native program of a packed graph: the same bits as the graph run node by node."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from networks import CLASSES, NETWORKS, images, packed_network
+from torch import nn
+
+from fdda_fast.deploy import pack
+from fdda_fast.deploy.runtime import _PROGRAMS
+from fdda_fast.ops import backend_info
+from fdda_fast.ops._library import use_isa
+from fdda_fast.quantization.bits import Bits
+
+INFO = backend_info()
+ISAS = [isa for isa in INFO["isas_compiled"] if isa in INFO["isas_supported"]]
+pytestmark = pytest.mark.skipif(not INFO["extension"], reason="compiled operators not loaded")
+
+
+def program_of(packed):
+    return next(reversed(packed._programs.values()))
+
+
+def assert_same(packed, x, calls=3):
+    """`calls` of images that differ: what the arena keeps from one must not reach the next."""
+    packed(x)  # makes the program
+    for k in range(calls):
+        y = torch.roll(x, k, 2) * (1 - 0.3 * k)
+        y = torch.empty_strided(x.shape, x.stride()).copy_(y)
+        torch.testing.assert_close(packed(y), packed.execute(y), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("bits", [Bits(4, 4), Bits(8, 8), Bits(2, 3)], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network(name, bits):
+    packed = packed_network(name, bits)[1]
+    assert_same(packed, images(1))
+    assert_same(packed, images(3).to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    with use_isa(isa):
+        assert_same(packed, images(2))
+    assert any(key[2] == isa for key in packed._programs)
+
+
+def test_extreme_images():
+    packed = packed_network("resnet", Bits(4, 5))[1]
+    x = images(4)
+    x[0, 0, 0, 0], x[1, 0, 0, 0], x[2] = float("nan"), float("inf"), -1e30
+    assert_same(packed, x)
+
+
+def test_images_of_any_layout():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    whole = images(4, size=20)
+    for x in (whole[::2, :, 1:17, 3:19], whole.transpose(2, 3), whole[:, :1].expand(4, 3, 20, 20)):
+        packed(x)
+        assert torch.equal(packed(x), packed.execute(x))
+
+
+def test_results_do_not_change_with_the_next_call():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    x = images(2)
+    packed(x)
+    first = packed(x)
+    kept = first.clone()
+    packed(-x)
+    assert torch.equal(first, kept)
+
+
+class Views(nn.Module):
+    """Float nodes that return views of what integer nodes made, used much later."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        left, right = self.bn(self.first(x)).chunk(2, 1)
+        for conv in self.convs:
+            left = conv(left).relu()
+        return self.head(torch.cat([left, right], 1).mean((2, 3)))
+
+
+def test_views_keep_what_they_show():
+    from networks import quantized, randomize
+
+    torch.manual_seed(0)
+    qmodel = quantized(randomize(Views()), Bits(4, 4))
+    packed = pack(qmodel, images(1))
+    assert_same(packed, images(2))
+
+
+def test_values_share_memory():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    packed(images(8))
+    program = program_of(packed)
+    made = [y.total if isinstance(y, tuple) else y for y in program._made if y is not None]
+    assert program._arena.numel() < sum(y.numel() * y.element_size() for y in made) * 0.6
+
+
+def test_few_programs_are_kept():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    for count in (1, 2, 3, 1):
+        packed(images(count))
+    assert [key[0][0] for key in packed._programs] == [3, 1]
+    assert len(packed._programs) == _PROGRAMS
+
+
+def test_copies_have_memory_of_their_own():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    x = images(2)
+    packed(x)
+    other = copy.deepcopy(packed)
+    assert not other._programs
+    assert torch.equal(other(x), packed(x))
+    assert packed.to("cpu") is packed
+    assert not packed._programs  # its tensors may have moved
+
+
+def test_threads_of_the_user():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    inputs = [images(4, seed=seed) for seed in range(4)]
+    expected = [packed.execute(x) for x in inputs]
+    packed(inputs[0])
+    wrong = []
+
+    def work(k):
+        for _ in range(20):
+            if not torch.equal(packed(inputs[k]), expected[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_profile_names_what_ran():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    x = images(2)
+    packed(x)
+    steps = program_of(packed).profile(x)
+    names = [step.node.name for step in steps]
+    assert names == [n.name for n in packed.graph.nodes if n.name in set(names)]
+    assert all(step.seconds >= 0 and step.kernel for step in steps)
+    assert {"quantize", "direct", "sum_pool", "linear_s32"} <= {step.kernel for step in steps}
+
+
+@pytest.mark.parametrize("words", [[99], [0, 1], [4] + [0] * 10, ["a"], [1 << 70]])
+def test_nonsense_is_refused(words):
+    from fdda_fast.ops._library import _extension
+
+    with pytest.raises((RuntimeError, TypeError, OverflowError)):
+        _extension.program(words)
+
+
+def test_missing_inputs_are_refused():
+    from fdda_fast.deploy.program import _QUANTIZE
+    from fdda_fast.ops._library import _extension
+
+    program = _extension.program([_QUANTIZE, -1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 4])
+    with pytest.raises(RuntimeError, match="inputs are missing"):
+        _extension.run_program(program, [], False)
