@@ -117,7 +117,7 @@ def extension_arguments() -> dict:
         "fdda_fast._C",
         [
             *sorted(str(p) for p in Path("csrc/registration").glob("*.cpp")),
-            *("csrc/module.cpp", "csrc/parallel.cpp", "csrc/program.cpp"),
+            *("csrc/module.cpp", "csrc/parallel.cpp", "csrc/peak.cpp", "csrc/program.cpp"),
             "csrc/cpu/dispatch.cpp",
         ],
         py_limited_api=True,

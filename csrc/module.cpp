@@ -42,6 +42,8 @@ PyObject* conv_kernel(PyObject*, PyObject*) {
   return PyUnicode_FromString(fdda::last_conv_kernel());
 }
 
+PyObject* peak(PyObject*, PyObject*) { return PyFloat_FromDouble(fdda::peak_macs_per_second()); }
+
 constexpr char kProgram[] = "fdda_fast.Program";
 
 bool integers(PyObject* sequence, std::vector<int64_t>* out) {
@@ -114,6 +116,8 @@ PyMethodDef methods[] = {
      "Name of the kernel this thread's last packed_conv2d ran."},
     {"isa", isa, METH_NOARGS, "Name of the instruction set in use."},
     {"isas", isas, METH_NOARGS, "(name, has kernels of its own, supported here), lowest first."},
+    {"peak", peak, METH_NOARGS,
+     "8-bit multiply-accumulates per second of one thread on registers; 0: not known."},
     {"program", program, METH_O, "Decodes a sequence of integers, see program.h."},
     {"run_program", run_program, METH_VARARGS,
      "(program, addresses of its inputs, timed) -> (kernel, seconds) of every step if timed."},

@@ -232,6 +232,12 @@ def test_run(results):
         assert sum(map(float, line[2::2])) == pytest.approx(1, abs=1e-3)
 
 
+def test_run_profile(results):
+    told = succeed("run", "quantized/model.fdda", "tree/test/red", "--profile")
+    assert "GMAC/s" in told
+    assert all(f" {kernel} " in told for kernel in ("quantize", "direct"))
+
+
 def test_info_version_help():
     told = succeed("info")
     assert "isas_supported" in told

@@ -410,6 +410,8 @@ const Kernels& active_kernels();
 const char* active_isa();
 // Selects `name`, or the best supported rung for null. Returns null, or what is wrong.
 const char* select_isa(const char* name);
+// Measured on the calling thread, see peak.cpp; 0 for the generic rung.
+double peak_macs_per_second();
 // Name of the kernel that this thread's last packed_conv2d ran.
 const char* last_conv_kernel();
 

@@ -18,6 +18,7 @@ from .. import evaluation
 from ..data import ImageSource, Preprocessing, open_source
 from ..deploy import PackedModel, load_packed, pack
 from ..ops import backend_info
+from ..ops._library import peak_macs_per_second
 from ..runs import environment, load_quantized, load_recorded_teacher, read_config
 from .app import app, print_table
 from .options import Threads, parse_bits, use_threads
@@ -143,6 +144,9 @@ def run(
     model: Annotated[Path, typer.Argument(help="Packed model, .fdda.")],
     paths: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 1,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show what each node takes, on the first images.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Classify images: path, then class and probability, separated by tabs."""
@@ -162,6 +166,42 @@ def run(
                 name = packed.class_names[label] if packed.class_names else str(label)
                 cells += [name, f"{value:.4f}"]
             print("\t".join(cells))
+        if profile and start == 0:
+            first = images
+    if profile:
+        _print_profile(packed, first)
+
+
+def _print_profile(packed: PackedModel, images: torch.Tensor) -> None:
+    """Median time of every node; MACs per second against the processor's own dot products."""
+    steps = packed.profile(images)
+    peak = peak_macs_per_second()
+    table = Table()
+    for name in ("node", "kernel"):
+        table.add_column(name)
+    for name in ("ms", "time %", "GMAC/s", "peak %", "KiB"):
+        table.add_column(name, justify="right")
+    total = sum(step.seconds for step in steps)
+
+    def add(name: str, kernel: str, seconds: float, macs: int, size: int) -> None:
+        rate = macs / seconds
+        speed = (
+            f"{rate / 1e9:.1f}" if macs else "",
+            f"{100 * rate / peak:.0f}" if macs and peak else "",
+        )
+        share = f"{100 * seconds / total:.1f}"
+        table.add_row(name, kernel, f"{1e3 * seconds:.3f}", share, *speed, f"{size / 1024:.0f}")
+
+    for step in steps:
+        add(escape(step.node.name), step.kernel, step.seconds, step.macs, step.bytes)
+    table.add_section()
+    add("all", "", total, sum(s.macs for s in steps), sum(s.bytes for s in steps))
+    shape = "x".join(map(str, images.shape))
+    print_table(
+        f"images {shape}, {torch.get_num_threads()} threads; peak {peak / 1e9:.0f} GMAC/s, 8 bits, "
+        f"{backend_info()['isa']}",
+        table,
+    )
 
 
 def _image_files(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -38,16 +39,26 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What an instruction took: its node, the kernel that ran, seconds."""
+    """One node of a timed run.
+
+    Args:
+        node: it.
+        kernel: what ran: the extension's kernel, `torch` for float nodes.
+        seconds: it took.
+        macs: multiply-accumulates.
+        bytes: of its inputs, its tensors and its output, each once.
+    """
 
     node: Node
     kernel: str
     seconds: float
+    macs: int
+    bytes: int
 
 
 @dataclass(frozen=True)
 class _Segment:
-    nodes: tuple[Node, ...]
+    start: int  # of its nodes
     capsule: object
     inputs: tuple[tuple[int, str], ...]  # values from elsewhere, and how their memory is read
 
@@ -92,7 +103,7 @@ class Program:
         return self._run(images, None)
 
     def profile(self, images: torch.Tensor) -> list[Step]:
-        """`run`, taking the time of every instruction."""
+        """`run`, taking the time of every node."""
         steps: list[Step] = []
         self._run(images, steps)
         return steps
@@ -103,17 +114,27 @@ class Program:
             if isinstance(part, int):
                 node = self._graph.nodes[part]
                 inputs = [values[i] for i in node.inputs]
+                begin = time.perf_counter()
                 values[part + 1] = node.op.run(self._bound[part], *inputs)
+                if steps is not None:
+                    steps.append(self._step(part, "torch", time.perf_counter() - begin))
                 continue
             memory = [self._memory(values[i], i, layout) for i, layout in part.inputs]
             times = _library._extension.run_program(
                 part.capsule, [m.data_ptr() for m in memory], steps is not None
             )
             if steps is not None:
-                steps += [Step(n, *t) for n, t in zip(part.nodes, times, strict=True)]
+                steps += [self._step(part.start + k, *taken) for k, taken in enumerate(times)]
         output = self._graph.output
         # The arena's values are overwritten by the next call.
         return values[output].clone() if self._made[output] is not None else values[output]
+
+    def _step(self, n: int, kernel: str, seconds: float) -> Step:
+        node = self._graph.nodes[n]
+        read = sum(_bytes(self._values[i]) for i in node.inputs)
+        moved = read + sum(map(_bytes, self._bound[n].values())) + _bytes(self._values[n + 1])
+        macs = node.op.macs(logical_shape(self._values[n + 1]))
+        return Step(node, kernel, seconds, macs, moved)
 
     def _memory(self, value: torch.Tensor, index: int, layout: str) -> torch.Tensor:
         if layout == "nhwc":
@@ -174,9 +195,7 @@ class Program:
             node = self._graph.nodes[n]
             sources = _Sources(node.inputs, [self._values[i] for i in node.inputs], address)
             words += _encode(node.op, self._bound[n], sources, self._made[n + 1], self._kept)
-        return _Segment(
-            self._graph.nodes[start:end], _library._extension.program(words), tuple(inputs)
-        )
+        return _Segment(start, _library._extension.program(words), tuple(inputs))
 
 
 @dataclass(frozen=True)
@@ -195,9 +214,9 @@ def _example(value: Any) -> Any:
     """The value's shape, strides and dtype without its data."""
     if isinstance(value, Sums):
         return Sums(_example(value.total), value.count)
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return None
+    if isinstance(value, tuple):
+        return tuple(map(_example, value))
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _tensor(value: Any) -> torch.Tensor:
@@ -205,7 +224,18 @@ def _tensor(value: Any) -> torch.Tensor:
 
 
 def _bytes(value: Any) -> int:
+    if isinstance(value, tuple) and not isinstance(value, Sums):
+        return sum(map(_bytes, value))
     return _tensor(value).numel() * _tensor(value).element_size()
+
+
+def logical_shape(value: Any) -> tuple[int, ...]:
+    """[N, C, ...], of the first of several tensors."""
+    if isinstance(value, Sums):
+        return tuple(value.total.shape)
+    if isinstance(value, tuple):
+        return logical_shape(value[0])
+    return tuple(to_nchw(value).shape if value.dtype == torch.uint8 else value.shape)
 
 
 def _view(memory: torch.Tensor, example: Any) -> Any:

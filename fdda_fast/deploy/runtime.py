@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import nn
 from ..data.preprocessing import Preprocessing
 from ..ops import backend_info
 from .graph import Graph, Node
-from .integer import PackedConv2d, PackedLinear, Sums, domain, to_nchw, weight_bits
-from .program import Program
+from .integer import PackedConv2d, PackedLinear, domain, weight_bits
+from .program import Program, Step, logical_shape
 
 _PROGRAMS = 2  # kept for images of as many shapes: those of full and of last batches
 
@@ -130,9 +131,7 @@ class PackedModel(nn.Module):
     def _run_program(self, images: torch.Tensor, key: tuple) -> torch.Tensor:
         program = self._programs.pop(key, None)
         if program is None:
-            values: list[Any] = [images]
-            logits = self.execute(images, lambda node, tensors, inputs, y: values.append(y))
-            program = Program(self.graph, self._bound, values)
+            program, logits = self._trace(images)
         elif program.lock.acquire(blocking=False):
             try:
                 logits = program.run(images)
@@ -144,6 +143,30 @@ class PackedModel(nn.Module):
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)), None)
         return logits
+
+    @torch.no_grad()
+    def profile(self, images: torch.Tensor, repeats: int = 20) -> list[Step]:
+        """What each node takes on images [N, C, H, W]: the median of several runs.
+
+        Raises:
+            RuntimeError: the compiled operators are not loaded.
+            ValueError: as `forward`.
+        """
+        self._check_images(images)
+        if backend_info()["isa"] is None:
+            raise RuntimeError("profile: the compiled operators are not loaded")
+        program = self._trace(images)[0]
+        runs = [program.profile(images) for _ in range(repeats)]
+        return [
+            replace(steps[0], seconds=statistics.median(s.seconds for s in steps))
+            for steps in zip(*runs, strict=True)
+        ]
+
+    def _trace(self, images: torch.Tensor) -> tuple[Program, torch.Tensor]:
+        """A program for such images, and what these give."""
+        values: list[Any] = [images]
+        logits = self.execute(images, lambda node, tensors, inputs, y: values.append(y))
+        return Program(self.graph, self._bound, values), logits
 
     @torch.no_grad()
     def execute(self, images: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
@@ -197,13 +220,13 @@ class PackedModel(nn.Module):
         rows: list[Row] = []
 
         def add(node: Node, tensors: dict[str, torch.Tensor], inputs: list[Any], y: Any) -> None:
-            shape = _shape(y)
+            shape = logical_shape(y)
             rows.append(
                 Row(
                     name=node.name,
                     op=type(node.op).__name__,
                     domain=domain(node.op, [types[i] for i in node.inputs]),
-                    input_shape=_shape(inputs[0]) if inputs else (),
+                    input_shape=logical_shape(inputs[0]) if inputs else (),
                     output_shape=shape,
                     bits=weight_bits(node.op) or types[len(rows) + 1].bits or None,
                     weight_bytes=self._bytes(node),
@@ -223,11 +246,3 @@ class PackedModel(nn.Module):
         from .format import save_packed
 
         save_packed(self, path)
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Sums):
-        return tuple(value.total.shape)
-    if isinstance(value, tuple):
-        return _shape(value[0])
-    return tuple(to_nchw(value).shape if value.dtype == torch.uint8 else value.shape)

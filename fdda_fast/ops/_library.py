@@ -160,6 +160,11 @@ def use_isa(name: str) -> Iterator[str]:
         _extension.select_isa(previous)
 
 
+def peak_macs_per_second() -> float:
+    """8-bit multiply-accumulates per second of all threads, measured on registers; 0: not known."""
+    return _extension.peak() * torch.get_num_threads() if _extension else 0.0
+
+
 def backend_info() -> dict:
     """Which implementations are in use.
 
