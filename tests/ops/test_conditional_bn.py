@@ -87,6 +87,15 @@ def test_backward(case, seed):
     leaves = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
     y = plain(leaves[0], labels, *leaves[1:], groups, eps, slope)
     usual = torch.autograd.grad(y, leaves, grad_y.float())
+    # What the statistics take from a gradient cancels, all of it in groups of one pixel.
+    variance = [
+        part.var([0, *range(2, x.ndim)], correction=0)
+        for part in x.double().split(groups)
+        if len(part)
+    ]
+    steepest = (torch.stack(variance).min().item() + eps) ** -0.5 if variance else 0.0
+    largest = (grad_y.float().abs().max() * weight.abs().max()).item() if x.numel() else 0.0
+    cancelled = torch.finfo(torch.float32).eps * steepest * largest
     for isa in [*ISAS, "reference"]:
         leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
         if isa == "reference":
@@ -102,7 +111,7 @@ def test_backward(case, seed):
             assert grad.dtype == leaf.dtype
             assert grad.shape == leaf.shape
             scale = want.abs().max().item() if want.numel() else 0.0
-            rounding = torch.finfo(leaf.dtype).eps * scale + 1e-5 * (1 + scale)
+            rounding = torch.finfo(leaf.dtype).eps * scale + 1e-5 * (1 + scale) + cancelled
             assert errors(grad, want) <= 2 * errors(plainly, want) + rounding, isa
 
 
