@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench lint sanitize wheel clean
 
 demo: $(INSTALLED)
 	$(BIN)/fdda-fast demo
@@ -24,6 +24,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+
+# The compiled operators' tests with a build that checks addresses and undefined behaviour.
+sanitize: $(INSTALLED)
+	FDDA_FAST_SANITIZE=1 FDDA_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$(echo build/sanitize/lib.*) \
+	$(BIN)/pytest tests/ops tests/deploy
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation --wheel

@@ -3,6 +3,7 @@
 FDDA_FAST_NO_EXTENSION=1  installs without compiled operators (plain PyTorch runs instead)
 FDDA_FAST_CUDA=0          leaves the CUDA operators out (they are built when nvcc is there)
 FDDA_FAST_CUDA=1          insists on the CUDA operators
+FDDA_FAST_SANITIZE=1      checks addresses and undefined behaviour at run time, see `make sanitize`
 """
 
 import os
@@ -17,6 +18,12 @@ CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100")
 
 # Contracting a*b+c into one instruction would change results between instruction sets.
 COMMON_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
+SANITIZER_FLAGS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+if os.environ.get("FDDA_FAST_SANITIZE") == "1":
+    COMMON_FLAGS += SANITIZER_FLAGS
+    LINK_FLAGS = ["-fsanitize=address,undefined"]
+else:
+    LINK_FLAGS = []
 # Neither errno nor floating-point exceptions are read: comparisons and roundings may be vectorised.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 PORTABLE_KERNELS = [
@@ -123,6 +130,7 @@ def extension_arguments() -> dict:
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
         extra_compile_args={"cxx": COMMON_FLAGS},
+        extra_link_args=LINK_FLAGS,
         depends=[str(p) for p in sorted(Path("csrc").rglob("*")) if p.is_file()],
     )
     extensions = [cpu]

@@ -44,12 +44,12 @@ class Residual(nn.Module):
 class Inverted(nn.Module):
     """MobileNetV2: expansion, depthwise, linear bottleneck."""
 
-    def __init__(self, inputs, outputs, stride):
+    def __init__(self, inputs, outputs, stride, kernel=3):
         super().__init__()
         self.adds = stride == 1 and inputs == outputs
         self.body = nn.Sequential(
             conv_bn(inputs, 4 * inputs, 1, activation=nn.ReLU6),
-            conv_bn(4 * inputs, 4 * inputs, 3, stride, 4 * inputs, activation=nn.ReLU6),
+            conv_bn(4 * inputs, 4 * inputs, kernel, stride, 4 * inputs, activation=nn.ReLU6),
             conv_bn(4 * inputs, outputs, 1, activation=None),
         )
 
