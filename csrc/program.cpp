@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 namespace fdda {
 namespace {
@@ -127,33 +128,13 @@ PackedLinearS32 decode_linear(Reader& r) {
 }
 
 // Addresses of a step that may stand for inputs of a run.
-template <class Visit>
-void visit_sources(Quantize& a, Visit visit) {
+template <class Step, class Visit>
+void visit_sources(Step& a, Visit visit) {
   visit(a.x);
-}
-template <class Visit>
-void visit_sources(RequantizeCodes& a, Visit visit) {
-  visit(a.x);
-}
-template <class Visit>
-void visit_sources(MaxPool& a, Visit visit) {
-  visit(a.x);
-}
-template <class Visit>
-void visit_sources(SumPool& a, Visit visit) {
-  visit(a.x);
-}
-template <class Visit>
-void visit_sources(PackedConv& a, Visit visit) {
-  visit(a.x);
-  visit(a.epilogue.residual_u8);
-  visit(a.epilogue.residual_f32);
-}
-template <class Visit>
-void visit_sources(PackedLinearS32& a, Visit visit) {
-  visit(a.x);
-  visit(a.epilogue.residual_u8);
-  visit(a.epilogue.residual_f32);
+  if constexpr (std::is_same_v<Step, PackedConv> || std::is_same_v<Step, PackedLinearS32>) {
+    visit(a.epilogue.residual_u8);
+    visit(a.epilogue.residual_f32);
+  }
 }
 
 const char* run_step(const Quantize& a) { return active_kernels().quantize(a), "quantize"; }
