@@ -24,53 +24,59 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
+// kPixels: adjacent outputs computed at once, as many as there are registers for.
 #if defined(__AVX512BW__)
-constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64, kPixels = 4;
 #elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32, kPixels = 2;
 #else
-constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16, kPixels = 2;
 #endif
+// The weights that products of 8 bits are exact for.
 #if defined(__AVX512VNNI__)
-constexpr bool kHasS8Products = true;
-#else
-constexpr bool kHasS8Products = false;
+constexpr int64_t kLeastS8 = -128, kMostS8 = 127;
+#elif defined(__AVX2__)
+constexpr int64_t kLeastS8 = -64, kMostS8 = 64;  // vpmaddubsw: 2 * 255 * 64 fits s16
 #endif
-constexpr int kPixels = 2;              // at a time: weights are loaded once for them
 constexpr int64_t kChunkBytes = 16384;  // of interleaved columns: they stay in the L1 cache
 
 #if defined(__SSE2__)
 // dot: sum += products of the s8 or s16 weights within each 32 bits with as many u8 or u16 inputs;
 // round: half to even; pack: s32 that fit u8, per 16 bytes those of a, b, c, d.
+#if defined(__AVX512VNNI__)
+#define FDDA_DOT_S8(PREFIX) PREFIX##_dpbusd_epi32(sum, x, w)
+#define FDDA_DOT_S16(PREFIX) PREFIX##_dpwssd_epi32(sum, x, w)
+#else
+#define FDDA_DOT_S8(PREFIX) \
+  PREFIX##_add_epi32(sum, PREFIX##_madd_epi16(PREFIX##_maddubs_epi16(x, w), PREFIX##_set1_epi16(1)))
+#define FDDA_DOT_S16(PREFIX) PREFIX##_add_epi32(sum, PREFIX##_madd_epi16(x, w))
+#endif
 #define FDDA_VECTORS(REGISTER, PREFIX)                                                    \
+  inline REGISTER##i dot(REGISTER##i sum, REGISTER##i x, REGISTER##i w, int16_t) {        \
+    return FDDA_DOT_S16(PREFIX);                                                          \
+  }                                                                                       \
   inline REGISTER##i round(REGISTER v) { return PREFIX##_cvtps_epi32(v); }                \
   inline REGISTER##i pack(REGISTER##i a, REGISTER##i b, REGISTER##i c, REGISTER##i d) {   \
     return PREFIX##_packus_epi16(PREFIX##_packs_epi32(a, b), PREFIX##_packs_epi32(c, d)); \
   }
-#if defined(__AVX512VNNI__)
-#define FDDA_DOT(REGISTER, PREFIX)                                                 \
-  inline REGISTER##i dot(REGISTER##i sum, REGISTER##i x, REGISTER##i w, int8_t) {  \
-    return PREFIX##_dpbusd_epi32(sum, x, w);                                       \
-  }                                                                                \
-  inline REGISTER##i dot(REGISTER##i sum, REGISTER##i x, REGISTER##i w, int16_t) { \
-    return PREFIX##_dpwssd_epi32(sum, x, w);                                       \
+#define FDDA_VECTORS_S8(REGISTER, PREFIX)                                         \
+  inline REGISTER##i dot(REGISTER##i sum, REGISTER##i x, REGISTER##i w, int8_t) { \
+    return FDDA_DOT_S8(PREFIX);                                                   \
   }
-FDDA_VECTORS(__m512, _mm512)
-FDDA_DOT(__m512, _mm512)
-#else
-#define FDDA_DOT(REGISTER, PREFIX)                                                 \
-  inline REGISTER##i dot(REGISTER##i sum, REGISTER##i x, REGISTER##i w, int16_t) { \
-    return PREFIX##_add_epi32(sum, PREFIX##_madd_epi16(x, w));                     \
-  }
-#endif
+FDDA_VECTORS(__m128, _mm)
 #if defined(__AVX2__)
 FDDA_VECTORS(__m256, _mm256)
-FDDA_DOT(__m256, _mm256)
+FDDA_VECTORS_S8(__m128, _mm)
+FDDA_VECTORS_S8(__m256, _mm256)
 #endif
-FDDA_VECTORS(__m128, _mm)
-FDDA_DOT(__m128, _mm)
-#undef FDDA_DOT
+#if defined(__AVX512VNNI__)
+FDDA_VECTORS(__m512, _mm512)
+FDDA_VECTORS_S8(__m512, _mm512)
+#endif
+#undef FDDA_VECTORS_S8
 #undef FDDA_VECTORS
+#undef FDDA_DOT_S16
+#undef FDDA_DOT_S8
 #endif
 
 template <int BYTES>
@@ -83,13 +89,16 @@ struct Types {
   typedef long long S64 __attribute__((vector_size(BYTES)));
 };
 
+// A block of expand_block(): four codes a lane, a lane per channel.
+typedef Types<kBlockCodes>::S32 PanelCodes;
+
 template <class Weight, class U32>
 inline U32 add_products(U32 sum, U32 x, U32 w) {
 #if defined(__SSE2__)
   typedef typename Types<sizeof(U32)>::S64 S64;  // what intrinsics take
   return (U32)dot((S64)sum, (S64)x, (S64)w, Weight());
 #else
-  // Only the low 16 bits of w's lower half count for the first product.
+  // Both s16 of w with their signs.
   typedef typename Types<sizeof(U32)>::S32 S32;
   const U32 low = (U32)((S32)(w << 16) >> 16), high = (U32)((S32)w >> 16);
   return sum + (x & 0xffff) * low + (x >> 16) * high;
@@ -146,6 +155,18 @@ struct Block {
   static constexpr int kChannels = BYTES;
   static constexpr int kPanels = BYTES / kPanelRows;
   U32 vectors[4];
+
+  static U8 load(const uint8_t* x) {
+    U8 v;
+    memcpy(&v, x, sizeof v);
+    return v;
+  }
+
+  static U8 load_part(const uint8_t* x, int64_t count) {
+    U8 v{};
+    memcpy(&v, x, count);
+    return v;
+  }
 
   void set_panel(int64_t panel, const void* values) {
     for (int k = 0; k < 4; ++k) {
@@ -237,22 +258,22 @@ class Depthwise {
   void fill(int64_t channel, int64_t panel, B* table) const {
     const int64_t blocks = ceil_div(conv_.kernel_h * conv_.kernel_w, kBlockDepth);
     const uint8_t* planes = conv_.weight + channel / kPanelRows * blocks * conv_.bits * kPlaneBytes;
-    int32_t* codes = static_cast<int32_t*>(scratch(kPlanes, blocks * kBlockCodes));
+    PanelCodes* codes = static_cast<PanelCodes*>(scratch(kPlanes, blocks * sizeof(PanelCodes)));
     for (int64_t i = 0; i < blocks; ++i) {
       expand_block(planes + i * conv_.bits * kPlaneBytes, conv_.bits,
-                   reinterpret_cast<int8_t*>(codes + i * kPanelRows));
+                   reinterpret_cast<int8_t*>(codes + i));
     }
-    const int64_t count = min64(kPanelRows, conv_.channels - channel);
-    int32_t offset[kPanelRows] = {};
+    PanelCodes offset{};
     if constexpr (WIDE) {
-      fill_weights(codes, 1, offset, panel, table);
-      for (int32_t& one : offset) one = 1;
-      fill_weights(codes, 0, offset, panel, table + depth_ + 1);
+      fill_weights(codes, offset, panel, table);
+      memset(codes, 0, blocks * sizeof(PanelCodes));
+      fill_weights(codes, offset + 1, panel, table + depth_ + 1);
     } else {
+      const int64_t count = min64(kPanelRows, conv_.channels - channel);
       for (int64_t n = 0; n < count; ++n) {
         offset[n] = static_cast<int32_t>(conv_.weight_offset[channel + n]);
       }
-      fill_weights(codes, 1, offset, panel, table);
+      fill_weights(codes, offset, panel, table);
       float multiplier[kPanelRows] = {}, bias[kPanelRows] = {};
       memcpy(multiplier, conv_.epilogue.multiplier + channel, count * sizeof(float));
       memcpy(bias, conv_.epilogue.bias + channel, count * sizeof(float));
@@ -261,39 +282,40 @@ class Depthwise {
     }
   }
 
-  // code * scale + offset in groups, and start values that take the zero point off the inputs.
+  // Weights code + offset in groups, and the start value that takes the zero point off the inputs.
   template <class B>
-  void fill_weights(const int32_t* codes, int32_t scale, const int32_t* offset, int64_t panel,
+  void fill_weights(const PanelCodes* codes, const PanelCodes& offset, int64_t panel,
                     B* table) const {
+    typedef typename Types<sizeof(PanelCodes)>::U32 U32;
     constexpr int kBits = 8 * sizeof(Weight);
     constexpr uint32_t kMask = (uint64_t{1} << kBits) - 1;
-    uint32_t start[kPanelRows] = {};
-    for (int64_t i = 0; i < depth_; ++i) {
-      uint32_t weights[kPanelRows] = {};
-      const int64_t first = i % groups_ * kGroup;
-      for (int64_t k = 0; k < min64(kGroup, conv_.kernel_h - first); ++k) {
-        const int64_t tap = (first + k) * conv_.kernel_w + i / groups_;
-        const int32_t* four = codes + tap / kBlockDepth * kPanelRows;
-        const int left = static_cast<int>(24 - 8 * (tap % kBlockDepth));
-        const int shift = static_cast<int>(k * kBits);
-        for (int n = 0; n < kPanelRows; ++n) {
-          const int32_t code = static_cast<int32_t>(static_cast<uint32_t>(four[n]) << left) >> 24;
-          const uint32_t weight = static_cast<uint32_t>(code * scale + offset[n]);
-          start[n] -= weight * static_cast<uint32_t>(conv_.x_zero_point);
-          weights[n] |= (weight & kMask) << shift;
+    U32 sum{};
+    for (int64_t kw = 0; kw < conv_.kernel_w; ++kw) {
+      for (int64_t first = 0; first < conv_.kernel_h; first += kGroup, ++table) {
+        U32 group{};
+        const int64_t rows = min64(kGroup, conv_.kernel_h - first);
+        for (int64_t k = 0; k < rows; ++k) {
+          const uint64_t tap = (first + k) * conv_.kernel_w + kw;
+          const int left = 24 - 8 * (tap % kBlockDepth);
+          const PanelCodes code = (PanelCodes)((U32)codes[tap / kBlockDepth] << left) >> 24;
+          const U32 weight = (U32)(code + offset);
+          sum += weight;
+          group |= (weight & kMask) << static_cast<int>(k * kBits);
         }
+        table->set_panel(panel, &group);
       }
-      table[i].set_panel(panel, weights);
     }
-    table[depth_].set_panel(panel, start);
+    sum *= static_cast<uint32_t>(-conv_.x_zero_point);
+    table->set_panel(panel, &sum);
   }
 
   // The outputs of a block of channels in one row of outputs.
   template <class B>
   void row(int64_t r, int64_t channel, const uint8_t* zero_points, const B* table) const {
     const int64_t span = (conv_.kernel_w - 1) * conv_.dilation_w + 1;
-    const int64_t fit = kChunkBytes / static_cast<int64_t>(groups_ * sizeof(B));
-    const int64_t chunk = min64(conv_.out_width, max64(0, fit - span) / conv_.stride_w + 1);
+    // At least 4 windows: chunks interleave the columns again that their windows share.
+    const int64_t most = max64(kChunkBytes / static_cast<int64_t>(groups_ * sizeof(B)), 4 * span);
+    const int64_t chunk = min64(conv_.out_width, (most - span) / conv_.stride_w + 1);
     B* columns = static_cast<B*>(
         scratch(kLocalRows, ((chunk - 1) * conv_.stride_w + span) * groups_ * sizeof(B)));
     const Epilogue& e = conv_.epilogue;
@@ -302,15 +324,13 @@ class Depthwise {
       const int64_t left = first * conv_.stride_w - conv_.pad_w;
       gather(r, channel, left, (outputs - 1) * conv_.stride_w + span, zero_points, columns);
       const int64_t index = (r * conv_.out_width + first) * conv_.channels + channel;
-      if (!WIDE && e.out_u8 && !e.residual_u8 && !e.residual_f32) {
-        int64_t i = 0;
-        for (; i + kPixels <= outputs; i += kPixels) {
-          store_codes<kPixels>(columns, i, table, index, channel);
+      if constexpr (!WIDE) {
+        if (e.out_u8 && !e.residual_u8 && !e.residual_f32) {
+          store_codes<kPixels>(columns, 0, outputs, table, index, channel);
+          continue;
         }
-        for (; i < outputs; ++i) store_codes<1>(columns, i, table, index, channel);
-      } else {
-        for (int64_t i = 0; i < outputs; ++i) store(columns, i, table, index, channel);
       }
+      for (int64_t i = 0; i < outputs; ++i) store(columns, i, table, index, channel);
     }
   }
 
@@ -328,12 +348,12 @@ class Depthwise {
     B padding;
     memset(&padding, 0, sizeof padding);
     typename B::U8 rows[kGroup];
-    for (auto& v : rows) memcpy(&v, zero_points, sizeof v);
+    for (auto& v : rows) v = B::load(zero_points);
     padding.interleave_rows(rows);
     for (int64_t g = 0; g < groups_; ++g) {
       const uint8_t* x[kGroup];
       int64_t step[kGroup];
-      bool whole = true;  // no vector ends behind the tensor
+      bool whole = true;  // no vector of these columns ends behind the tensor
       for (int k = 0; k < kGroup; ++k) {
         const int64_t kh = g * kGroup + k, ih = top + kh * conv_.dilation_h;
         const bool valid = kh < conv_.kernel_h && ih >= 0 && ih < conv_.height;
@@ -346,7 +366,7 @@ class Depthwise {
       for (; i < outside; ++i) {
 #pragma GCC unroll 4
         for (int k = 0; k < kGroup; ++k) {
-          rows[k] = whole ? load<B>(x[k]) : load_part<B>(x[k], channels - channel);
+          rows[k] = whole ? B::load(x[k]) : B::load_part(x[k], channels - channel);
           x[k] += step[k];
         }
         columns[i * groups_ + g].interleave_rows(rows);
@@ -355,39 +375,28 @@ class Depthwise {
     }
   }
 
-  template <class B>
-  static typename B::U8 load(const uint8_t* x) {
-    typename B::U8 v;
-    memcpy(&v, x, sizeof v);
-    return v;
-  }
-
-  template <class B>
-  static typename B::U8 load_part(const uint8_t* x, int64_t count) {
-    typename B::U8 v{};
-    memcpy(&v, x, count);
-    return v;
-  }
-
-  // The sums of outputs i .. i + PIXELS - 1.
+  // The sums of PIXELS adjacent outputs, the window of the first of which begins at `columns`.
   template <int PIXELS, class B>
-  void sums(const B* columns, int64_t i, const B* table, B* out) const {
+  void sums(const B* columns, const B* table, B* out) const {
+    typedef typename B::U32 U32;
     const int64_t stride = conv_.stride_w * groups_;
-    columns += i * stride;
-    typename B::U32 sum[PIXELS][4];
+    U32 sum[PIXELS][4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
 #pragma GCC unroll 4
       for (int p = 0; p < PIXELS; ++p) sum[p][k] = table[depth_].vectors[k];
     }
-    for (int64_t j = 0; j < conv_.kernel_w; ++j, columns += conv_.dilation_w * groups_) {
-      for (int64_t g = 0; g < groups_; ++g, ++table) {
+    // Kernel columns that are adjacent in the input are as one.
+    const int64_t runs = conv_.dilation_w == 1 ? 1 : conv_.kernel_w, length = depth_ / runs;
+    for (int64_t r = 0; r < runs; ++r, columns += conv_.dilation_w * groups_) {
+      for (int64_t j = 0; j < length; ++j, ++table) {
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
-          const typename B::U32 weight = table->vectors[k];
+          const U32 weight = table->vectors[k];
 #pragma GCC unroll 4
           for (int p = 0; p < PIXELS; ++p) {
-            sum[p][k] = add_products<Weight>(sum[p][k], columns[p * stride + g].vectors[k], weight);
+            const U32 x = columns[p * stride + j].vectors[k];
+            sum[p][k] = add_products<Weight>(sum[p][k], x, weight);
           }
         }
       }
@@ -399,32 +408,40 @@ class Depthwise {
     }
   }
 
+  // Outputs from i on, PIXELS at a time, then fewer.
   template <int PIXELS, class B>
-  void store_codes(const B* columns, int64_t i, const B* table, int64_t index,
+  void store_codes(const B* columns, int64_t i, int64_t outputs, const B* table, int64_t index,
                    int64_t channel) const {
     typedef typename B::F32 F32;
     const F32 lo = F32{} + conv_.epilogue.lo, hi = F32{} + conv_.epilogue.hi;
     const B &multiplier = table[depth_ + 1], &bias = table[depth_ + 2];
-    B acc[PIXELS];
-    sums<PIXELS>(columns, i, table, acc);
-    uint8_t* out = conv_.epilogue.out_u8 + index + i * conv_.channels;
+    const int64_t channels = conv_.channels, rest = channels - channel;
+    const int64_t stride = conv_.stride_w * groups_;
+    uint8_t* out = conv_.epilogue.out_u8 + index + i * channels;
+    for (; i + PIXELS <= outputs; i += PIXELS) {
+      B acc[PIXELS];
+      sums<PIXELS>(columns + i * stride, table, acc);
 #pragma GCC unroll 4
-    for (int p = 0; p < PIXELS; ++p, out += conv_.channels) {
-      F32 v[4];
+      for (int p = 0; p < PIXELS; ++p, out += channels) {
+        F32 v[4];
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        v[k] = __builtin_convertvector((typename B::S32)acc[p].vectors[k], F32) *
-                   (F32)multiplier.vectors[k] +
-               (F32)bias.vectors[k];
-        v[k] = v[k] < lo ? lo : v[k];
-        v[k] = v[k] > hi ? hi : v[k];
+        for (int k = 0; k < 4; ++k) {
+          v[k] = __builtin_convertvector((typename B::S32)acc[p].vectors[k], F32) *
+                     (F32)multiplier.vectors[k] +
+                 (F32)bias.vectors[k];
+          v[k] = v[k] < lo ? lo : v[k];
+          v[k] = v[k] > hi ? hi : v[k];
+        }
+        const typename B::U8 codes = rounded<typename B::U8>(v);
+        if (rest >= B::kChannels) {
+          memcpy(out, &codes, sizeof codes);
+        } else {
+          memcpy(out, &codes, rest);
+        }
       }
-      const typename B::U8 codes = rounded<typename B::U8>(v);
-      if (channel + B::kChannels <= conv_.channels) {
-        memcpy(out, &codes, sizeof codes);
-      } else {
-        memcpy(out, &codes, conv_.channels - channel);
-      }
+    }
+    if constexpr (PIXELS > 1) {
+      store_codes<PIXELS / 2>(columns, i, outputs, table, index, channel);
     }
   }
 
@@ -432,13 +449,14 @@ class Depthwise {
   void store(const B* columns, int64_t i, const B* table, int64_t index, int64_t channel) const {
     const Epilogue& e = conv_.epilogue;
     const int64_t count = min64(B::kChannels, conv_.channels - channel);
+    columns += i * conv_.stride_w * groups_;
     index += i * conv_.channels;
     B acc;
     int32_t products[B::kChannels], inputs[B::kChannels] = {};
-    sums<1>(columns, i, table, &acc);
+    sums<1>(columns, table, &acc);
     acc.get(products);
     if constexpr (WIDE) {
-      sums<1>(columns, i, table + depth_ + 1, &acc);
+      sums<1>(columns, table + depth_ + 1, &acc);
       acc.get(inputs);
     } else if (count == B::kChannels) {
       return store_outputs<B::kChannels>(e, index, channel, products);
@@ -453,23 +471,25 @@ class Depthwise {
   const int64_t groups_, depth_, table_rows_;
 };
 
-// Whether code + offset is s16 and sums of products with u8 are s32 for every channel.
-bool weights_fit_s16(const PackedConv& a) {
-  const int64_t taps = a.kernel_h * a.kernel_w;
-  const int64_t most = min64(32767, INT32_MAX / (255 * taps)) - 128;
+// Whether code + offset is from `least` to `most` for every channel and code.
+bool weights_fit(const PackedConv& a, int64_t least, int64_t most) {
+  const int64_t half = int64_t{1} << (a.bits - 1);
+  bool fit = true;
   for (int64_t c = 0; c < a.channels; ++c) {
-    if (a.weight_offset[c] > most || a.weight_offset[c] < -most) return false;
+    fit &= a.weight_offset[c] - half >= least && a.weight_offset[c] + half - 1 <= most;
   }
-  return true;
+  return fit;
 }
 
 }  // namespace
 
 void depthwise_conv2d(const PackedConv& a) {
-  if constexpr (kHasS8Products) {
-    if (a.weight_fits_s8) return Depthwise<int8_t, false>(a).run();
-  }
-  if (a.weight_fits_s8 || weights_fit_s16(a)) return Depthwise<int16_t, false>(a).run();
+#if defined(__AVX2__)
+  if (weights_fit(a, kLeastS8, kMostS8)) return Depthwise<int8_t, false>(a).run();
+#endif
+  // Sums of products with u8 must be s32.
+  const int64_t most = min64(INT16_MAX, INT32_MAX / (255 * a.kernel_h * a.kernel_w));
+  if (weights_fit(a, -most, most)) return Depthwise<int16_t, false>(a).run();
   Depthwise<int16_t, true>(a).run();
 }
 
