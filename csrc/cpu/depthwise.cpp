@@ -156,18 +156,6 @@ struct Block {
   static constexpr int kPanels = BYTES / kPanelRows;
   U32 vectors[4];
 
-  static U8 load(const uint8_t* x) {
-    U8 v;
-    memcpy(&v, x, sizeof v);
-    return v;
-  }
-
-  static U8 load_part(const uint8_t* x, int64_t count) {
-    U8 v{};
-    memcpy(&v, x, count);
-    return v;
-  }
-
   void set_panel(int64_t panel, const void* values) {
     for (int k = 0; k < 4; ++k) {
       memcpy(reinterpret_cast<char*>(vectors + k) + 16 * panel,
@@ -175,13 +163,24 @@ struct Block {
     }
   }
 
-  void get(int32_t* values) const {
+  // The numbers in the order of channels.
+  template <class T>
+  struct Numbers {
+    T values[kChannels];
+  };
+  template <class T>
+  Numbers<T> numbers() const {
+    Numbers<T> out;
     for (int p = 0; p < kPanels; ++p) {
       for (int k = 0; k < 4; ++k) {
-        memcpy(values + 16 * p + 4 * k, reinterpret_cast<const char*>(vectors + k) + 16 * p, 16);
+        memcpy(out.values + 16 * p + 4 * k, reinterpret_cast<const char*>(vectors + k) + 16 * p,
+               16);
       }
     }
+    return out;
   }
+
+  F32 floats(int k) const { return __builtin_convertvector((S32)vectors[k], F32); }
 
   void interleave_rows(const U8 (&rows)[4]) {
     constexpr IndicesTo<BYTES / 2> halves;
@@ -206,6 +205,30 @@ struct Block {
     out[1] = (U32)high(a, U8{});
   }
 };
+
+// The first `count` numbers of COUNT; the rest are 0.
+template <class V, int COUNT, class T>
+inline V load_channels(const T* from, int64_t count) {
+  static_assert(sizeof(V) == COUNT * sizeof(T), "as many bytes");
+  V v;
+  if (count == COUNT) {
+    memcpy(&v, from, sizeof v);
+    return v;
+  }
+  V part{};
+  memcpy(&part, from, count * sizeof(T));
+  return part;
+}
+
+template <int COUNT, class V, class T>
+inline void store_channels(T* to, const V& v, int64_t count) {
+  if (count == COUNT) {
+    memcpy(to, &v, sizeof v);
+  } else {
+    const V part = v;
+    memcpy(to, &part, count * sizeof(T));
+  }
+}
 
 // body(Block, first channel) for all channels, in blocks as wide as vectors are, then narrower.
 template <int BYTES, class Body>
@@ -318,19 +341,21 @@ class Depthwise {
     const int64_t chunk = min64(conv_.out_width, (most - span) / conv_.stride_w + 1);
     B* columns = static_cast<B*>(
         scratch(kLocalRows, ((chunk - 1) * conv_.stride_w + span) * groups_ * sizeof(B)));
-    const Epilogue& e = conv_.epilogue;
     for (int64_t first = 0; first < conv_.out_width; first += chunk) {
       const int64_t outputs = min64(chunk, conv_.out_width - first);
       const int64_t left = first * conv_.stride_w - conv_.pad_w;
       gather(r, channel, left, (outputs - 1) * conv_.stride_w + span, zero_points, columns);
       const int64_t index = (r * conv_.out_width + first) * conv_.channels + channel;
-      if constexpr (!WIDE) {
+      if constexpr (WIDE) {
+        for (int64_t i = 0; i < outputs; ++i) store_wide(columns, i, table, index, channel);
+      } else {
+        const Epilogue& e = conv_.epilogue;
         if (e.out_u8 && !e.residual_u8 && !e.residual_f32) {
-          store_codes<kPixels>(columns, 0, outputs, table, index, channel);
-          continue;
+          store<kPixels, true>(columns, 0, outputs, table, index, channel);
+        } else {
+          store<1, false>(columns, 0, outputs, table, index, channel);
         }
       }
-      for (int64_t i = 0; i < outputs; ++i) store(columns, i, table, index, channel);
     }
   }
 
@@ -348,7 +373,7 @@ class Depthwise {
     B padding;
     memset(&padding, 0, sizeof padding);
     typename B::U8 rows[kGroup];
-    for (auto& v : rows) v = B::load(zero_points);
+    for (auto& v : rows) memcpy(&v, zero_points, sizeof v);
     padding.interleave_rows(rows);
     for (int64_t g = 0; g < groups_; ++g) {
       const uint8_t* x[kGroup];
@@ -361,12 +386,13 @@ class Depthwise {
         x[k] = valid ? image + ih * line + (left + inside) * channels + channel : zero_points;
         whole = whole && (!valid || end - x[k] >= (outside - inside - 1) * channels + B::kChannels);
       }
+      const int64_t bytes = whole ? B::kChannels : channels - channel;
       int64_t i = 0;
       for (; i < inside; ++i) columns[i * groups_ + g] = padding;
       for (; i < outside; ++i) {
 #pragma GCC unroll 4
         for (int k = 0; k < kGroup; ++k) {
-          rows[k] = whole ? B::load(x[k]) : B::load_part(x[k], channels - channel);
+          rows[k] = load_channels<typename B::U8, B::kChannels>(x[k], bytes);
           x[k] += step[k];
         }
         columns[i * groups_ + g].interleave_rows(rows);
@@ -408,62 +434,89 @@ class Depthwise {
     }
   }
 
-  // Outputs from i on, PIXELS at a time, then fewer.
-  template <int PIXELS, class B>
-  void store_codes(const B* columns, int64_t i, int64_t outputs, const B* table, int64_t index,
-                   int64_t channel) const {
-    typedef typename B::F32 F32;
-    const F32 lo = F32{} + conv_.epilogue.lo, hi = F32{} + conv_.epilogue.hi;
-    const B &multiplier = table[depth_ + 1], &bias = table[depth_ + 2];
-    const int64_t channels = conv_.channels, rest = channels - channel;
-    const int64_t stride = conv_.stride_w * groups_;
-    uint8_t* out = conv_.epilogue.out_u8 + index + i * channels;
+  // Outputs from i on, PIXELS at a time, then fewer. PLAIN: codes without residual.
+  template <int PIXELS, bool PLAIN, class B>
+  void store(const B* columns, int64_t i, int64_t outputs, const B* table, int64_t index,
+             int64_t channel) const {
+    const Epilogue e = conv_.epilogue;  // not to be read again after every store
+    const int64_t stride = conv_.stride_w * groups_, channels = conv_.channels;
+    const int64_t count = min64(B::kChannels, channels - channel);
     for (; i + PIXELS <= outputs; i += PIXELS) {
       B acc[PIXELS];
       sums<PIXELS>(columns + i * stride, table, acc);
 #pragma GCC unroll 4
-      for (int p = 0; p < PIXELS; ++p, out += channels) {
-        F32 v[4];
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) {
-          v[k] = __builtin_convertvector((typename B::S32)acc[p].vectors[k], F32) *
-                     (F32)multiplier.vectors[k] +
-                 (F32)bias.vectors[k];
-          v[k] = v[k] < lo ? lo : v[k];
-          v[k] = v[k] > hi ? hi : v[k];
-        }
-        const typename B::U8 codes = rounded<typename B::U8>(v);
-        if (rest >= B::kChannels) {
-          memcpy(out, &codes, sizeof codes);
-        } else {
-          memcpy(out, &codes, rest);
-        }
+      for (int p = 0; p < PIXELS; ++p) {
+        store_output<PLAIN>(e, acc[p], table + depth_ + 1, index + (i + p) * channels, count);
       }
     }
     if constexpr (PIXELS > 1) {
-      store_codes<PIXELS / 2>(columns, i, outputs, table, index, channel);
+      store<PIXELS / 2, PLAIN>(columns, i, outputs, table, index, channel);
+    }
+  }
+
+  // store_output() of packed.h for the first `count` channels of a block.
+  template <bool PLAIN, class B>
+  static void store_output(const Epilogue& e, const B& acc, const B* factors, int64_t index,
+                           int64_t count) {
+    typedef typename B::F32 F32;
+    const B &multiplier = factors[0], &bias = factors[1];
+    F32 v[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      v[k] = acc.floats(k) * (F32)multiplier.vectors[k] + (F32)bias.vectors[k];
+    }
+    if constexpr (!PLAIN) add_residual<B>(e, index, count, v);
+    if (PLAIN || e.out_u8) {
+      const F32 lo = F32{} + e.lo, hi = F32{} + e.hi;
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        v[k] = v[k] < lo ? lo : v[k];
+        v[k] = v[k] > hi ? hi : v[k];
+      }
+      const typename B::U8 codes = rounded<typename B::U8>(v);
+      store_channels<B::kChannels>(e.out_u8 + index, codes, count);
+    } else {
+      B bits;
+      for (int k = 0; k < 4; ++k) bits.vectors[k] = (typename B::U32)v[k];
+      store_channels<B::kChannels>(e.out_f32 + index, bits.template numbers<float>(), count);
     }
   }
 
   template <class B>
-  void store(const B* columns, int64_t i, const B* table, int64_t index, int64_t channel) const {
-    const Epilogue& e = conv_.epilogue;
+  static void add_residual(const Epilogue& e, int64_t index, int64_t count, typename B::F32* v) {
+    B residual;
+    if (e.residual_u8) {
+      using U8 = typename B::U8;
+      const U8 rows[4] = {load_channels<U8, B::kChannels>(e.residual_u8 + index, count)};
+      residual.interleave_rows(rows);
+      for (int k = 0; k < 4; ++k) v[k] = v[k] + residual.floats(k) * e.residual_scale;
+    }
+    if (e.residual_f32) {
+      using Numbers = typename B::template Numbers<float>;
+      const Numbers numbers = load_channels<Numbers, B::kChannels>(e.residual_f32 + index, count);
+      for (int p = 0; p < B::kPanels; ++p) {
+        residual.set_panel(p, numbers.values + p * kPanelRows);
+      }
+      for (int k = 0; k < 4; ++k) {
+        v[k] = v[k] + (typename B::F32)residual.vectors[k] * e.residual_scale;
+      }
+    }
+  }
+
+  template <class B>
+  void store_wide(const B* columns, int64_t i, const B* table, int64_t index,
+                  int64_t channel) const {
     const int64_t count = min64(B::kChannels, conv_.channels - channel);
     columns += i * conv_.stride_w * groups_;
     index += i * conv_.channels;
     B acc;
-    int32_t products[B::kChannels], inputs[B::kChannels] = {};
     sums<1>(columns, table, &acc);
-    acc.get(products);
-    if constexpr (WIDE) {
-      sums<1>(columns, table + depth_ + 1, &acc);
-      acc.get(inputs);
-    } else if (count == B::kChannels) {
-      return store_outputs<B::kChannels>(e, index, channel, products);
-    }
+    const auto products = acc.template numbers<int32_t>();
+    sums<1>(columns, table + depth_ + 1, &acc);
+    const auto inputs = acc.template numbers<int32_t>();
     for (int64_t n = 0; n < count; ++n) {
-      const int64_t offset = WIDE ? conv_.weight_offset[channel + n] : 0;
-      store_output(e, index + n, channel + n, products[n] + offset * inputs[n]);
+      fdda::store_output(conv_.epilogue, index + n, channel + n,
+                         products.values[n] + conv_.weight_offset[channel + n] * inputs.values[n]);
     }
   }
 
