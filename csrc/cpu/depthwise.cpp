@@ -1,14 +1,15 @@
 // Depthwise convolution: channels are adjacent in memory and independent, so lanes are channels.
 //
-// As many kernel rows as inputs of the product instruction fill 32 bits make a group: 4 with 8-bit
-// weights, 2 with 16-bit ones. For a row of outputs, every input column is interleaved once:
+// Product instructions add up the products within 32 bits: of 4 inputs with 8-bit weights, of 2
+// with 16-bit ones. As many kernel rows make a group. For a row of outputs, every input column is
+// interleaved once:
 //
 //     row 0   a0 a1 a2 ..
 //     row 1   b0 b1 b2 ..   becomes   a0 b0 c0 d0 | a1 b1 c1 d1 | ..   a lane per channel
 //     ..
 //
-// An output then is the sum over the kernel's columns, of products within lanes. Padding is
-// interleaved as the zero point: sum x * w - x_zero_point * sum w is right there, too.
+// An output then is a sum over the kernel's columns without any checks: padding is interleaved as
+// the zero point, which adds 0 to sum (x - x_zero_point) * w = sum x * w - x_zero_point * sum w.
 
 #include <string.h>
 
@@ -237,6 +238,8 @@ void for_each_block(int64_t channel, int64_t channels, Body body) {
   if constexpr (BYTES > kPanelRows) for_each_block<BYTES / 2>(channel, channels, body);
 }
 
+// WIDE: weights need more than 16 bits, or their products' sums more than 32. Then codes and inputs
+// are summed separately, and offsets join in 64 bits.
 template <class Weight, bool WIDE>
 class Depthwise {
   static constexpr int kGroup = sizeof(int32_t) / sizeof(Weight);
@@ -254,29 +257,27 @@ class Depthwise {
         scratch(kSharedWeights, panels * kPanelRows * table_rows_ * sizeof(int32_t)));
     for_each_block<kVectorBytes>(0, conv_.channels, [&](auto type, int64_t channel) {
       using B = decltype(type);
-      for (int64_t p = 0; p < B::kPanels; ++p) {
-        fill(channel + p * kPanelRows, p, reinterpret_cast<B*>(table + channel * table_rows_));
-      }
+      B* block = reinterpret_cast<B*>(table + channel * table_rows_);
+      for (int64_t p = 0; p < B::kPanels; ++p) fill(channel + p * kPanelRows, p, block);
     });
     uint8_t zero_points[kVectorBytes];
     memset(zero_points, conv_.x_zero_point, sizeof zero_points);
+    const int64_t rows = conv_.batch * conv_.out_height;
     const int64_t work = conv_.out_width * conv_.channels * conv_.kernel_h * conv_.kernel_w;
-    parallel_for(conv_.batch * conv_.out_height, max64(1, 65536 / max64(1, work)),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t r = begin; r < end; ++r) {
-                     for_each_block<kVectorBytes>(
-                         0, conv_.channels, [&](auto type, int64_t channel) {
-                           using B = decltype(type);
-                           row(r, channel, zero_points,
-                               reinterpret_cast<const B*>(table + channel * table_rows_));
-                         });
-                   }
-                 });
+    parallel_for(rows, max64(1, 65536 / max64(1, work)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        for_each_block<kVectorBytes>(0, conv_.channels, [&](auto type, int64_t channel) {
+          using B = decltype(type);
+          const B* block = reinterpret_cast<const B*>(table + channel * table_rows_);
+          row(r, channel, zero_points, block);
+        });
+      }
+    });
   }
 
  private:
-  // A panel's part of its block's table: weights, their start value and the multiplier and bias, or
-  // if WIDE, codes and their start value, ones and theirs.
+  // A panel's part of its block's table: weights, the sums' start, multiplier and bias; if WIDE,
+  // codes and their sums' start, ones and theirs.
   template <class B>
   void fill(int64_t channel, int64_t panel, B* table) const {
     const int64_t blocks = ceil_div(conv_.kernel_h * conv_.kernel_w, kBlockDepth);
@@ -305,7 +306,7 @@ class Depthwise {
     }
   }
 
-  // Weights code + offset in groups, and the start value that takes the zero point off the inputs.
+  // Weights code + offset in groups, then the sums' start: -x_zero_point * sum w.
   template <class B>
   void fill_weights(const PanelCodes* codes, const PanelCodes& offset, int64_t panel,
                     B* table) const {
@@ -371,7 +372,6 @@ class Depthwise {
     const int64_t inside = min64(count, max64(0, -left));
     const int64_t outside = max64(inside, min64(count, conv_.width - left));
     B padding;
-    memset(&padding, 0, sizeof padding);
     typename B::U8 rows[kGroup];
     for (auto& v : rows) memcpy(&v, zero_points, sizeof v);
     padding.interleave_rows(rows);
