@@ -31,34 +31,6 @@ FDDA_HOST_DEVICE static inline void store_output(const Epilogue& e, int64_t inde
   }
 }
 
-// store_output of adjacent channels whose sums fit int32, one loop a step so that each vectorises.
-// float(int32) rounds once, as float(double(int32)) does: the double is exact.
-template <int WIDTH>
-static inline void store_outputs(const Epilogue& e, int64_t index, int64_t channel,
-                                 const int32_t* acc) {
-  float v[WIDTH];
-  const float* multiplier = e.multiplier + channel;
-  const float* bias = e.bias + channel;
-  for (int j = 0; j < WIDTH; ++j) v[j] = static_cast<float>(acc[j]) * multiplier[j] + bias[j];
-  const float scale = e.residual_scale;
-  if (e.residual_u8) {
-    const uint8_t* residual = e.residual_u8 + index;
-    for (int j = 0; j < WIDTH; ++j) v[j] = v[j] + static_cast<float>(residual[j]) * scale;
-  }
-  if (e.residual_f32) {
-    const float* residual = e.residual_f32 + index;
-    for (int j = 0; j < WIDTH; ++j) v[j] = v[j] + residual[j] * scale;
-  }
-  if (e.out_u8) {
-    const float lo = e.lo, hi = e.hi;
-    uint8_t* out = e.out_u8 + index;
-    for (int j = 0; j < WIDTH; ++j) out[j] = requantize(v[j], lo, hi);
-  } else {
-    float* out = e.out_f32 + index;
-    for (int j = 0; j < WIDTH; ++j) out[j] = v[j];
-  }
-}
-
 struct PackedConv {
   const uint8_t* x;  // [batch, height, width, channels]
   int64_t batch, height, width, channels;

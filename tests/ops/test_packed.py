@@ -53,22 +53,22 @@ def test_packing_of_wider_dtypes_and_strided_input(dtype):
 
 
 @st.composite
-def convolutions(draw):
+def convolutions(draw, kinds=("one", "some", "depthwise"), largest_kernel=4, largest_size=13):
     g = generator(draw(SEED))
     bits = draw(BITS)
-    groups_kind = draw(st.sampled_from(["one", "some", "depthwise"]))
+    groups_kind = draw(st.sampled_from(kinds))
     if groups_kind == "depthwise":
         channels = out_channels = groups = draw(st.integers(1, 80))
     else:
         groups = 1 if groups_kind == "one" else draw(st.integers(2, 5))
         channels = groups * draw(st.integers(1, 40))
         out_channels = groups * draw(st.integers(1, 80 if groups == 1 else 24))
-    kernel = [draw(st.integers(1, 4)) for _ in range(2)]
+    kernel = [draw(st.integers(1, largest_kernel)) for _ in range(2)]
     stride = [draw(st.integers(1, 3)) for _ in range(2)]
     padding = [draw(st.integers(0, 3)) for _ in range(2)]
     dilation = [draw(st.integers(1, 2)) for _ in range(2)]
     size = [
-        max(draw(st.integers(1, 13)), d * (k - 1) + 1 - 2 * p)
+        max(draw(st.integers(1, largest_size)), d * (k - 1) + 1 - 2 * p)
         for k, p, d in zip(kernel, padding, dilation, strict=True)
     ]
     batch = draw(st.integers(0, 3))
@@ -78,7 +78,7 @@ def convolutions(draw):
         x = torch.where(x < 128, 0, 255).to(torch.uint8)
     depth = kernel[0] * kernel[1] * channels // groups
     weight = ops.pack_weight(codes((out_channels, depth), bits, g, draw(st.booleans())), bits)
-    limit = draw(st.sampled_from([0, 3, 200, 2**31, 2**40]))
+    limit = draw(st.sampled_from([0, 3, 60, 200, 2**15, 2**31, 2**40]))
     offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
     zero_point = draw(st.sampled_from([0, 1, 17, 128, 255]))
     scale = 100.0 / (depth * 255 * (2 ** (bits - 1) + limit))
@@ -111,6 +111,34 @@ def test_conv2d_equals_the_reference_on_every_isa(args):
             assert torch.equal(ops.packed_conv2d(*args), expected), isa
 
 
+@settings(QUICK, max_examples=300)
+@given(args=convolutions(["depthwise"], largest_kernel=7, largest_size=17))
+def test_depthwise_conv2d_equals_the_reference_on_every_isa(args):
+    expected = reference.packed_conv2d(*args)
+    for isa in ISAS:
+        with on_isa(isa):
+            assert torch.equal(ops.packed_conv2d(*args), expected), isa
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel", [3, 17])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_extremes_of_depthwise_sums(isa, kernel, bits):
+    """Every product at its extreme, offsets next to where weights or sums leave 8, 16, 32 bits."""
+    half = 2 ** (bits - 1)
+    largest_weights = (64, 128, 2**15 - 1, (2**31 - 1) // (255 * kernel * kernel))
+    for most in [w + beyond - half for w in largest_weights for beyond in (0, 1, 2)]:
+        offset = torch.tensor([most, -most] * 9)[:17]
+        q = torch.where(offset > 0, half - 1, -half).to(torch.int8)
+        weight = ops.pack_weight(q[:, None].expand(17, kernel * kernel), bits)
+        for code, zero_point in ((255, 0), (0, 255)):
+            x = torch.full((1, kernel, kernel + 3, 17), code, dtype=torch.uint8)
+            args = (x, weight, bits, 17, [kernel] * 2, [1, 1], [0, 1], [1, 1], 17, zero_point)
+            args = (*args, offset, torch.ones(17), torch.zeros(17))
+            with on_isa(isa):
+                assert torch.equal(ops.packed_conv2d(*args), reference.packed_conv2d(*args)), most
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
@@ -121,6 +149,7 @@ def test_conv2d_equals_the_reference_on_every_isa(args):
         (1, 33, 32, 64, 1, 1),  # reads x in place
         (1, 30, 48, 72, 3, 3),  # groups that start inside a panel
         (1, 30, 100, 100, 3, 100),  # depthwise
+        (1, 70, 120, 120, 5, 120),  # depthwise, a row in several pieces
     ],
 )
 def test_conv2d_of_layer_sizes(isa, threads, batch, size, channels, out_channels, kernel, groups):
