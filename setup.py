@@ -30,7 +30,7 @@ ISAS = {
     "generic": ([*PORTABLE_KERNELS, "gemm_s16"], []),
     "avx2": ([*PORTABLE_KERNELS, "gemm_s16"], ["-mavx2", "-mf16c"]),
     "avx512vnni": (
-        [*PORTABLE_KERNELS, "gemm_u8s8_6x64__avx512vnni", "winograd_u8s8__avx512vnni"],
+        [*PORTABLE_KERNELS, "gemm_u8s8_14x32__avx512vnni", "winograd_u8s8__avx512vnni"],
         [
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
             *("-mprefer-vector-width=512", *GCC_NOISE),

@@ -12,6 +12,7 @@ struct S16 {
   using Weight = int16_t;
   static constexpr int64_t kColumns = 64;
   static constexpr bool kReadsInput = false;
+  static constexpr bool kFuses = false;
   static constexpr int kRows = 3;
   static constexpr int kChannels = 4;
 

@@ -1,4 +1,5 @@
-// What the packed convolutions on AVX-512 share: register tiles of a run-time height, residuals.
+// What the packed convolutions on AVX-512 share: register tiles of a run-time height, the
+// epilogue's steps.
 #pragma once
 
 #include <immintrin.h>
@@ -48,6 +49,23 @@ inline __m512 add_residual(const Epilogue& e, __m512 v, int64_t index, __mmask16
     v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e.residual_f32 + index), scale));
   }
   return v;
+}
+
+// Codes of v[0] in the low half, of v[1] in the high one. hi and lo are the codes' range in every
+// lane.
+inline __m512i pack_codes(const __m512 (&v)[2][2], __m512 hi, __m512i lo) {
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  __m512i q[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    // Beyond hi it might exceed int32, which turns it negative. Below, the packs' low end is 0;
+    // then comes lo.
+    q[k] = _mm512_cvt_roundps_epi32(_mm512_min_ps(hi, v[k / 2][k % 2]),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  const __m512i bytes =
+      _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  return _mm512_permutexvar_epi32(order, _mm512_max_epu8(bytes, lo));
 }
 
 }  // namespace
