@@ -10,9 +10,10 @@ namespace {
 struct S16 {
   using Input = int16_t;
   using Weight = int16_t;
-  static constexpr int64_t kColumns = 64;
+  static constexpr int64_t kMinColumns = 64, kMaxColumns = 64;
   static constexpr bool kReadsInput = false;
   static constexpr bool kFuses = false;
+  static constexpr int64_t kFewInputs = 0;
   static constexpr int kRows = 3;
   static constexpr int kChannels = 4;
 

@@ -62,59 +62,58 @@ __attribute__((noinline)) void multiply(const Tile& t, int64_t first, int32_t* s
 template <bool FLOAT, class Tile>
 __attribute__((noinline)) void store(const Tile& t, int64_t first, int64_t count,
                                      const int32_t* sums) {
-  const Epilogue& e = t.conv->epilogue;
-  const uint32_t mask = ~uint32_t{0} >> (kWide - t.columns);
+  // Copies: stores of bytes might change what is behind pointers.
+  const Epilogue e = t.conv->epilogue;
+  const int64_t width = t.conv->out_channels;
+  const int32_t* row_sums = t.row_sums ? t.row_sums + first : nullptr;
+  const __mmask32 mask = ~uint32_t{0} >> (kWide - t.columns);
+  const __mmask16 halves[2] = {static_cast<__mmask16>(mask), static_cast<__mmask16>(mask >> 16)};
   const __m512 hi = _mm512_set1_ps(e.hi);
   const __m512i lo = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.lo)));
   __m512 multiplier[2], bias[2];
-  __m512i offset[2] = {};
+  __m512i offset[2];
 #pragma GCC unroll 2
   for (int p = 0; p < 2; ++p) {
-    const __mmask16 present = static_cast<__mmask16>(mask >> (p * kPanelRows));
     const int64_t channel = t.first_channel + p * kPanelRows;
-    multiplier[p] = _mm512_maskz_loadu_ps(present, e.multiplier + channel);
-    bias[p] = _mm512_maskz_loadu_ps(present, e.bias + channel);
-    if (t.row_sums) {
-      const int64_t* o = t.conv->weight_offset + channel;
-      const __m256i low =
-          _mm512_cvtepi64_epi32(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(present), o));
-      const __m256i high = _mm512_cvtepi64_epi32(
-          _mm512_maskz_loadu_epi64(static_cast<__mmask8>(present >> 8), o + 8));
-      offset[p] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    }
+    multiplier[p] = _mm512_maskz_loadu_ps(halves[p], e.multiplier + channel);
+    bias[p] = _mm512_maskz_loadu_ps(halves[p], e.bias + channel);
+    const int64_t* o = t.conv->weight_offset + channel;
+    const __mmask8 low = static_cast<__mmask8>(halves[p]), high = halves[p] >> 8;
+    offset[p] = _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_maskz_loadu_epi64(low, o))),
+        _mm512_cvtepi64_epi32(_mm512_maskz_loadu_epi64(high, o + 8)), 1);
   }
-  for (int64_t r = 0; r < count; r += 2, sums += 2 * kWide) {
-    const int64_t index = (t.first_row + first + r) * t.conv->out_channels + t.first_channel;
-    const uint32_t valid[2] = {mask, r + 1 < count ? mask : 0};
-    __m512 v[2][2];
+  int64_t index = (t.first_row + first) * width + t.first_channel;
+  auto store_row = [&](int64_t at, const int32_t* s, __m512* v) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-#pragma GCC unroll 2
-      for (int p = 0; p < 2; ++p) {
-        __m512i sum = _mm512_load_si512(sums + i * kWide + p * kPanelRows);
-        if (t.row_sums) {
-          const __m512i inputs = _mm512_set1_epi32(t.row_sums[first + r + i]);
-          sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(inputs, offset[p]));
-        }
-        const int64_t at = index + i * t.conv->out_channels + p * kPanelRows;
-        const __mmask16 present = static_cast<__mmask16>(valid[i] >> (p * kPanelRows));
-        v[i][p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), multiplier[p]);
-        v[i][p] = _mm512_add_ps(v[i][p], bias[p]);
-        v[i][p] = add_residual(e, v[i][p], at, present);
-        if (FLOAT) _mm512_mask_storeu_ps(e.out_f32 + at, present, v[i][p]);
+    for (int p = 0; p < 2; ++p) {
+      __m512i sum = _mm512_load_si512(s + p * kPanelRows);
+      if (row_sums) {
+        const __m512i inputs = _mm512_set1_epi32(row_sums[(s - sums) / kWide]);
+        sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(inputs, offset[p]));
       }
+      v[p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), multiplier[p]);
+      v[p] = _mm512_add_ps(v[p], bias[p]);
+      v[p] = add_residual(e, v[p], at + p * kPanelRows, halves[p]);
+      if (FLOAT) _mm512_mask_storeu_ps(e.out_f32 + at + p * kPanelRows, halves[p], v[p]);
     }
+  };
+  for (int64_t r = 0; r < count; r += 2, index += 2 * width) {
+    const bool pair = r + 1 < count;
+    __m512 v[2][2] = {};
+    store_row(index, sums + r * kWide, v[0]);
+    if (pair) store_row(index + width, sums + (r + 1) * kWide, v[1]);
     if (FLOAT) continue;
-    const __m512i bytes = pack_codes(v, hi, lo);
-    _mm256_mask_storeu_epi8(e.out_u8 + index, valid[0], _mm512_castsi512_si256(bytes));
-    _mm256_mask_storeu_epi8(e.out_u8 + index + t.conv->out_channels, valid[1],
-                            _mm512_extracti64x4_epi64(bytes, 1));
+    const __m512i codes = pack_codes(v, hi, lo);
+    uint8_t* out = e.out_u8 + index;
+    _mm256_mask_storeu_epi8(out, mask, _mm512_castsi512_si256(codes));
+    if (pair) _mm256_mask_storeu_epi8(out + width, mask, _mm512_extracti64x4_epi64(codes, 1));
   }
 }
 
 template <class Tile>
 void store_rows(const Tile& t, int64_t first, int64_t count, const int32_t* sums) {
-  if (t.wide_sums) {
+  if (t.row_sums && t.wide_sums) {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t row = first + r, index = (t.first_row + row) * t.conv->out_channels;
       for (int64_t j = 0; j < t.columns; ++j) {
@@ -133,21 +132,22 @@ void store_rows(const Tile& t, int64_t first, int64_t count, const int32_t* sums
 struct Vnni {
   using Input = uint8_t;
   using Weight = int8_t;
-  static constexpr int64_t kColumns = kWide;
+  static constexpr int64_t kMinColumns = kWide, kMaxColumns = 8 * kWide;
   static constexpr bool kReadsInput = true;
   static constexpr bool kFuses = true;
+  static constexpr int64_t kFewInputs = 64;
 
-  static Planes panel(const PackedConv& conv, const uint8_t* planes, int64_t depth,
-                      const int8_t* offset) {
+  static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
+                     const int8_t* offset, Weight* panel, int32_t* start) {
     const __m512i spread = _mm512_mullo_epi32(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset))),
         _mm512_set1_epi32(0x01010101));
-    return {planes, conv.bits, depth, spread};
-  }
-
-  static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
-                     const int8_t* offset, Weight* weights, int32_t* start) {
-    unpack_planes(panel(conv, planes, depth, offset), conv.x_zero_point, weights, start);
+    const Planes p{planes, conv.bits, depth};
+    if (has_gfni()) {
+      unpack_bit_matrices(p, spread, conv.x_zero_point, panel, start);
+    } else {
+      unpack_masked_adds(p, spread, conv.x_zero_point, panel, start);
+    }
   }
 
   static void copy(Input* out, const uint8_t* x, int64_t n, const PackedConv&) {
@@ -156,6 +156,10 @@ struct Vnni {
     }
     const __mmask64 mask = (uint64_t{1} << n) - 1;
     _mm512_mask_storeu_epi8(out, mask, _mm512_maskz_loadu_epi8(mask, x));
+  }
+
+  static void copy_few(Input* out, const uint8_t* x) {
+    _mm512_storeu_si512(out, _mm512_loadu_si512(x));
   }
 
   static void pad(Input* out, int64_t n, const PackedConv& conv) {
@@ -176,17 +180,19 @@ struct Vnni {
 
   static bool fuses(int64_t rows) { return rows <= kFusedRows && has_gfni(); }
 
-  // A tile of few rows, its weights straight from the planes of its columns.
-  static void gemm_planes(const Tile<Vnni>& t, const uint8_t* planes, int64_t depth,
-                          const int8_t* offset) {
+  static void gemm_planes(const Tile<Vnni>& t, const uint8_t* planes, int64_t depth) {
     alignas(64) int32_t sums[(kFusedRows + 1) * kWide];
     const int64_t panel_bytes = t.depth_blocks * t.conv->bits * kPlaneBytes;
-    for (int64_t p = 0; p * kPanelRows < t.columns; ++p) {
-      const Planes planes_of =
-          panel(*t.conv, planes + p * panel_bytes, depth, offset + p * kPanelRows);
+    for (int64_t j = 0; j < t.columns; j += kPanelRows, planes += panel_bytes) {
+      const Planes p{planes, t.conv->bits, depth};
       with_rows<kFusedRows>(t.num_rows, [&](auto rows) {
-        multiply_planes<decltype(rows)::kCount>(planes_of, t.conv->x_zero_point, t.rows,
-                                                t.row_stride, sums + p * kPanelRows, kWide);
+        constexpr int kRows = decltype(rows)::kCount;
+        const int32_t zero_point = t.conv->x_zero_point;
+        if (zero_point == 0) {
+          multiply_planes<kRows, true>(p, 0, t.rows, t.row_stride, sums + j, kWide);
+        } else {
+          multiply_planes<kRows, false>(p, zero_point, t.rows, t.row_stride, sums + j, kWide);
+        }
       });
     }
     store_rows(t, 0, t.num_rows, sums);
@@ -194,14 +200,22 @@ struct Vnni {
 
   static void gemm(const Tile<Vnni>& t) {
     alignas(64) int32_t sums[kTileRows * kWide];
+    const int64_t panel_size = t.depth_blocks * kPanelBytes;
     for_each_row_tile<kTileRows>(t.num_rows, [&](auto rows, int64_t first) {
       constexpr int kRows = decltype(rows)::kCount;
-      if (t.columns > kPanelRows) {
-        multiply<kRows, 2>(t, first, sums);
-      } else {
-        multiply<kRows, 1>(t, first, sums);
+      Tile<Vnni> part = t;
+      for (int64_t left = t.columns; left > 0; left -= kWide) {
+        part.columns = min64(kWide, left);
+        if (left > kPanelRows) {
+          multiply<kRows, 2>(part, first, sums);
+        } else {
+          multiply<kRows, 1>(part, first, sums);
+        }
+        store_rows(part, first, kRows, sums);
+        part.panels += 2 * panel_size;
+        part.starts += kWide;
+        part.first_channel += kWide;
       }
-      store_rows(t, first, kRows, sums);
     });
   }
 };

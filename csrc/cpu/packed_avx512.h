@@ -40,12 +40,13 @@ void for_each_row_tile(int64_t count, Body body) {
 
 // v plus what the epilogue has at index .. index + 15.
 inline __m512 add_residual(const Epilogue& e, __m512 v, int64_t index, __mmask16 mask) {
-  const __m512 scale = _mm512_set1_ps(e.residual_scale);
   if (e.residual_u8) {
+    const __m512 scale = _mm512_set1_ps(e.residual_scale);
     const __m128i r = _mm_maskz_loadu_epi8(mask, e.residual_u8 + index);
     v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), scale));
   }
   if (e.residual_f32) {
+    const __m512 scale = _mm512_set1_ps(e.residual_scale);
     v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e.residual_f32 + index), scale));
   }
   return v;

@@ -2,17 +2,21 @@
 // set supplies a policy:
 //
 //   Input, Weight      element types of the two operands
-//   kColumns           output channels one gemm call covers, a multiple of 16
+//   kMinColumns, kMaxColumns
+//                      output channels one gemm call covers, multiples of 16
 //   kReadsInput        x itself serves as the left operand of a 1x1 convolution
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
 //   copy(dst, x, n, conv), pad(dst, n, conv)
 //                      n inputs, or n taps in the padding, of a row of the left operand
+//   kFewInputs, copy_few(dst, x)
+//                      copies that many, which costs less than the exact number; 0: there is none
 //   row_sum(row, depth, conv)
 //                      sum of (x - x_zero_point) over a row
 //   gemm(tile)         all rows times all columns, with the epilogue
-//   kFuses; fuses(rows), gemm_planes(tile, planes, depth, offset)
-//                      the same straight from the planes, for so few rows
+//   kFuses; fuses(rows), gemm_planes(tile, planes, depth)
+//                      gemm straight from the planes, for so few rows; all offsets are applied in
+//                      the epilogue
 #pragma once
 
 #include <string.h>
@@ -25,7 +29,9 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kInputBytes = int64_t{1} << 20;  // of the left operand at a time: it stays in L2
+constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of rows at a time: they stay in L2
+constexpr int64_t kTaskBytes = 16384;              // of weights: L1 holds them, and inputs
+constexpr int64_t kManyRows = 256;                 // next to which unpacking costs little
 constexpr int64_t kPageBytes = 4096;               // addresses that far apart share an L1 set
 
 template <class Policy>
@@ -59,23 +65,27 @@ class Driver {
         panel_size_(depth_blocks_ * kBlockDepth * kPanelRows),
         plane_bytes_(depth_blocks_ * conv.bits * kPlaneBytes),
         panels_(ceil_div(group_outputs_, kPanelRows)),
-        tasks_(conv.groups * ceil_div(panels_, kTaskPanels)),
         num_rows_(conv.batch * conv.out_height * conv.out_width),
+        task_panels_(task_panels()),
+        tasks_(conv.groups * ceil_div(panels_, task_panels_)),
         in_place_(Policy::kReadsInput && conv.kernel_h * conv.kernel_w == 1 &&
                   conv.stride_h * conv.stride_w == 1 && conv.pad_h + conv.pad_w == 0 &&
                   group_inputs_ % kBlockDepth == 0 && conv.channels % kPageBytes != 0),
+        kernel_row_(conv.kernel_w * group_inputs_),
+        adjacent_(conv.dilation_w == 1 && conv.groups == 1),
+        few_(adjacent_ && conv.kernel_h > 1 && kernel_row_ <= Policy::kFewInputs),
         row_stride_(in_place_ ? conv.channels : gathered_stride()),
-        wide_sums_(sums_may_be_wide()) {}
+        largest_offset_(largest_offset(conv)) {}
 
   // Either each thread has its own rows and unpacks all weights for them, or all share the rows, a
   // part at a time, and each has its own columns.
-  void run() const {
+  void run() {
     if (num_rows_ == 0 || conv_.out_channels == 0) return;
+    if (few_) pad_images();
     const int64_t threads = num_threads();
-    const int64_t bytes = num_rows_ * row_stride_ * sizeof(Input) * (in_place_ ? 1 : conv_.groups);
-    int64_t parts = ceil_div(bytes, kInputBytes);
+    int64_t parts = ceil_div(num_rows_, rows_at_once());
     const bool even_columns = tasks_ % threads == 0 || tasks_ >= 4 * threads;
-    const bool own_rows = num_rows_ >= (even_columns ? 256 : 16) * threads;
+    const bool own_rows = num_rows_ >= (even_columns ? kManyRows : 16) * threads;
     if (own_rows) parts = min64(num_rows_, ceil_div(parts, threads) * threads);
     parallel_for(parts, own_rows ? 1 : parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
@@ -85,7 +95,8 @@ class Driver {
   }
 
  private:
-  static constexpr int64_t kTaskPanels = Policy::kColumns / kPanelRows;
+  static constexpr int64_t kMinPanels = Policy::kMinColumns / kPanelRows;
+  static constexpr int64_t kMaxPanels = Policy::kMaxColumns / kPanelRows;
 
   struct Rows {
     const Input* first;    // of group 0
@@ -99,18 +110,48 @@ class Driver {
     int32_t* starts;
   };
 
-  // Whether sum (x - x_zero_point) * (code + offset) might leave int32.
-  bool sums_may_be_wide() const {
-    const int64_t largest =
-        ((int64_t{1} << 31) - 1) / (255 * max64(depth_, 1)) - (1 << (conv_.bits - 1));
-    for (int64_t o = 0; o < conv_.out_channels; ++o) {
-      if (conv_.weight_offset[o] > largest || conv_.weight_offset[o] < -largest) return true;
+  static int64_t largest_offset(const PackedConv& conv) {
+    int64_t largest = 0;
+    for (int64_t o = 0; o < conv.out_channels; ++o) {
+      const int64_t offset = conv.weight_offset[o];
+      largest = max64(largest, offset < 0 ? -offset : offset);
     }
-    return false;
+    return largest;
+  }
+
+  // Whether sum (x - x_zero_point) * (code + offset) might leave int32.
+  bool wide_sums() const {
+    const int64_t largest_weight = largest_offset_ + (int64_t{1} << (conv_.bits - 1));
+    return largest_weight > ((int64_t{1} << 31) - 1) / (255 * max64(depth_, 1));
+  }
+
+  bool offsets_in_epilogue(int64_t rows) const {
+    if constexpr (Policy::kFuses) {
+      if (Policy::fuses(rows)) return largest_offset_ > 0;
+    }
+    return !conv_.weight_fits_s8;
+  }
+
+  // The more outputs of a row are stored one after the other, the better.
+  int64_t task_panels() const {
+    if (num_rows_ < kManyRows * num_threads()) return kMinPanels;
+    const int64_t panel_bytes = max64(1, panel_size_ * sizeof(Weight));
+    const int64_t fit = kTaskBytes / panel_bytes / kMinPanels * kMinPanels;
+    return max64(kMinPanels, min64(kMaxPanels, fit));
+  }
+
+  // As many as L2 holds together with their outputs, but no few for the outputs' sake.
+  int64_t rows_at_once() const {
+    const int64_t inputs = row_stride_ * sizeof(Input) * (in_place_ ? 1 : conv_.groups);
+    const int64_t outputs = conv_.out_channels * (conv_.epilogue.out_u8 ? 1 : sizeof(float));
+    const int64_t without = kBlockBytes / max64(1, inputs);
+    return max64(1, max64(kBlockBytes / (inputs + outputs), min64(kManyRows, without)));
   }
 
   int64_t gathered_stride() const {
-    const int64_t inputs = depth_blocks_ * kBlockDepth;
+    int64_t inputs = depth_blocks_ * kBlockDepth;
+    // copy_few of the last kernel row must not reach the next row, another thread's perhaps.
+    if (few_) inputs = max64(inputs, depth_ - kernel_row_ + Policy::kFewInputs);
     return inputs * sizeof(Input) % kPageBytes ? inputs : inputs + 64;
   }
 
@@ -128,7 +169,7 @@ class Driver {
       rows.first = gathered;
     }
     int32_t* sums = nullptr;
-    if (!conv_.weight_fits_s8) {
+    if (offsets_in_epilogue(count)) {
       // One more than there are: an epilogue may read two at a time.
       sums = static_cast<int32_t*>(scratch(kSums, (conv_.groups * count + 1) * sizeof(int32_t)));
       sums[conv_.groups * count] = 0;
@@ -153,31 +194,31 @@ class Driver {
     });
   }
 
-  // All rows times kColumns outputs.
+  // All rows times task_panels_ panels of outputs.
   void multiply(const Rows& rows, int64_t task) const {
     const int64_t group_tasks = tasks_ / conv_.groups;
-    const int64_t group = task / group_tasks, panel = task % group_tasks * kTaskPanels;
-    const int64_t count = min64(kTaskPanels, panels_ - panel);
+    const int64_t group = task / group_tasks, panel = task % group_tasks * task_panels_;
+    const int64_t count = min64(task_panels_, panels_ - panel);
     Tile<Policy> tile{};
     tile.conv = &conv_;
     tile.rows = rows.first + group * rows.group_stride;
     tile.row_stride = row_stride_;
     tile.num_rows = rows.count;
     tile.row_sums = rows.sums ? rows.sums + group * rows.count : nullptr;
-    tile.wide_sums = wide_sums_;
+    tile.wide_sums = wide_sums();
     tile.depth_blocks = depth_blocks_;
     tile.first_row = rows.first_row;
     tile.first_channel = group * group_outputs_ + panel * kPanelRows;
-    tile.columns = min64(Policy::kColumns, group_outputs_ - panel * kPanelRows);
-    int8_t offsets[Policy::kColumns] = {};
+    tile.columns = min64(task_panels_ * kPanelRows, group_outputs_ - panel * kPanelRows);
+    const uint8_t* planes = aligned_planes(tile.first_channel, count);
+    if constexpr (Policy::kFuses) {
+      if (Policy::fuses(rows.count)) return Policy::gemm_planes(tile, planes, depth_);
+    }
+    int8_t offsets[Policy::kMaxColumns] = {};
     if (conv_.weight_fits_s8) {
       for (int64_t j = 0; j < tile.columns; ++j) {
         offsets[j] = static_cast<int8_t>(conv_.weight_offset[tile.first_channel + j]);
       }
-    }
-    const uint8_t* planes = aligned_planes(tile.first_channel, count);
-    if constexpr (Policy::kFuses) {
-      if (Policy::fuses(rows.count)) return Policy::gemm_planes(tile, planes, depth_, offsets);
     }
     Weight* panels = static_cast<Weight*>(scratch(
         kLocalWeights, count * (panel_size_ * sizeof(Weight) + kPanelRows * sizeof(int32_t))));
@@ -217,7 +258,15 @@ class Driver {
     int64_t oh = row / conv_.out_width % conv_.out_height;
     int64_t n = row / (conv_.out_width * conv_.out_height);
     for (; row < end; ++row, out += row_stride_) {
-      gather_row(group, n, oh, ow, out);
+      if constexpr (Policy::kFewInputs > 0) {
+        if (few_) {
+          gather_few(n, oh, ow, out);
+        } else {
+          gather_row(group, n, oh, ow, out);
+        }
+      } else {
+        gather_row(group, n, oh, ow, out);
+      }
       if (++ow < conv_.out_width) continue;
       ow = 0;
       if (++oh < conv_.out_height) continue;
@@ -226,23 +275,52 @@ class Driver {
     }
   }
 
+  // Kernel rows so short that checks would cost more than their copies: images with their padding.
+  void pad_images() {
+    const int64_t left = conv_.pad_w * conv_.channels, line = conv_.width * conv_.channels;
+    padded_line_ = line + 2 * left;
+    padded_height_ = conv_.height + 2 * conv_.pad_h;
+    const int64_t lines = conv_.batch * padded_height_;
+    padded_ = static_cast<uint8_t*>(scratch(kPadded, lines * padded_line_ + Policy::kFewInputs));
+    parallel_for(lines, 64, [&](int64_t begin, int64_t end) {
+      uint8_t* out = padded_ + begin * padded_line_;
+      for (int64_t i = begin; i < end; ++i, out += padded_line_) {
+        const int64_t n = i / padded_height_, ih = i % padded_height_ - conv_.pad_h;
+        if (ih < 0 || ih >= conv_.height) {
+          memset(out, conv_.x_zero_point, padded_line_);
+        } else {
+          memset(out, conv_.x_zero_point, left);
+          memcpy(out + left, conv_.x + (n * conv_.height + ih) * line, line);
+          memset(out + left + line, conv_.x_zero_point, left);
+        }
+      }
+    });
+  }
+
+  void gather_few(int64_t n, int64_t oh, int64_t ow, Input* out) const {
+    const uint8_t* in = padded_ + (n * padded_height_ + oh * conv_.stride_h) * padded_line_ +
+                        ow * conv_.stride_w * conv_.channels;
+    for (int64_t kh = 0; kh < conv_.kernel_h; ++kh, out += kernel_row_) {
+      Policy::copy_few(out, in);
+      in += conv_.dilation_h * padded_line_;
+    }
+  }
+
   void gather_row(int64_t group, int64_t n, int64_t oh, int64_t ow, Input* out) const {
     const int64_t top = oh * conv_.stride_h - conv_.pad_h, left = ow * conv_.stride_w - conv_.pad_w;
     const uint8_t* image =
         conv_.x + n * conv_.height * conv_.width * conv_.channels + group * group_inputs_;
-    const bool adjacent = conv_.dilation_w == 1 && conv_.groups == 1;  // taps of a kernel's row
-    const int64_t piece = adjacent ? group_inputs_ * conv_.kernel_w : group_inputs_;
     int64_t first, last;
     valid_taps(left, conv_.width, conv_.kernel_w, conv_.dilation_w, &first, &last);
-    const bool whole = adjacent && first == 0 && last == conv_.kernel_w;
+    const bool whole = adjacent_ && first == 0 && last == conv_.kernel_w;
     Input* const depth_end = out + depth_;
     for (int64_t kh = 0; kh < conv_.kernel_h; ++kh) {
       const int64_t ih = top + kh * conv_.dilation_h;
       const uint8_t* in = image + (ih * conv_.width + left) * conv_.channels;
       const bool inside = ih >= 0 && ih < conv_.height;
       if (whole && inside) {
-        Policy::copy(out, in, piece, conv_);
-        out += piece;
+        Policy::copy(out, in, kernel_row_, conv_);
+        out += kernel_row_;
         continue;
       }
       for (int64_t kw = 0; kw < conv_.kernel_w; ++kw, out += group_inputs_) {
@@ -258,10 +336,15 @@ class Driver {
 
   const PackedConv& conv_;
   const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, panel_size_, plane_bytes_,
-      panels_, tasks_, num_rows_;
+      panels_, num_rows_, task_panels_, tasks_;
   const bool in_place_;
+  const int64_t kernel_row_;  // inputs
+  const bool adjacent_;       // in memory: those of a kernel row
+  const bool few_;            // in a kernel row
   const int64_t row_stride_;
-  const bool wide_sums_;
+  const int64_t largest_offset_;
+  uint8_t* padded_ = nullptr;
+  int64_t padded_line_ = 0, padded_height_ = 0;
 };
 
 }  // namespace
