@@ -29,7 +29,7 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of rows at a time: they stay in L2
+constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of rows at a time: they stay in L2
 constexpr int64_t kTaskBytes = 16384;              // of weights: L1 holds them, and inputs
 constexpr int64_t kManyRows = 256;                 // next to which unpacking costs little
 constexpr int64_t kPageBytes = 4096;               // addresses that far apart share an L1 set
@@ -105,11 +105,6 @@ class Driver {
     int64_t first_row, count;
   };
 
-  struct Weights {
-    Weight* panels;
-    int32_t* starts;
-  };
-
   static int64_t largest_offset(const PackedConv& conv) {
     int64_t largest = 0;
     for (int64_t o = 0; o < conv.out_channels; ++o) {
@@ -144,8 +139,8 @@ class Driver {
   int64_t rows_at_once() const {
     const int64_t inputs = row_stride_ * sizeof(Input) * (in_place_ ? 1 : conv_.groups);
     const int64_t outputs = conv_.out_channels * (conv_.epilogue.out_u8 ? 1 : sizeof(float));
-    const int64_t without = kBlockBytes / max64(1, inputs);
-    return max64(1, max64(kBlockBytes / (inputs + outputs), min64(kManyRows, without)));
+    const int64_t many = min64(kManyRows, 2 * kBlockBytes / max64(1, inputs));
+    return max64(1, max64(many, kBlockBytes / (inputs + outputs)));
   }
 
   int64_t gathered_stride() const {
