@@ -135,7 +135,7 @@ struct Vnni {
   static constexpr int64_t kMinColumns = kWide, kMaxColumns = 8 * kWide;
   static constexpr bool kReadsInput = true;
   static constexpr bool kFuses = true;
-  static constexpr int64_t kFewInputs = 64;
+  static constexpr int64_t kFewInputs = 32;
 
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
                      const int8_t* offset, Weight* panel, int32_t* start) {
@@ -154,12 +154,14 @@ struct Vnni {
     for (; n >= 64; n -= 64, out += 64, x += 64) {
       _mm512_storeu_si512(out, _mm512_loadu_si512(x));
     }
+    if (n == 0) return;
     const __mmask64 mask = (uint64_t{1} << n) - 1;
     _mm512_mask_storeu_epi8(out, mask, _mm512_maskz_loadu_epi8(mask, x));
   }
 
   static void copy_few(Input* out, const uint8_t* x) {
-    _mm512_storeu_si512(out, _mm512_loadu_si512(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
 
   static void pad(Input* out, int64_t n, const PackedConv& conv) {

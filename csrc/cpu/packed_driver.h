@@ -305,10 +305,9 @@ class Driver {
     const int64_t top = oh * conv_.stride_h - conv_.pad_h, left = ow * conv_.stride_w - conv_.pad_w;
     const uint8_t* image =
         conv_.x + n * conv_.height * conv_.width * conv_.channels + group * group_inputs_;
-    int64_t first, last;
-    valid_taps(left, conv_.width, conv_.kernel_w, conv_.dilation_w, &first, &last);
-    const bool whole = adjacent_ && first == 0 && last == conv_.kernel_w;
-    Input* const depth_end = out + depth_;
+    const bool whole = adjacent_ && left >= 0 && left + conv_.kernel_w <= conv_.width;
+    int64_t first = 0, last = 0;
+    if (!whole) valid_taps(left, conv_.width, conv_.kernel_w, conv_.dilation_w, &first, &last);
     for (int64_t kh = 0; kh < conv_.kernel_h; ++kh) {
       const int64_t ih = top + kh * conv_.dilation_h;
       const uint8_t* in = image + (ih * conv_.width + left) * conv_.channels;
@@ -326,7 +325,7 @@ class Driver {
         }
       }
     }
-    memset(depth_end, 0, (depth_blocks_ * kBlockDepth - depth_) * sizeof(Input));
+    for (int64_t k = depth_; k % kBlockDepth; ++k) *out++ = 0;
   }
 
   const PackedConv& conv_;
