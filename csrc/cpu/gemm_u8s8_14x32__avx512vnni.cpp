@@ -134,6 +134,7 @@ struct Vnni {
   using Weight = int8_t;
   static constexpr int64_t kMinColumns = kWide, kMaxColumns = 8 * kWide;
   static constexpr bool kReadsInput = true;
+  static constexpr bool kUnpacksCheaply = true;
   static constexpr bool kFuses = true;
   static constexpr int64_t kFewInputs = 32;
 

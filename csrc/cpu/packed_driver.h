@@ -5,6 +5,7 @@
 //   kMinColumns, kMaxColumns
 //                      output channels one gemm call covers, multiples of 16
 //   kReadsInput        x itself serves as the left operand of a 1x1 convolution
+//   kUnpacksCheaply    next to kManyRows rows, again and again
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
 //   copy(dst, x, n, conv), pad(dst, n, conv)
@@ -31,6 +32,7 @@ namespace {
 
 constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of rows at a time: they stay in L2
 constexpr int64_t kTaskBytes = 16384;              // of weights: L1 holds them, and inputs
+constexpr int64_t kFewRows = 60;                   // next to weights that are unpacked already
 constexpr int64_t kManyRows = 256;                 // next to which unpacking costs little
 constexpr int64_t kPageBytes = 4096;               // addresses that far apart share an L1 set
 
@@ -77,19 +79,32 @@ class Driver {
         row_stride_(in_place_ ? conv.channels : gathered_stride()),
         largest_offset_(largest_offset(conv)) {}
 
-  // Either each thread has its own rows and unpacks all weights for them, or all share the rows, a
-  // part at a time, and each has its own columns.
+  // Each thread has its own rows and unpacks all weights for them or, where that is dear, all were
+  // unpacked before. Few rows are shared, and each thread has its own columns.
   void run() {
     if (num_rows_ == 0 || conv_.out_channels == 0) return;
     if (few_) pad_images();
     const int64_t threads = num_threads();
-    int64_t parts = ceil_div(num_rows_, rows_at_once());
-    const bool even_columns = tasks_ % threads == 0 || tasks_ >= 4 * threads;
-    const bool own_rows = num_rows_ >= (even_columns ? kManyRows : 16) * threads;
-    if (own_rows) parts = min64(num_rows_, ceil_div(parts, threads) * threads);
+    bool own_rows;
+    int64_t rows = kFewRows;
+    if (Policy::kUnpacksCheaply) {
+      const bool even_columns = tasks_ % threads == 0 || tasks_ >= 4 * threads;
+      own_rows = num_rows_ >= (even_columns ? kManyRows : 16) * threads;
+      int64_t parts = ceil_div(num_rows_, rows_at_once());
+      if (own_rows) parts = ceil_div(parts, threads) * threads;
+      rows = ceil_div(num_rows_, parts);
+    } else {
+      own_rows = ceil_div(num_rows_, kFewRows) >= 2 * threads;
+      if (own_rows) {
+        unpack_all();
+      } else {
+        rows = num_rows_;
+      }
+    }
+    const int64_t parts = ceil_div(num_rows_, rows);
     parallel_for(parts, own_rows ? 1 : parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        run_part(part * num_rows_ / parts, (part + 1) * num_rows_ / parts);
+        run_part(part * rows, min64((part + 1) * rows, num_rows_), own_rows);
       }
     });
   }
@@ -103,6 +118,15 @@ class Driver {
     int64_t group_stride;  // in inputs
     const int32_t* sums;   // [groups][count], or null
     int64_t first_row, count;
+  };
+
+  struct Weights {
+    Weight* panels;
+    int32_t* starts;
+
+    Weights from(int64_t panel, int64_t panel_size) const {
+      return {panels + panel * panel_size, starts + panel * kPanelRows};
+    }
   };
 
   static int64_t largest_offset(const PackedConv& conv) {
@@ -150,8 +174,8 @@ class Driver {
     return inputs * sizeof(Input) % kPageBytes ? inputs : inputs + 64;
   }
 
-  // A parallel_for within another one runs on its thread.
-  void run_part(int64_t first_row, int64_t end_row) const {
+  // `alone`: on one thread, there are others for other rows.
+  void run_part(int64_t first_row, int64_t end_row, bool alone) const {
     const int64_t count = end_row - first_row;
     Rows rows{nullptr, group_inputs_, nullptr, first_row, count};
     Input* gathered = nullptr;
@@ -171,7 +195,7 @@ class Driver {
       rows.sums = sums;
     }
     if (gathered || sums) {
-      parallel_for(count, 16, [&](int64_t begin, int64_t end) {
+      parallel_for(count, alone ? count : 16, [&](int64_t begin, int64_t end) {
         for (int64_t group = 0; group < conv_.groups; ++group) {
           const Input* row = rows.first + group * rows.group_stride + begin * row_stride_;
           if (gathered) {
@@ -184,7 +208,7 @@ class Driver {
         }
       });
     }
-    parallel_for(tasks_, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(tasks_, alone ? tasks_ : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) multiply(rows, task);
     });
   }
@@ -205,26 +229,57 @@ class Driver {
     tile.first_row = rows.first_row;
     tile.first_channel = group * group_outputs_ + panel * kPanelRows;
     tile.columns = min64(task_panels_ * kPanelRows, group_outputs_ - panel * kPanelRows);
-    const uint8_t* planes = aligned_planes(tile.first_channel, count);
     if constexpr (Policy::kFuses) {
-      if (Policy::fuses(rows.count)) return Policy::gemm_planes(tile, planes, depth_);
-    }
-    int8_t offsets[Policy::kMaxColumns] = {};
-    if (conv_.weight_fits_s8) {
-      for (int64_t j = 0; j < tile.columns; ++j) {
-        offsets[j] = static_cast<int8_t>(conv_.weight_offset[tile.first_channel + j]);
+      if (Policy::fuses(rows.count)) {
+        return Policy::gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
       }
     }
-    Weight* panels = static_cast<Weight*>(scratch(
-        kLocalWeights, count * (panel_size_ * sizeof(Weight) + kPanelRows * sizeof(int32_t))));
-    int32_t* starts = reinterpret_cast<int32_t*>(panels + count * panel_size_);
-    for (int64_t p = 0; p < count; ++p) {
-      Policy::unpack(conv_, planes + p * plane_bytes_, depth_, offsets + p * kPanelRows,
-                     panels + p * panel_size_, starts + p * kPanelRows);
+    Weights w;
+    if (all_.panels) {
+      w = all_.from(group * panels_ + panel, panel_size_);
+    } else {
+      w = weights(scratch(kLocalWeights, weights_bytes(count)), count);
+      unpack(group, panel, count, w);
     }
-    tile.panels = panels;
-    tile.starts = starts;
+    tile.panels = w.panels;
+    tile.starts = w.starts;
     Policy::gemm(tile);
+  }
+
+  size_t weights_bytes(int64_t panels) const {
+    return panels * (panel_size_ * sizeof(Weight) + kPanelRows * sizeof(int32_t));
+  }
+
+  Weights weights(void* memory, int64_t panels) const {
+    Weight* first = static_cast<Weight*>(memory);
+    return {first, reinterpret_cast<int32_t*>(first + panels * panel_size_)};
+  }
+
+  void unpack_all() {
+    const int64_t total = conv_.groups * panels_;
+    all_ = weights(scratch(kSharedWeights, weights_bytes(total)), total);
+    parallel_for(total, max64(1, 65536 / max64(1, panel_size_)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        unpack(i / panels_, i % panels_, 1, all_.from(i, panel_size_));
+      }
+    });
+  }
+
+  // `count` panels of a group.
+  void unpack(int64_t group, int64_t panel, int64_t count, const Weights& w) const {
+    const int64_t channel = group * group_outputs_ + panel * kPanelRows;
+    const uint8_t* planes = aligned_planes(channel, count);
+    for (int64_t p = 0; p < count; ++p) {
+      int8_t offsets[kPanelRows] = {};
+      if (conv_.weight_fits_s8) {
+        const int64_t present = min64(kPanelRows, group_outputs_ - (panel + p) * kPanelRows);
+        for (int64_t j = 0; j < present; ++j) {
+          offsets[j] = static_cast<int8_t>(conv_.weight_offset[channel + p * kPanelRows + j]);
+        }
+      }
+      const Weights to = w.from(p, panel_size_);
+      Policy::unpack(conv_, planes + p * plane_bytes_, depth_, offsets, to.panels, to.starts);
+    }
   }
 
   // The planes of `count` panels from any channel on.
@@ -337,6 +392,7 @@ class Driver {
   const bool few_;            // in a kernel row
   const int64_t row_stride_;
   const int64_t largest_offset_;
+  Weights all_{};  // of all groups, or null
   uint8_t* padded_ = nullptr;
   int64_t padded_line_ = 0, padded_height_ = 0;
 };
