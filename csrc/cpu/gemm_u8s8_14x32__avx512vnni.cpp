@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kWide = 2 * kPanelRows;
 constexpr int kTileRows = 14;   // 14 * 2 sums, 2 weights and an input fit the 32 registers
-constexpr int kFusedRows = 16;  // 16 sums, the weights' and those of one vector of weights, too
+constexpr int kFusedRows = 16;  // beyond, weights are better stored than expanded again
 
 template <int ROWS, int PANELS, class Tile>
 __attribute__((noinline)) void multiply(const Tile& t, int64_t first, int32_t* sums) {

@@ -1,17 +1,13 @@
-// Convolution as GEMM on packed weights: unpacking, im2col and the division of work. An instruction
-// set supplies a policy:
+// Convolution as GEMM on packed weights: unpacking and the division of work. An instruction set
+// supplies a policy:
 //
-//   Input, Weight      element types of the two operands
+//   Input, Weight      element types of the two operands; what else the left one needs is in
+//                      left_operand.h
 //   kMinColumns, kMaxColumns
 //                      output channels one gemm call covers, multiples of 16
-//   kReadsInput        x itself serves as the left operand of a 1x1 convolution
 //   kUnpacksCheaply    next to kManyRows rows, again and again
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
-//   copy(dst, x, n, conv), pad(dst, n, conv)
-//                      n inputs, or n taps in the padding, of a row of the left operand
-//   kFewInputs, copy_few(dst, x)
-//                      copies that many, which costs less than the exact number; 0: there is none
 //   row_sum(row, depth, conv)
 //                      sum of (x - x_zero_point) over a row
 //   gemm(tile)         all rows times all columns, with the epilogue
@@ -23,8 +19,8 @@
 #include <string.h>
 
 #include "functions.h"
+#include "left_operand.h"
 #include "parallel.h"
-#include "window.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -34,7 +30,6 @@ constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of rows at a time: they st
 constexpr int64_t kTaskBytes = 16384;              // of weights: L1 holds them, and inputs
 constexpr int64_t kFewRows = 60;                   // next to weights that are unpacked already
 constexpr int64_t kManyRows = 256;                 // next to which unpacking costs little
-constexpr int64_t kPageBytes = 4096;               // addresses that far apart share an L1 set
 
 template <class Policy>
 struct Tile {
@@ -70,20 +65,14 @@ class Driver {
         num_rows_(conv.batch * conv.out_height * conv.out_width),
         task_panels_(task_panels()),
         tasks_(conv.groups * ceil_div(panels_, task_panels_)),
-        in_place_(Policy::kReadsInput && conv.kernel_h * conv.kernel_w == 1 &&
-                  conv.stride_h * conv.stride_w == 1 && conv.pad_h + conv.pad_w == 0 &&
-                  group_inputs_ % kBlockDepth == 0 && conv.channels % kPageBytes != 0),
-        kernel_row_(conv.kernel_w * group_inputs_),
-        adjacent_(conv.dilation_w == 1 && conv.groups == 1),
-        few_(adjacent_ && conv.kernel_h > 1 && kernel_row_ <= Policy::kFewInputs),
-        row_stride_(in_place_ ? conv.channels : gathered_stride()),
+        operand_(conv),
         largest_offset_(largest_offset(conv)) {}
 
   // Each thread has its own rows and unpacks all weights for them or, where that is dear, all were
   // unpacked before. Few rows are shared, and each thread has its own columns.
   void run() {
     if (num_rows_ == 0 || conv_.out_channels == 0) return;
-    if (few_) pad_images();
+    operand_.prepare();
     const int64_t threads = num_threads();
     bool own_rows;
     int64_t rows = kFewRows;
@@ -161,17 +150,11 @@ class Driver {
 
   // As many as L2 holds together with their outputs, but no few for the outputs' sake.
   int64_t rows_at_once() const {
-    const int64_t inputs = row_stride_ * sizeof(Input) * (in_place_ ? 1 : conv_.groups);
+    const int64_t inputs =
+        operand_.row_stride() * sizeof(Input) * (operand_.in_place() ? 1 : conv_.groups);
     const int64_t outputs = conv_.out_channels * (conv_.epilogue.out_u8 ? 1 : sizeof(float));
     const int64_t many = min64(kManyRows, 2 * kBlockBytes / max64(1, inputs));
     return max64(1, max64(many, kBlockBytes / (inputs + outputs)));
-  }
-
-  int64_t gathered_stride() const {
-    int64_t inputs = depth_blocks_ * kBlockDepth;
-    // copy_few of the last kernel row must not reach the next row, another thread's perhaps.
-    if (few_) inputs = max64(inputs, depth_ - kernel_row_ + Policy::kFewInputs);
-    return inputs * sizeof(Input) % kPageBytes ? inputs : inputs + 64;
   }
 
   // `alone`: on one thread, there are others for other rows.
@@ -179,10 +162,10 @@ class Driver {
     const int64_t count = end_row - first_row;
     Rows rows{nullptr, group_inputs_, nullptr, first_row, count};
     Input* gathered = nullptr;
-    if (in_place_) {
-      rows.first = reinterpret_cast<const Input*>(conv_.x) + first_row * row_stride_;
+    if (operand_.in_place()) {
+      rows.first = reinterpret_cast<const Input*>(conv_.x) + first_row * operand_.row_stride();
     } else {
-      rows.group_stride = count * row_stride_;
+      rows.group_stride = count * operand_.row_stride();
       gathered = static_cast<Input*>(
           scratch(kSharedRows, conv_.groups * rows.group_stride * sizeof(Input)));
       rows.first = gathered;
@@ -197,12 +180,12 @@ class Driver {
     if (gathered || sums) {
       parallel_for(count, alone ? count : 16, [&](int64_t begin, int64_t end) {
         for (int64_t group = 0; group < conv_.groups; ++group) {
-          const Input* row = rows.first + group * rows.group_stride + begin * row_stride_;
+          const Input* row = rows.first + group * rows.group_stride + begin * operand_.row_stride();
           if (gathered) {
-            gather(group, first_row + begin, first_row + end, const_cast<Input*>(row));
+            operand_.gather(group, first_row + begin, first_row + end, const_cast<Input*>(row));
           }
           if (!sums) continue;
-          for (int64_t i = begin; i < end; ++i, row += row_stride_) {
+          for (int64_t i = begin; i < end; ++i, row += operand_.row_stride()) {
             sums[group * count + i] = Policy::row_sum(row, depth_, conv_);
           }
         }
@@ -221,7 +204,7 @@ class Driver {
     Tile<Policy> tile{};
     tile.conv = &conv_;
     tile.rows = rows.first + group * rows.group_stride;
-    tile.row_stride = row_stride_;
+    tile.row_stride = operand_.row_stride();
     tile.num_rows = rows.count;
     tile.row_sums = rows.sums ? rows.sums + group * rows.count : nullptr;
     tile.wide_sums = wide_sums();
@@ -302,99 +285,12 @@ class Driver {
     return aligned;
   }
 
-  // Rows [row, end) of the im2col matrix of a group.
-  void gather(int64_t group, int64_t row, int64_t end, Input* out) const {
-    int64_t ow = row % conv_.out_width;
-    int64_t oh = row / conv_.out_width % conv_.out_height;
-    int64_t n = row / (conv_.out_width * conv_.out_height);
-    for (; row < end; ++row, out += row_stride_) {
-      if constexpr (Policy::kFewInputs > 0) {
-        if (few_) {
-          gather_few(n, oh, ow, out);
-        } else {
-          gather_row(group, n, oh, ow, out);
-        }
-      } else {
-        gather_row(group, n, oh, ow, out);
-      }
-      if (++ow < conv_.out_width) continue;
-      ow = 0;
-      if (++oh < conv_.out_height) continue;
-      oh = 0;
-      ++n;
-    }
-  }
-
-  // Kernel rows so short that checks would cost more than their copies: images with their padding.
-  void pad_images() {
-    const int64_t left = conv_.pad_w * conv_.channels, line = conv_.width * conv_.channels;
-    padded_line_ = line + 2 * left;
-    padded_height_ = conv_.height + 2 * conv_.pad_h;
-    const int64_t lines = conv_.batch * padded_height_;
-    padded_ = static_cast<uint8_t*>(scratch(kPadded, lines * padded_line_ + Policy::kFewInputs));
-    parallel_for(lines, 64, [&](int64_t begin, int64_t end) {
-      uint8_t* out = padded_ + begin * padded_line_;
-      for (int64_t i = begin; i < end; ++i, out += padded_line_) {
-        const int64_t n = i / padded_height_, ih = i % padded_height_ - conv_.pad_h;
-        if (ih < 0 || ih >= conv_.height) {
-          memset(out, conv_.x_zero_point, padded_line_);
-        } else {
-          memset(out, conv_.x_zero_point, left);
-          memcpy(out + left, conv_.x + (n * conv_.height + ih) * line, line);
-          memset(out + left + line, conv_.x_zero_point, left);
-        }
-      }
-    });
-  }
-
-  void gather_few(int64_t n, int64_t oh, int64_t ow, Input* out) const {
-    const uint8_t* in = padded_ + (n * padded_height_ + oh * conv_.stride_h) * padded_line_ +
-                        ow * conv_.stride_w * conv_.channels;
-    for (int64_t kh = 0; kh < conv_.kernel_h; ++kh, out += kernel_row_) {
-      Policy::copy_few(out, in);
-      in += conv_.dilation_h * padded_line_;
-    }
-  }
-
-  void gather_row(int64_t group, int64_t n, int64_t oh, int64_t ow, Input* out) const {
-    const int64_t top = oh * conv_.stride_h - conv_.pad_h, left = ow * conv_.stride_w - conv_.pad_w;
-    const uint8_t* image =
-        conv_.x + n * conv_.height * conv_.width * conv_.channels + group * group_inputs_;
-    const bool whole = adjacent_ && left >= 0 && left + conv_.kernel_w <= conv_.width;
-    int64_t first = 0, last = 0;
-    if (!whole) valid_taps(left, conv_.width, conv_.kernel_w, conv_.dilation_w, &first, &last);
-    for (int64_t kh = 0; kh < conv_.kernel_h; ++kh) {
-      const int64_t ih = top + kh * conv_.dilation_h;
-      const uint8_t* in = image + (ih * conv_.width + left) * conv_.channels;
-      const bool inside = ih >= 0 && ih < conv_.height;
-      if (whole && inside) {
-        Policy::copy(out, in, kernel_row_, conv_);
-        out += kernel_row_;
-        continue;
-      }
-      for (int64_t kw = 0; kw < conv_.kernel_w; ++kw, out += group_inputs_) {
-        if (inside && kw >= first && kw < last) {
-          Policy::copy(out, in + kw * conv_.dilation_w * conv_.channels, group_inputs_, conv_);
-        } else {
-          Policy::pad(out, group_inputs_, conv_);
-        }
-      }
-    }
-    for (int64_t k = depth_; k % kBlockDepth; ++k) *out++ = 0;
-  }
-
   const PackedConv& conv_;
   const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, panel_size_, plane_bytes_,
       panels_, num_rows_, task_panels_, tasks_;
-  const bool in_place_;
-  const int64_t kernel_row_;  // inputs
-  const bool adjacent_;       // in memory: those of a kernel row
-  const bool few_;            // in a kernel row
-  const int64_t row_stride_;
+  LeftOperand<Policy> operand_;
   const int64_t largest_offset_;
   Weights all_{};  // of all groups, or null
-  uint8_t* padded_ = nullptr;
-  int64_t padded_line_ = 0, padded_height_ = 0;
 };
 
 }  // namespace
