@@ -39,7 +39,7 @@ ISAS = {
     "avxvnni": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavxvnni"]),
     "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
     "avx512vnni": (
-        [*PORTABLE_KERNELS, "gemm_u8s8_6x64__avx512vnni", "winograd_u8s8__avx512vnni"],
+        [*PORTABLE_KERNELS, "gemm_u8s8_14x32__avx512vnni", "winograd_u8s8__avx512vnni"],
         [
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
             *("-mprefer-vector-width=512", *GCC_NOISE),

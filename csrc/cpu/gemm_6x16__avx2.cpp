@@ -11,7 +11,6 @@ namespace {
 // u8 x s8. vpmaddubsw adds two products with saturation; `exact_steps` such results, each at most
 // 2 * largest weight * largest code, fit the int16 in which they are added before they are widened.
 struct U8S8 : U8S8Operands {
-  static constexpr int64_t kColumns = 64;
   static constexpr bool kWidens = true;
   int64_t exact_steps;
 
@@ -34,7 +33,6 @@ struct U8S8 : U8S8Operands {
 
 // Weights as [depth / 2][16][2] s16.
 struct S16 : S16Operands {
-  static constexpr int64_t kColumns = 64;
   static constexpr bool kWidens = false;
 
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,

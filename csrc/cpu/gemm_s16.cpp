@@ -9,7 +9,6 @@ namespace FDDA_ISA {
 namespace {
 
 struct S16 : S16Operands {
-  static constexpr int64_t kColumns = 64;
   static constexpr int kRows = 3;
   static constexpr int kChannels = 4;
 
@@ -37,9 +36,10 @@ struct S16 : S16Operands {
     for (int n = 0; n < kPanelRows; ++n) start[n] = 0;
   }
 
-  // Sums of ROWS rows times kChannels channels in one pass: each load serves several products.
+  // Sums of ROWS rows times kChannels channels in one pass: each load serves several products. On
+  // its own, gcc finds registers for more of them.
   template <int ROWS>
-  static void multiply(const Tile<S16>& t, int64_t first, int64_t n) {
+  static __attribute__((noinline)) void multiply(const Tile<S16>& t, int64_t first, int64_t n) {
     const int64_t size = t.depth_blocks * kBlockDepth;
     const Weight* __restrict w = t.panels + n * size;
     const Input* __restrict x = t.rows + first * t.row_stride;

@@ -9,7 +9,6 @@ namespace FDDA_ISA {
 namespace {
 
 struct Vnni : U8S8Operands {
-  static constexpr int64_t kColumns = 64;
   static constexpr bool kWidens = false;
 
   static Vnni of_ranges(int64_t, int64_t) { return {}; }

@@ -4,12 +4,13 @@
 #include <string.h>
 
 #include "functions.h"
+#include "packed_driver.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-struct S16Operands {
+struct S16Operands : SimplePolicy {
   using Input = int16_t;
   using Weight = int16_t;
   static constexpr bool kReadsInput = false;

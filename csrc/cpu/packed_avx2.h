@@ -18,7 +18,7 @@ constexpr int kTileRows = 6;  // 6 * 2 sums, 2 weights, an input and a product f
 
 // u8 inputs as they are, weights as [depth / 4][16][4] s8. The inputs' zero point enters through
 // the sums' start, -x_zero_point * sum of the channel's weights.
-struct U8S8Operands {
+struct U8S8Operands : SimplePolicy {
   using Input = uint8_t;
   using Weight = int8_t;
   static constexpr bool kReadsInput = true;

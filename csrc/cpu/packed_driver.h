@@ -1,32 +1,45 @@
-// Convolution as GEMM on packed weights: unpacking, im2col and the division of work. An instruction
-// set supplies a policy:
+// Convolution as GEMM on packed weights: unpacking and the division of work. An instruction set
+// supplies a policy:
 //
-//   Input, Weight      element types of the two operands
-//   kColumns           output channels one gemm call covers, a multiple of 16
-//   kReadsInput        x itself serves as the left operand of a 1x1 convolution
+//   Input, Weight      element types of the two operands; what else the left one needs is in
+//                      left_operand.h
+//   kMinColumns, kMaxColumns
+//                      output channels one gemm call covers, multiples of 16
+//   kUnpacksCheaply    next to kManyRows rows, again and again
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
-//   copy(dst, x, n, conv), pad(dst, n, conv)
-//                      n inputs, or n taps in the padding, of a row of the left operand
 //   row_sum(row, depth, conv)
 //                      sum of (x - x_zero_point) over a row
-//   gemm(tile)         all rows times all columns, with the epilogue
-//
-// gemm may be a member of a policy that knows more about the call.
+//   gemm(tile)         all rows times all columns, with the epilogue; may be a member of a policy
+//   that
+//                      knows more about the call
+//   kFuses; fuses(rows), gemm_planes(tile, planes, depth)
+//                      gemm straight from the planes, for so few rows; all offsets are applied in
+//                      the epilogue
 #pragma once
 
 #include <string.h>
 
 #include "functions.h"
+#include "left_operand.h"
 #include "parallel.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-// Rows of the left operand handled between two passes over the weights: a multiple of the register
-// tiles' heights; with 512 * 9 inputs a row this is 270 KiB, which leaves room for weights in L2.
-constexpr int64_t kRowBlock = 60;
+constexpr int64_t kBlockBytes = int64_t{1} << 19;  // of rows at a time: they stay in L2
+constexpr int64_t kTaskBytes = 16384;              // of weights: L1 holds them, and inputs
+constexpr int64_t kFewRows = 60;                   // next to weights that are unpacked already
+constexpr int64_t kManyRows = 256;                 // next to which unpacking costs little
+
+// What policies have that unpack all weights before many rows and know no other ways.
+struct SimplePolicy {
+  static constexpr int64_t kMinColumns = 64, kMaxColumns = 64;
+  static constexpr bool kUnpacksCheaply = false;
+  static constexpr bool kFuses = false;
+  static constexpr int64_t kFewInputs = 0;
+};
 
 template <class Policy>
 struct Tile {
@@ -35,6 +48,7 @@ struct Tile {
   int64_t row_stride;
   int64_t num_rows;
   const int32_t* row_sums;  // null unless offsets are applied in the epilogue
+  bool wide_sums;           // with offsets, sums might not fit int32
   const typename Policy::Weight* panels;
   const int32_t* starts;  // accumulators' initial values, 16 a panel
   int64_t depth_blocks;
@@ -56,85 +70,175 @@ class Driver {
         group_outputs_(conv.out_channels / conv.groups),
         depth_(conv.kernel_h * conv.kernel_w * group_inputs_),
         depth_blocks_(ceil_div(depth_, kBlockDepth)),
-        row_size_(depth_blocks_ * kBlockDepth),
         panel_size_(depth_blocks_ * kBlockDepth * kPanelRows),
+        plane_bytes_(depth_blocks_ * conv.bits * kPlaneBytes),
         panels_(ceil_div(group_outputs_, kPanelRows)),
         num_rows_(conv.batch * conv.out_height * conv.out_width),
-        direct_(Policy::kReadsInput && conv.kernel_h * conv.kernel_w == 1 &&
-                conv.stride_h * conv.stride_w == 1 && conv.pad_h + conv.pad_w == 0 &&
-                group_inputs_ % kBlockDepth == 0) {}
+        task_panels_(task_panels()),
+        tasks_(conv.groups * ceil_div(panels_, task_panels_)),
+        operand_(conv),
+        largest_offset_(largest_offset(conv)) {}
 
-  void run() const {
+  // Each thread has its own rows and unpacks all weights for them or, where that is dear, all were
+  // unpacked before. Few rows are shared, and each thread has its own columns.
+  void run() {
     if (num_rows_ == 0 || conv_.out_channels == 0) return;
-    if (ceil_div(num_rows_, kRowBlock) < 2 * num_threads()) {
-      split_columns();
+    operand_.prepare();
+    const int64_t threads = num_threads();
+    bool own_rows;
+    int64_t rows = kFewRows;
+    if (Policy::kUnpacksCheaply) {
+      const bool even_columns = tasks_ % threads == 0 || tasks_ >= 4 * threads;
+      own_rows = num_rows_ >= (even_columns ? kManyRows : 16) * threads;
+      int64_t parts = ceil_div(num_rows_, rows_at_once());
+      if (own_rows) parts = ceil_div(parts, threads) * threads;
+      rows = ceil_div(num_rows_, parts);
     } else {
-      split_rows();
+      own_rows = ceil_div(num_rows_, kFewRows) >= 2 * threads;
+      if (own_rows) {
+        unpack_all();
+      } else {
+        rows = num_rows_;
+      }
     }
+    const int64_t parts = ceil_div(num_rows_, rows);
+    parallel_for(parts, own_rows ? 1 : parts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        run_part(part * rows, min64((part + 1) * rows, num_rows_), own_rows);
+      }
+    });
   }
 
  private:
-  // Few rows: they are gathered once, each task unpacks the weights of its own columns.
-  void split_columns() const {
-    Input* rows = nullptr;
-    if (!direct_) {
-      rows = static_cast<Input*>(
-          scratch(kSharedRows, conv_.groups * num_rows_ * row_size_ * sizeof(Input)));
-      parallel_for(conv_.groups * num_rows_, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          gather(i % num_rows_, i / num_rows_, rows + i * row_size_);
-        }
-      });
-    }
-    const int64_t block_panels = Policy::kColumns / kPanelRows;
-    const int64_t blocks = ceil_div(panels_, block_panels);
-    parallel_for(conv_.groups * blocks, 1, [&](int64_t begin, int64_t end) {
-      int32_t* sums = sums_scratch(num_rows_);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / blocks;
-        const int64_t panel = task % blocks * block_panels;
-        const int64_t count = min64(block_panels, panels_ - panel);
-        const Weights w = local_weights(count);
-        for (int64_t p = 0; p < count; ++p) unpack(group, panel + p, w, p);
-        multiply(group, panel, w, 0, num_rows_,
-                 direct_ ? nullptr : rows + group * num_rows_ * row_size_, sums);
-      }
-    });
-  }
+  static constexpr int64_t kMinPanels = Policy::kMinColumns / kPanelRows;
+  static constexpr int64_t kMaxPanels = Policy::kMaxColumns / kPanelRows;
 
-  // Many rows: the weights are unpacked once, each task gathers its own rows.
-  void split_rows() const {
-    const int64_t total = conv_.groups * panels_;
-    const Weights w = weights(scratch(kSharedWeights, weights_bytes(total)), total);
-    parallel_for(total, max64(1, 65536 / panel_size_), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) unpack(i / panels_, i % panels_, w, i);
-    });
-    parallel_for(ceil_div(num_rows_, kRowBlock), 1, [&](int64_t begin, int64_t end) {
-      int32_t* sums = sums_scratch(kRowBlock);
-      Input* rows =
-          direct_ ? nullptr
-                  : static_cast<Input*>(scratch(kLocalRows, kRowBlock * row_size_ * sizeof(Input)));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task * kRowBlock;
-        const int64_t count = min64(kRowBlock, num_rows_ - first);
-        for (int64_t group = 0; group < conv_.groups; ++group) {
-          if (rows) {
-            for (int64_t i = 0; i < count; ++i) gather(first + i, group, rows + i * row_size_);
-          }
-          for (int64_t panel = 0; panel < panels_; panel += Policy::kColumns / kPanelRows) {
-            const int64_t index = group * panels_ + panel;
-            const Weights block{w.panels + index * panel_size_, w.starts + index * kPanelRows};
-            multiply(group, panel, block, first, count, rows, sums);
-          }
-        }
-      }
-    });
-  }
+  struct Rows {
+    const Input* first;    // of group 0
+    int64_t group_stride;  // in inputs
+    const int32_t* sums;   // [groups][count], or null
+    int64_t first_row, count;
+  };
 
   struct Weights {
     Weight* panels;
     int32_t* starts;
+
+    Weights from(int64_t panel, int64_t panel_size) const {
+      return {panels + panel * panel_size, starts + panel * kPanelRows};
+    }
   };
+
+  static int64_t largest_offset(const PackedConv& conv) {
+    int64_t largest = 0;
+    for (int64_t o = 0; o < conv.out_channels; ++o) {
+      const int64_t offset = conv.weight_offset[o];
+      largest = max64(largest, offset < 0 ? -offset : offset);
+    }
+    return largest;
+  }
+
+  // Whether sum (x - x_zero_point) * (code + offset) might leave int32.
+  bool wide_sums() const {
+    const int64_t largest_weight = largest_offset_ + (int64_t{1} << (conv_.bits - 1));
+    return largest_weight > ((int64_t{1} << 31) - 1) / (255 * max64(depth_, 1));
+  }
+
+  bool offsets_in_epilogue(int64_t rows) const {
+    if constexpr (Policy::kFuses) {
+      if (Policy::fuses(rows)) return largest_offset_ > 0;
+    }
+    return !conv_.weight_fits_s8;
+  }
+
+  // The more outputs of a row are stored one after the other, the better.
+  int64_t task_panels() const {
+    if (num_rows_ < kManyRows * num_threads()) return kMinPanels;
+    const int64_t panel_bytes = max64(1, panel_size_ * sizeof(Weight));
+    const int64_t fit = kTaskBytes / panel_bytes / kMinPanels * kMinPanels;
+    return max64(kMinPanels, min64(kMaxPanels, fit));
+  }
+
+  // As many as L2 holds together with their outputs, but no few for the outputs' sake.
+  int64_t rows_at_once() const {
+    const int64_t inputs =
+        operand_.row_stride() * sizeof(Input) * (operand_.in_place() ? 1 : conv_.groups);
+    const int64_t outputs = conv_.out_channels * (conv_.epilogue.out_u8 ? 1 : sizeof(float));
+    const int64_t many = min64(kManyRows, 2 * kBlockBytes / max64(1, inputs));
+    return max64(1, max64(many, kBlockBytes / (inputs + outputs)));
+  }
+
+  // `alone`: on one thread, there are others for other rows.
+  void run_part(int64_t first_row, int64_t end_row, bool alone) const {
+    const int64_t count = end_row - first_row;
+    Rows rows{nullptr, group_inputs_, nullptr, first_row, count};
+    Input* gathered = nullptr;
+    if (operand_.in_place()) {
+      rows.first = reinterpret_cast<const Input*>(conv_.x) + first_row * operand_.row_stride();
+    } else {
+      rows.group_stride = count * operand_.row_stride();
+      gathered = static_cast<Input*>(
+          scratch(kSharedRows, conv_.groups * rows.group_stride * sizeof(Input)));
+      rows.first = gathered;
+    }
+    int32_t* sums = nullptr;
+    if (offsets_in_epilogue(count)) {
+      // One more than there are: an epilogue may read two at a time.
+      sums = static_cast<int32_t*>(scratch(kSums, (conv_.groups * count + 1) * sizeof(int32_t)));
+      sums[conv_.groups * count] = 0;
+      rows.sums = sums;
+    }
+    if (gathered || sums) {
+      parallel_for(count, alone ? count : 16, [&](int64_t begin, int64_t end) {
+        for (int64_t group = 0; group < conv_.groups; ++group) {
+          const Input* row = rows.first + group * rows.group_stride + begin * operand_.row_stride();
+          if (gathered) {
+            operand_.gather(group, first_row + begin, first_row + end, const_cast<Input*>(row));
+          }
+          if (!sums) continue;
+          for (int64_t i = begin; i < end; ++i, row += operand_.row_stride()) {
+            sums[group * count + i] = Policy::row_sum(row, depth_, conv_);
+          }
+        }
+      });
+    }
+    parallel_for(tasks_, alone ? tasks_ : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) multiply(rows, task);
+    });
+  }
+
+  // All rows times task_panels_ panels of outputs.
+  void multiply(const Rows& rows, int64_t task) const {
+    const int64_t group_tasks = tasks_ / conv_.groups;
+    const int64_t group = task / group_tasks, panel = task % group_tasks * task_panels_;
+    const int64_t count = min64(task_panels_, panels_ - panel);
+    Tile<Policy> tile{};
+    tile.conv = &conv_;
+    tile.rows = rows.first + group * rows.group_stride;
+    tile.row_stride = operand_.row_stride();
+    tile.num_rows = rows.count;
+    tile.row_sums = rows.sums ? rows.sums + group * rows.count : nullptr;
+    tile.wide_sums = wide_sums();
+    tile.depth_blocks = depth_blocks_;
+    tile.first_row = rows.first_row;
+    tile.first_channel = group * group_outputs_ + panel * kPanelRows;
+    tile.columns = min64(task_panels_ * kPanelRows, group_outputs_ - panel * kPanelRows);
+    if constexpr (Policy::kFuses) {
+      if (Policy::fuses(rows.count)) {
+        return Policy::gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
+      }
+    }
+    Weights w;
+    if (all_.panels) {
+      w = all_.from(group * panels_ + panel, panel_size_);
+    } else {
+      w = weights(scratch(kLocalWeights, weights_bytes(count)), count);
+      unpack(group, panel, count, w);
+    }
+    tile.panels = w.panels;
+    tile.starts = w.starts;
+    policy_.gemm(tile);
+  }
 
   size_t weights_bytes(int64_t panels) const {
     return panels * (panel_size_ * sizeof(Weight) + kPanelRows * sizeof(int32_t));
@@ -145,115 +249,60 @@ class Driver {
     return {first, reinterpret_cast<int32_t*>(first + panels * panel_size_)};
   }
 
-  Weights local_weights(int64_t panels) const {
-    return weights(scratch(kLocalWeights, weights_bytes(panels)), panels);
+  void unpack_all() {
+    const int64_t total = conv_.groups * panels_;
+    all_ = weights(scratch(kSharedWeights, weights_bytes(total)), total);
+    parallel_for(total, max64(1, 65536 / max64(1, panel_size_)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        unpack(i / panels_, i % panels_, 1, all_.from(i, panel_size_));
+      }
+    });
   }
 
-  int32_t* sums_scratch(int64_t rows) const {
-    if (conv_.weight_fits_s8) return nullptr;
-    return static_cast<int32_t*>(scratch(kSums, rows * sizeof(int32_t)));
-  }
-
-  void unpack(int64_t group, int64_t panel, const Weights& w, int64_t index) const {
+  // `count` panels of a group.
+  void unpack(int64_t group, int64_t panel, int64_t count, const Weights& w) const {
     const int64_t channel = group * group_outputs_ + panel * kPanelRows;
-    const int64_t panel_bytes = depth_blocks_ * conv_.bits * kPlaneBytes;
-    const uint8_t* planes = conv_.weight + channel / kPanelRows * panel_bytes;
-    const int shift = static_cast<int>(channel % kPanelRows);
-    int8_t offset[kPanelRows] = {};
-    if (conv_.weight_fits_s8) {
-      const int64_t count = min64(kPanelRows, group_outputs_ - panel * kPanelRows);
-      for (int64_t n = 0; n < count; ++n) {
-        offset[n] = static_cast<int8_t>(conv_.weight_offset[channel + n]);
-      }
-    }
-    if (shift) {
-      // A group that starts inside a panel: a channel is 4 adjacent bits of a plane, so shifting
-      // whole planes aligns it.
-      uint8_t* aligned = static_cast<uint8_t*>(scratch(kPlanes, panel_bytes));
-      const bool last = channel / kPanelRows + 1 >= ceil_div(conv_.out_channels, kPanelRows);
-      for (int64_t i = 0; i < panel_bytes; i += kPlaneBytes) {
-        uint64_t low, high = 0;
-        memcpy(&low, planes + i, kPlaneBytes);
-        if (!last) memcpy(&high, planes + panel_bytes + i, kPlaneBytes);
-        low = low >> (kBlockDepth * shift) | high << (64 - kBlockDepth * shift);
-        memcpy(aligned + i, &low, kPlaneBytes);
-      }
-      planes = aligned;
-    }
-    Policy::unpack(conv_, planes, depth_, offset, w.panels + index * panel_size_,
-                   w.starts + index * kPanelRows);
-  }
-
-  // Row `row` of the im2col matrix of a group.
-  void gather(int64_t row, int64_t group, Input* out) const {
-    const int64_t ow = row % conv_.out_width;
-    const int64_t oh = row / conv_.out_width % conv_.out_height;
-    const int64_t n = row / (conv_.out_width * conv_.out_height);
-    const uint8_t* image =
-        conv_.x + n * conv_.height * conv_.width * conv_.channels + group * group_inputs_;
-    const int64_t left = ow * conv_.stride_w - conv_.pad_w;
-    const int64_t last = left + (conv_.kernel_w - 1) * conv_.dilation_w;
-    const bool adjacent =
-        conv_.dilation_w == 1 && conv_.groups == 1 && left >= 0 && last < conv_.width;
-    const int64_t line = conv_.kernel_w * group_inputs_;
-    Input* const end = out + row_size_;
-    for (int64_t kh = 0; kh < conv_.kernel_h; ++kh) {
-      const int64_t ih = oh * conv_.stride_h - conv_.pad_h + kh * conv_.dilation_h;
-      if (ih < 0 || ih >= conv_.height) {
-        Policy::pad(out, line, conv_);
-        out += line;
-        continue;
-      }
-      const uint8_t* in = image + ih * conv_.width * conv_.channels;
-      if (adjacent) {
-        Policy::copy(out, in + left * conv_.channels, line, conv_);
-        out += line;
-        continue;
-      }
-      for (int64_t kw = 0; kw < conv_.kernel_w; ++kw, out += group_inputs_) {
-        const int64_t iw = left + kw * conv_.dilation_w;
-        if (iw < 0 || iw >= conv_.width) {
-          Policy::pad(out, group_inputs_, conv_);
-        } else {
-          Policy::copy(out, in + iw * conv_.channels, group_inputs_, conv_);
+    const uint8_t* planes = aligned_planes(channel, count);
+    for (int64_t p = 0; p < count; ++p) {
+      int8_t offsets[kPanelRows] = {};
+      if (conv_.weight_fits_s8) {
+        const int64_t present = min64(kPanelRows, group_outputs_ - (panel + p) * kPanelRows);
+        for (int64_t j = 0; j < present; ++j) {
+          offsets[j] = static_cast<int8_t>(conv_.weight_offset[channel + p * kPanelRows + j]);
         }
       }
+      const Weights to = w.from(p, panel_size_);
+      Policy::unpack(conv_, planes + p * plane_bytes_, depth_, offsets, to.panels, to.starts);
     }
-    while (out < end) *out++ = 0;
   }
 
-  void multiply(int64_t group, int64_t panel, const Weights& w, int64_t first, int64_t count,
-                const Input* gathered, int32_t* sums) const {
-    Tile<Policy> tile;
-    tile.conv = &conv_;
-    tile.rows = gathered;
-    tile.row_stride = row_size_;
-    if (direct_) {
-      tile.row_stride = conv_.channels;
-      tile.rows =
-          reinterpret_cast<const Input*>(conv_.x) + first * conv_.channels + group * group_inputs_;
+  // The planes of `count` panels from any channel on.
+  const uint8_t* aligned_planes(int64_t channel, int64_t count) const {
+    const uint8_t* planes = conv_.weight + channel / kPanelRows * plane_bytes_;
+    const int shift = static_cast<int>(channel % kPanelRows);
+    if (!shift) return planes;
+    // A group that starts inside a panel: a channel is 4 adjacent bits of a plane, so shifting
+    // whole planes aligns it.
+    uint8_t* aligned = static_cast<uint8_t*>(scratch(kPlanes, count * plane_bytes_));
+    const uint8_t* const end =
+        conv_.weight + ceil_div(conv_.out_channels, kPanelRows) * plane_bytes_;
+    for (int64_t i = 0; i < count * plane_bytes_; i += kPlaneBytes) {
+      uint64_t low, high = 0;
+      memcpy(&low, planes + i, kPlaneBytes);
+      if (planes + plane_bytes_ + i < end) memcpy(&high, planes + plane_bytes_ + i, kPlaneBytes);
+      low = low >> (kBlockDepth * shift) | high << (64 - kBlockDepth * shift);
+      memcpy(aligned + i, &low, kPlaneBytes);
     }
-    if (sums) {
-      for (int64_t i = 0; i < count; ++i) {
-        sums[i] = Policy::row_sum(tile.rows + i * tile.row_stride, depth_, conv_);
-      }
-    }
-    tile.num_rows = count;
-    tile.row_sums = sums;
-    tile.panels = w.panels;
-    tile.starts = w.starts;
-    tile.depth_blocks = depth_blocks_;
-    tile.first_row = first;
-    tile.first_channel = group * group_outputs_ + panel * kPanelRows;
-    tile.columns = min64(Policy::kColumns, group_outputs_ - panel * kPanelRows);
-    policy_.gemm(tile);
+    return aligned;
   }
 
   const PackedConv& conv_;
   const Policy policy_;
-  const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, row_size_, panel_size_,
-      panels_, num_rows_;
-  const bool direct_;
+  const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, panel_size_, plane_bytes_,
+      panels_, num_rows_, task_panels_, tasks_;
+  LeftOperand<Policy> operand_;
+  const int64_t largest_offset_;
+  Weights all_{};  // of all groups, or null
 };
 
 }  // namespace

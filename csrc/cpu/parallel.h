@@ -29,6 +29,7 @@ enum ScratchSlot {
   kLocalWeights,
   kLocalRows,
   kPlanes,
+  kPadded,
   kSums,
   kNumScratchSlots
 };

@@ -139,6 +139,15 @@ def test_extremes_of_depthwise_sums(isa, kernel, bits):
                 assert torch.equal(ops.packed_conv2d(*args), reference.packed_conv2d(*args)), most
 
 
+def with_threads(threads, function, *args):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return function(*args)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
@@ -161,14 +170,100 @@ def test_conv2d_of_layer_sizes(isa, threads, batch, size, channels, out_channels
     bias = torch.randn(out_channels, generator=g) + 8
     args = (x, ops.pack_weight(q, 4), 4, out_channels, [kernel] * 2, [1, 1], [kernel // 2] * 2)
     args = (*args, [1, 1], groups, 5, offset, multiplier, bias, None, 0.0, [0, 15])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with on_isa(isa):
-            actual = torch.ops.fdda.packed_conv2d(*args)
-    finally:
-        torch.set_num_threads(before)
+    with on_isa(isa):
+        actual = with_threads(threads, torch.ops.fdda.packed_conv2d, *args)
     assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3, 9, 10])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_conv2d_of_short_kernel_rows(isa, threads, channels, batch):
+    """Of a stem: up to 64 inputs, and more."""
+    g = generator(channels)
+    x = torch.randint(0, 256, (batch, 23, 37, channels), generator=g, dtype=torch.uint8)
+    for dilation, padding in (([1, 1], [3, 3]), ([2, 1], [0, 0]), ([1, 2], [1, 5])):
+        for bits, offset in ((4, -3), (8, 90)):
+            weight = ops.pack_weight(codes((40, 49 * channels), bits, g), bits)
+            args = (x, weight, bits, 40, [7, 7], [2, 2], padding, dilation, 1, 200)
+            multiplier = torch.rand(40, generator=g) * 1e-3
+            args = (*args, torch.full((40,), offset), multiplier, torch.randn(40, generator=g))
+            args = (*args, None, 0.0, (0, 255))
+            with on_isa(isa):
+                actual = with_threads(threads, ops.packed_conv2d, *args)
+            assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zero_point", [0, 255])
+def test_linear_of_few_rows(isa, threads, bits, zero_point):
+    g = generator(bits)
+    half = 2 ** (bits - 1)
+    for rows in range(1, 18):
+        for depth, features in ((4 * rows, 33), (8 * rows + 3, 80)):
+            x = torch.randint(0, 256, (rows, depth), generator=g, dtype=torch.uint8)
+            x[0] = 255
+            q = codes((features, depth), bits, g, extreme=True)
+            offset = torch.randint(-200, 200, (features,), generator=g)
+            offset[:16] = -128 + half  # no code leaves int8
+            multiplier = torch.rand(features, generator=g) * 1e-3
+            bias = torch.randn(features, generator=g)
+            for o in (torch.zeros_like(offset), offset.clamp(-128 + half, 128 - half), offset):
+                args = (x, ops.pack_weight(q, bits), bits, features, zero_point)
+                args = (*args, o, multiplier, bias)
+                with on_isa(isa):
+                    actual = with_threads(threads, ops.packed_linear, *args)
+                assert torch.equal(actual, reference.packed_linear(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "depth", "features"),
+    [
+        (29, 4096, 50),  # rows a multiple of a page apart
+        (600, 2052, 40),  # several blocks of rows
+        (900, 32, 300),  # several pairs of panels at once
+        (49, 64, 96),  # three pairs of panels
+    ],
+)
+def test_linear_of_many_rows(isa, threads, rows, depth, features):
+    g = generator(rows)
+    x = torch.randint(0, 256, (rows, depth), generator=g, dtype=torch.uint8)
+    residual = torch.randint(0, 256, (rows, features), generator=g, dtype=torch.uint8)
+    multiplier = torch.rand(features, generator=g) * 1e-3
+    bias = torch.randn(features, generator=g)
+    for bits, limit in ((4, 5), (8, 100)):
+        weight = ops.pack_weight(codes((features, depth), bits, g), bits)
+        offset = torch.randint(-limit, limit + 1, (features,), generator=g)
+        for output_range in (None, (3, 250)):
+            args = (x, weight, bits, features, 17, offset, multiplier, bias, residual, 0.7)
+            args = (*args, output_range)
+            with on_isa(isa):
+                actual = with_threads(threads, ops.packed_linear, *args)
+            assert torch.equal(actual, reference.packed_linear(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_offsets_up_to_where_sums_leave_int32(isa, rows):
+    depth = 66
+    limit = (2**31 - 1) // (255 * depth) - 128
+    x = torch.full((rows, depth), 255, dtype=torch.uint8)
+    q = torch.full((2, depth), 127, dtype=torch.int8)
+    q[1] = -128
+    for magnitude in (limit - 1, limit, limit + 1, 2 * limit):
+        for zero_point in (0, 255):
+            offset = torch.tensor([magnitude, -magnitude])
+            args = (x, ops.pack_weight(q, 8), 8, 2, zero_point, offset)
+            args = (*args, torch.ones(2), torch.zeros(2))
+            with on_isa(isa):
+                y = ops.packed_linear(*args)
+            sums = (q.long() + offset[:, None]).sum(1) * (255 - zero_point)
+            assert torch.equal(y, sums.double().float().expand(rows, 2))
 
 
 def numpy_conv(x, q, kernel, stride, padding, dilation, groups, zero_point, offset):
