@@ -57,6 +57,8 @@ void depthwise_conv2d(const PackedConv&);
 // Of avx512vnni. False if it does not apply: then the outputs are still to be computed, all of
 // them.
 bool winograd_conv2d(const PackedConv&);
+// The same of packed_linear_s32.
+bool linear_s32_by_bytes(const PackedLinearS32&);
 
 }  // namespace FDDA_ISA
 

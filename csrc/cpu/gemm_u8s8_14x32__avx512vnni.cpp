@@ -235,5 +235,52 @@ const char* packed_conv2d(const PackedConv& conv) {
   return "direct";
 }
 
+// Inputs are two bytes, each a row of its own; a row of ones gives the weights' sums, which the
+// zero point is multiplied with.
+bool linear_s32_by_bytes(const PackedLinearS32& a) {
+  constexpr int64_t kRowsAtOnce = (kFusedRows - 1) / 2;
+  if (!has_gfni() || a.depth > INT32_MAX / (255 * 128)) return false;
+  for (int64_t i = 0; i < a.rows * a.depth; ++i) {
+    if (a.x[i] < 0 || a.x[i] > 0xffff) return false;
+  }
+  const int64_t blocks = ceil_div(a.depth, kBlockDepth), stride = blocks * kBlockDepth;
+  const int64_t panel_bytes = blocks * a.bits * kPlaneBytes;
+  for (int64_t first = 0; first < a.rows; first += kRowsAtOnce) {
+    const int64_t count = min64(kRowsAtOnce, a.rows - first);
+    uint8_t* bytes = static_cast<uint8_t*>(scratch(kSharedRows, (2 * count + 1) * stride));
+    int64_t inputs[kRowsAtOnce];
+    memset(bytes, 0, 2 * count * stride);
+    memset(bytes + 2 * count * stride, 1, stride);
+    for (int64_t r = 0; r < count; ++r) {
+      const int32_t* x = a.x + (first + r) * a.depth;
+      inputs[r] = -a.x_zero_point * a.depth;
+      for (int64_t k = 0; k < a.depth; ++k) {
+        inputs[r] += x[k];
+        bytes[r * stride + k] = static_cast<uint8_t>(x[k]);
+        bytes[(count + r) * stride + k] = static_cast<uint8_t>(x[k] >> 8);
+      }
+    }
+    parallel_for(ceil_div(a.out_features, kPanelRows), 4, [&](int64_t begin, int64_t end) {
+      alignas(64) int32_t sums[kFusedRows][kPanelRows];
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const Planes p{a.weight + panel * panel_bytes, a.bits, a.depth};
+        with_rows<kFusedRows>(2 * count + 1, [&](auto rows) {
+          multiply_planes<decltype(rows)::kCount, true>(p, 0, bytes, stride, *sums, kPanelRows);
+        });
+        const int64_t channel = panel * kPanelRows;
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t j = 0; j < min64(kPanelRows, a.out_features - channel); ++j) {
+            const int64_t products = sums[r][j] + int64_t{256} * sums[count + r][j] -
+                                     a.x_zero_point * sums[2 * count][j];
+            store_output(a.epilogue, (first + r) * a.out_features + channel + j, channel + j,
+                         products + a.weight_offset[channel + j] * inputs[r]);
+          }
+        }
+      }
+    });
+  }
+  return true;
+}
+
 }  // namespace FDDA_ISA
 }  // namespace fdda

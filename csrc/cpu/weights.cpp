@@ -104,6 +104,9 @@ void rows_times_panels(const PackedLinearS32& a, const Row* rows, int64_t chunk)
 }  // namespace
 
 void packed_linear_s32(const PackedLinearS32& a) {
+#if defined(__AVX512VNNI__)
+  if (linear_s32_by_bytes(a)) return;
+#endif
   const int64_t blocks = ceil_div(a.depth, kBlockDepth);
   const size_t bytes = a.rows * blocks * 16 * sizeof(int32_t);
   int32_t* values = static_cast<int32_t*>(scratch(kSharedRows, bytes + a.rows * sizeof(Row)));

@@ -220,6 +220,35 @@ def test_linear_of_few_rows(isa, threads, bits, zero_point):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("low", "high", "zero_point"),
+    [
+        (0, 65535, 0),
+        (0, 65535, 12345),
+        (0, 65536, 7),
+        (-1, 65535, 7),
+        (0, 255, -(10**6)),
+        (0, 2**31 - 1, 2**31 - 1),
+    ],
+)
+def test_linear_of_sums_around_two_bytes(isa, threads, bits, low, high, zero_point):
+    """Around the limits of two bytes; rows around the number that is multiplied at once."""
+    g = generator(bits)
+    for rows, depth, features in ((1, 512, 70), (7, 9, 16), (8, 66, 33), (15, 4, 1)):
+        x = torch.randint(low, high + 1, (rows, depth), generator=g, dtype=torch.int32)
+        x[0, 0], x[-1] = low, high
+        weight = ops.pack_weight(codes((features, depth), bits, g, extreme=True), bits)
+        offset = torch.randint(-300, 300, (features,), generator=g)
+        multiplier = torch.rand(features, generator=g) * 1e-5
+        args = (x, weight, bits, features, zero_point, offset, multiplier, torch.ones(features))
+        with on_isa(isa):
+            actual = with_threads(threads, ops.packed_linear, *args)
+        assert torch.equal(actual, reference.packed_linear(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("rows", "depth", "features"),
