@@ -84,7 +84,6 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
   const PackedConv& conv = out.conv;
   const Epilogue& e = conv.epilogue;
   const uint32_t mask = ~uint32_t{0} >> (kWide - out.columns);
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   const __m512 hi = _mm512_set1_ps(e.hi);
   const __m512i lo = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.lo)));
   __m512 multiplier[PANELS], bias[PANELS];
@@ -136,17 +135,7 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
         }
       }
       if (FLOAT) continue;
-      __m512i q[2][2];
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        // Beyond hi it might exceed int32, which turns it negative. Below, the packs' low end is 0;
-        // then comes lo.
-        q[k / 2][k % 2] = _mm512_cvt_roundps_epi32(_mm512_min_ps(hi, v[k / 2][k % 2]),
-                                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      }
-      __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0][0], q[0][1]),
-                                          _mm512_packs_epi32(q[1][0], q[1][1]));
-      bytes = _mm512_permutexvar_epi32(order, _mm512_max_epu8(bytes, lo));
+      const __m512i bytes = pack_codes(v, hi, lo);
       _mm256_mask_storeu_epi8(e.out_u8 + first, valid[0], _mm512_castsi512_si256(bytes));
       _mm256_mask_storeu_epi8(e.out_u8 + first + conv.out_channels, valid[1],
                               _mm512_extracti64x4_epi64(bytes, 1));

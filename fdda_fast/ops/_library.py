@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni")
+ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "amx")
 
 LIBRARY = torch.library.Library("fdda", "DEF")
 
