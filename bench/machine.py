@@ -31,7 +31,7 @@ def _amx() -> str:
     onednn = (
         f"ONEDNN_MAX_CPU_ISA={limit} limits OpenVINO and PyTorch"
         if limit
-        else "OpenVINO and PyTorch (oneDNN) may use it, see --onednn-isa; this library does not"
+        else "OpenVINO and PyTorch (oneDNN, --onednn-isa) and this library (--isa) may use it"
     )
     return f"AMX: present. {onednn}. ONNX Runtime's kernels (MLAS) have no known switch"
 

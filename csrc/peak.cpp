@@ -66,6 +66,10 @@ double peak_macs_per_second() {
     return rate(__builtin_cpu_supports("avxvnni") ? avxvnni_chains : avxvnni_evex_chains, 32);
   }
   if (std::strcmp(isa, "avx512vnni") == 0) return rate(avx512vnni_chains, 64);
+  if (std::strcmp(isa, "amx") == 0) {
+    // A product of tiles takes as long as 16 steps: as many of each as elsewhere.
+    return rate([](int64_t loops) { amx::multiply_tiles(loops * kChains / 16); }, 16 * 64);
+  }
 #endif
   return 0.0;
 }

@@ -3,18 +3,39 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fdda {
 namespace {
 
 #if defined(__x86_64__)
-Kernels with_packed_conv2d(const char* (*packed_conv2d)(const PackedConv&)) {
-  Kernels kernels = avx2::kernels;
+Kernels with_packed_conv2d(Kernels kernels, const char* (*packed_conv2d)(const PackedConv&)) {
   kernels.packed_conv2d = packed_conv2d;
   return kernels;
 }
 
 const Kernels avxvnni_kernels = with_packed_conv2d(
+    avx2::kernels,
     __builtin_cpu_supports("avxvnni") ? avxvnni::packed_conv2d : avxvnni_evex::packed_conv2d);
+const Kernels amx_kernels = with_packed_conv2d(avx512vnni::kernels, amx::packed_conv2d);
+
+bool supports_avx512vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// Linux enlarges a process's saved state by the tiles on request only.
+bool supports_amx() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return supports_avx512vnni() && __builtin_cpu_supports("gfni") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
 
 // __builtin_cpu_supports also asks the operating system for the wide registers' state.
 const Isa kIsas[kNumIsas] = {
@@ -27,16 +48,14 @@ const Isa kIsas[kNumIsas] = {
     {"avx512", nullptr,
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-    {"avx512vnni", &avx512vnni::kernels,
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni")},
+    {"avx512vnni", &avx512vnni::kernels, supports_avx512vnni()},
+    {"amx", &amx_kernels, supports_amx()},
 };
 #else
 const Isa kIsas[kNumIsas] = {
     {"generic", &generic::kernels, true}, {"avx2", nullptr, false},
     {"avxvnni", nullptr, false},          {"avx512", nullptr, false},
-    {"avx512vnni", nullptr, false},
+    {"avx512vnni", nullptr, false},       {"amx", nullptr, false},
 };
 #endif
 

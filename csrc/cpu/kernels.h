@@ -395,6 +395,11 @@ const char* packed_conv2d(const PackedConv&);
 namespace avx512vnni {
 extern const Kernels kernels;
 }
+// Packed convolutions on tiles; the other kernels are avx512vnni's.
+namespace amx {
+const char* packed_conv2d(const PackedConv&);
+void multiply_tiles(int64_t count);  // products of whole tiles, a multiple of 4 of them
+}  // namespace amx
 
 // Instruction sets, lowest first.
 struct Isa {
@@ -402,7 +407,7 @@ struct Isa {
   const Kernels* kernels;  // null: this rung has none of its own, the next lower one serves
   bool supported;          // by this processor
 };
-constexpr int kNumIsas = 5;
+constexpr int kNumIsas = 6;
 const Isa* isas();
 
 const Kernels& active_kernels();

@@ -1,4 +1,4 @@
-// Steps of the epilogue that the packed convolutions on AVX-512 share.
+// The epilogue's steps of the packed convolutions on AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -24,21 +24,26 @@ inline __m512 add_residual(const Epilogue& e, __m512 v, int64_t index, __mmask16
   return v;
 }
 
-// Codes of v[0] in the low half, of v[1] in the high one. hi and lo are the codes' range in every
-// lane.
-inline __m512i pack_codes(const __m512 (&v)[2][2], __m512 hi, __m512i lo) {
+// Codes of at least lo: of v[0] in the low half, of v[1] in the high one. v fits int32.
+inline __m512i round_codes(const __m512 (&v)[2][2], __m512i lo) {
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   __m512i q[4];
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    // Beyond hi it might exceed int32, which turns it negative. Below, the packs' low end is 0;
-    // then comes lo.
-    q[k] = _mm512_cvt_roundps_epi32(_mm512_min_ps(hi, v[k / 2][k % 2]),
-                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    q[k] = _mm512_cvt_roundps_epi32(v[k / 2][k % 2], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // The packs' low end is 0; then comes lo.
   const __m512i bytes =
       _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
   return _mm512_permutexvar_epi32(order, _mm512_max_epu8(bytes, lo));
+}
+
+// The same between lo and hi. Values beyond hi might exceed int32, which turns them negative.
+inline __m512i pack_codes(const __m512 (&v)[2][2], __m512 hi, __m512i lo) {
+  __m512 low[2][2];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) low[k / 2][k % 2] = _mm512_min_ps(hi, v[k / 2][k % 2]);
+  return round_codes(low, lo);
 }
 
 }  // namespace

@@ -114,13 +114,13 @@ inline __attribute__((always_inline)) void unpack_panel(const Planes& p, const E
   _mm512_storeu_si512(start, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-zero_point)));
 }
 
-FDDA_GFNI void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
-                                   int8_t* panel, int32_t* start) {
+FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
+                                          int8_t* panel, int32_t* start) {
   unpack_panel(p, BitMatrices(p), offset, zero_point, panel, start);
 }
 
-void unpack_masked_adds(const Planes& p, __m512i offset, int32_t zero_point, int8_t* panel,
-                        int32_t* start) {
+inline void unpack_masked_adds(const Planes& p, __m512i offset, int32_t zero_point, int8_t* panel,
+                               int32_t* start) {
   switch (p.bits) {
     case 2: return unpack_panel(p, MaskedAdds<2>(p), offset, zero_point, panel, start);
     case 3: return unpack_panel(p, MaskedAdds<3>(p), offset, zero_point, panel, start);

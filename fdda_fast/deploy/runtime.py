@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..data.preprocessing import Preprocessing
-from ..ops import backend_info
+from ..ops._library import active_isa
 from .graph import Graph, Node
 from .integer import PackedConv2d, PackedLinear, domain, weight_bits
 from .program import Program, Step, logical_shape
@@ -122,7 +122,7 @@ class PackedModel(nn.Module):
         self._check_images(images)
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return self.execute(images)
-        isa = backend_info()["isa"]
+        isa = active_isa()
         if isa is None:
             return self.execute(images)
         return self._run_program(images, (images.shape, images.stride(), isa))
@@ -153,7 +153,7 @@ class PackedModel(nn.Module):
             ValueError: as `forward`.
         """
         self._check_images(images)
-        if backend_info()["isa"] is None:
+        if active_isa() is None:
             raise RuntimeError("profile: the compiled operators are not loaded")
         program = self._trace(images)[0]
         runs = [program.profile(images) for _ in range(repeats)]

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni")
+ISAS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "amx")
 
 LIBRARY = torch.library.Library("fdda", "DEF")
 
@@ -165,6 +165,11 @@ def peak_macs_per_second() -> float:
     return _extension.peak() * torch.get_num_threads() if _extension else 0.0
 
 
+def active_isa() -> str | None:
+    """The instruction set in use; None: the compiled CPU operators are not loaded."""
+    return _extension.isa() if _extension else None
+
+
 def backend_info() -> dict:
     """Which implementations are in use.
 
@@ -176,7 +181,7 @@ def backend_info() -> dict:
     isas = _extension.isas() if _extension else []
     return {
         "extension": _extension is not None,
-        "isa": _extension.isa() if _extension else None,
+        "isa": active_isa(),
         "isas_compiled": [name for name, compiled, _ in isas if compiled],
         "isas_supported": [name for name, _, supported in isas if supported],
         "cuda_built": _cuda_library() is not None,

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, QUICK, generator, on_isa
+from backends import ISAS, QUICK, assert_same_bits, generator, on_isa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import reference
+from fdda_fast.ops import _library, reference
 
 BITS = st.integers(2, 8)
 SEED = st.integers(0, 2**32 - 1)
@@ -155,6 +155,7 @@ def with_threads(threads, function, *args):
     [
         (2, 20, 64, 96, 3, 1),  # many rows, whole panels
         (1, 7, 128, 130, 3, 1),  # few rows
+        (9, 7, 128, 130, 3, 1),  # few rows of several images
         (1, 33, 32, 64, 1, 1),  # reads x in place
         (1, 30, 48, 72, 3, 3),  # groups that start inside a panel
         (1, 30, 100, 100, 3, 100),  # depthwise
@@ -293,6 +294,71 @@ def test_offsets_up_to_where_sums_leave_int32(isa, rows):
                 y = ops.packed_linear(*args)
             sums = (q.long() + offset[:, None]).sum(1) * (255 - zero_point)
             assert torch.equal(y, sums.double().float().expand(rows, 2))
+
+
+@st.composite
+def tiled_convolutions(draw):
+    """Around the sizes of AMX's tiles: 16 rows, 32 of a block, 64 of a tall one; 64 inputs."""
+    g = generator(draw(SEED))
+    bits = draw(BITS)
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    inputs = draw(st.sampled_from([3, 8, 16, 20, 31, 32, 33, 63, 64, 65, 68, 100, 128, 132]))
+    outputs = draw(st.sampled_from([16, 32, 48, 20] if groups > 1 else [1, 15, 16, 17, 32, 33, 80]))
+    kernel = [draw(st.sampled_from([1, 1, 2, 3, 7])) for _ in range(2)]
+    stride = [draw(st.sampled_from([1, 1, 2, 3])) for _ in range(2)]
+    padding = [draw(st.integers(0, 3)) for _ in range(2)]
+    dilation = [draw(st.integers(1, 2)) for _ in range(2)]
+    if draw(st.booleans()):
+        kernel, stride, padding = [1, 1], [1, 1], [0, 0]
+    size = draw(
+        st.sampled_from([(1, 15), (16, 1), (4, 4), (4, 8), (3, 11), (8, 8), (5, 13), (20, 30)])
+    )
+    size = [
+        max(n, d * (k - 1) + 1 - 2 * p)
+        for n, k, p, d in zip(size, kernel, padding, dilation, strict=True)
+    ]
+    shape = (draw(st.integers(1, 3)), *size, groups * inputs)
+    x = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    out_channels, depth = groups * outputs, kernel[0] * kernel[1] * inputs
+    weight = ops.pack_weight(codes((out_channels, depth), bits, g, draw(st.booleans())), bits)
+    limit = draw(st.sampled_from([0, 3, 200, 2**20, 2**33]))
+    offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
+    # 1e9: values beyond int32.
+    multiplier = torch.randn(out_channels, generator=g) * draw(st.sampled_from([1e-3, 1e9]))
+    multiplier = multiplier / (1 + limit)
+    bias = torch.randn(out_channels, generator=g) * 50 + 60
+    out_shape = reference_shape(shape, out_channels, kernel, stride, padding, dilation)
+    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
+    residual = None
+    if residual_kind is not None:
+        residual = (torch.rand(out_shape, generator=g) * 255).to(residual_kind)
+    output_range = draw(st.sampled_from([None, [0, 255], [10, 200]]))
+    zero_point = draw(st.sampled_from([0, 3, 255]))
+    args = (x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point)
+    return (*args, offset, multiplier, bias, residual, 0.37, output_range)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="no AMX here")
+@pytest.mark.parametrize("threads", [1, 3])
+@settings(QUICK, max_examples=300)
+@given(args=tiled_convolutions())
+def test_conv2d_on_tiles_equals_avx512vnni(threads, args):
+    with on_isa("avx512vnni"):
+        expected = torch.ops.fdda.packed_conv2d(*args)
+    with on_isa("amx"):
+        actual = with_threads(threads, torch.ops.fdda.packed_conv2d, *args)
+        kernel = _library._extension.conv_kernel()
+    if args[-1] is None:
+        assert_same_bits(actual, expected)
+    else:
+        assert torch.equal(actual, expected)
+    one_panel_one_group = args[8] == 1 or args[3] // args[8] % 16 == 0
+    images, height, width, _ = expected.shape
+    matrix = args[4:7] == ([1, 1], [1, 1], [0, 0])
+    outputs = (images if matrix else 1) * height * width
+    run = args[0].shape[3] // args[8] * (args[4][1] if args[8] == args[7][1] == 1 else 1)
+    on_tiles = one_panel_one_group and outputs >= 16 and run > 4
+    assert kernel == ("tiles" if on_tiles else "direct")
 
 
 def numpy_conv(x, q, kernel, stride, padding, dilation, groups, zero_point, offset):
