@@ -2,6 +2,8 @@
 // threads have adjacent output channels, so they share their inputs and their planes' cache lines.
 #include "packed.h"
 
+#include "launch.h"
+
 namespace fdda {
 namespace cuda {
 namespace {
@@ -34,12 +36,12 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(PackedLinearS32 linear
 
 void packed_conv2d(const PackedConv& conv, cudaStream_t stream) {
   const int64_t outputs = conv.batch * conv.out_height * conv.out_width * conv.out_channels;
-  if (outputs) conv_kernel<<<blocks_for(outputs), kThreads, 0, stream>>>(conv, outputs);
+  if (outputs) launch(conv_kernel, blocks_for(outputs), kThreads, 0, stream, conv, outputs);
 }
 
 void packed_linear_s32(const PackedLinearS32& linear, cudaStream_t stream) {
   const int64_t outputs = linear.rows * linear.out_features;
-  if (outputs) linear_kernel<<<blocks_for(outputs), kThreads, 0, stream>>>(linear, outputs);
+  if (outputs) launch(linear_kernel, blocks_for(outputs), kThreads, 0, stream, linear, outputs);
 }
 
 }  // namespace cuda
