@@ -215,7 +215,7 @@ int launch(const cudaLaunchConfig_t& config, const std::function<void()>& functi
   kernel = &function;
   global_memory.start_launch();
   if (_setjmp(launched)) return 1;
-  if (config.dynamicSmemBytes + static_memory.capacity() > kSharedBytes) {
+  if (config.dynamicSmemBytes > kSharedBytes) {
     fail("launch: %zu bytes of shared memory", config.dynamicSmemBytes);
   }
   if (blockDim.x * blockDim.y * blockDim.z > kMaxThreads) fail("launch: too many threads");

@@ -63,21 +63,37 @@ def epilogue(emulation, out, multiplier, bias, residual, residual_scale, output_
     return e
 
 
-def run_conv(emulation, entry, args):
-    """`entry(const PackedConv*)` on the arguments of torch.ops.fdda.packed_conv2d."""
+def gemm_weights(emulation, bits, channels, depth):
+    """The address and size of the memory for reordered weights."""
+    size = emulation.library.gemm_weight_bytes
+    size.restype = c_int64
+    size = size(bits, c_int64(channels), c_int64(depth))
+    return emulation.empty(size), size
+
+
+def run_conv(emulation, entry, args, x_offset=0):
+    """`entry(const PackedConv*, ...)` on the arguments of torch.ops.fdda.packed_conv2d.
+
+    x lies `x_offset` bytes behind an aligned address.
+    """
     x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point = args[:10]
     size = output_size(x.shape[1:3], kernel, stride, padding, dilation)
     shape = (x.shape[0], *size, out_channels)
     dtype = torch.uint8 if args[-1] else torch.float32
     out = emulation.empty(math.prod(shape) * dtype.itemsize)
     geometry = (*kernel, *stride, *padding, *dilation, groups)
-    conv = PackedConv(emulation.put(x), *x.shape, emulation.put(weight), bits, out_channels, *size)
+    x_address = emulation.put(x, x_offset)
+    conv = PackedConv(x_address, *x.shape, emulation.put(weight), bits, out_channels, *size)
     for (name, _), value in zip(PackedConv._fields_[10:19], geometry, strict=True):
         setattr(conv, name, value)
     conv.x_zero_point = zero_point
     conv.weight_offset = emulation.put(args[10])
     conv.epilogue = epilogue(emulation, out, *args[11:])
-    emulation.run(entry, ctypes.byref(conv))
+    memory = ()
+    if entry.startswith("conv_gemm"):
+        depth = kernel[0] * kernel[1] * x.shape[3]
+        memory = (c_void_p(gemm_weights(emulation, bits, out_channels, depth)[0]),)
+    emulation.run(entry, ctypes.byref(conv), *memory)
     return emulation.take(out, shape, dtype)
 
 

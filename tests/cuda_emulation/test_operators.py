@@ -19,7 +19,10 @@ def assert_same_bits(actual, expected):
 
 @pytest.fixture(scope="module")
 def emulation():
-    return build(ROOT / "csrc/cuda/packed.cu", HERE / "operators.cu")
+    return build(
+        *(ROOT / "csrc/cuda" / name for name in ("packed.cu", "gemm/gemm.cu")),
+        HERE / "operators.cu",
+    )
 
 
 @settings(FEW, max_examples=60)
@@ -44,3 +47,25 @@ def test_direct_convolution(emulation, args, seed):
 def test_linear_of_int32(emulation, args, seed):
     emulation.reset(seed)
     assert_same_bits(run_linear(emulation, args), torch.ops.fdda.packed_linear(*args))
+
+
+TILES = st.sampled_from(["conv_gemm_128x128", "conv_gemm_32x64"])
+
+
+@settings(FEW, max_examples=60)
+@given(
+    args=convolutions(
+        groups=st.just(1),
+        channels=st.sampled_from([1, 3, 4, 16, 20, 32, 48, 80]),
+        outputs=st.integers(1, 150),
+        kernels=st.integers(1, 3),
+        sizes=st.integers(1, 12),
+    ),
+    tile=TILES,
+    seed=SEEDS,
+)
+def test_convolution_on_tensor_cores(emulation, args, tile, seed):
+    emulation.reset(seed)
+    actual = run_conv(emulation, tile, args)
+    assert_same_bits(actual, torch.ops.fdda.packed_conv2d(*args))
+    assert emulation.bank_conflicts == 0
