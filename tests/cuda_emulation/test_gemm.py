@@ -104,7 +104,12 @@ def test_the_largest_sums(emulation, bits):
 
 
 MUTATIONS = {
-    "missing barrier": ("    __syncthreads();", ""),
+    "missing barrier": ("    __syncthreads();  // all threads' copies", "//"),
+    "missing barrier before a slice": ("    __syncthreads();  // all are done", "//"),
+    "missing barrier behind a slice": (
+        "    __syncthreads();\n    if (!inside)",
+        "    if (!inside)",
+    ),
     "missing wait": ("    ptx::wait_copies<S::kCount - 2>();\n", ""),
     "wait for one group too few": ("wait_copies<S::kCount - 2>", "wait_copies<S::kCount - 1>"),
     "no group behind the last step": (
@@ -119,8 +124,8 @@ MUTATIONS = {
     ),
     "tail of the pixels": ("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;"),
     "tail of the channels": (
-        "if (channel >= conv.out_channels) continue;",
-        "if (channel > conv.out_channels) continue;",
+        "inside = channel < conv.out_channels",
+        "inside = channel <= conv.out_channels",
     ),
     "tail of k": (
         "tap_row_ < static_cast<int>(conv_.kernel_h)",
@@ -137,13 +142,14 @@ MUTATIONS = {
 def test_mutations_are_caught(tmp_path, mutation):
     shutil.copytree(ROOT / "csrc/common", tmp_path / "common")
     shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
-    kernel = tmp_path / "cuda/gemm/kernel.h"
+    gemm = tmp_path / "cuda/gemm"
     if mutation:
         old, new = MUTATIONS[mutation]
-        text = kernel.read_text()
-        assert text.count(old) == 1
-        kernel.write_text(text.replace(old, new))
-    emulation = build(PACKED, kernel.with_name("gemm.cu"), HERE / "operators.cu")
+        texts = {path: path.read_text() for path in gemm.glob("*.h")}
+        assert sum(text.count(old) for text in texts.values()) == 1
+        for path, text in texts.items():
+            path.write_text(text.replace(old, new))
+    emulation = build(PACKED, gemm / "gemm.cu", HERE / "operators.cu")
     args = arguments(4, (1, 7, 7, 48), 24, 3)
     for seed in range(2):
         for entry in ENTRIES:
