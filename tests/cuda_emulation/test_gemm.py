@@ -134,7 +134,10 @@ MUTATIONS = {
     "tail of the image": ("(y_[i] + dy) <", "(y_[i] + dy) <="),
     "uninitialised padding": ("ptx::store_16(shared, {fill, fill, fill, fill});", ";"),
     "sums of a part of the row": ("sum += __shfl_xor_sync(0xffffffff, sum, 2);", ""),
-    "divergent shuffle": ("uint32_t& sum =", "if (threadIdx.x == 7) continue;\nuint32_t& sum ="),
+    "divergent shuffle": (
+        "sum += __shfl_xor_sync(0xffffffff, sum, 1);",
+        "if (threadIdx.x == 7) continue;",
+    ),
 }
 
 

@@ -38,27 +38,24 @@ class Products {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         uint32_t a[4];
-        const int row = warp_row() * Tile::kWarpRows + r * kMmaRows + lane % 16;
-        ptx::load_matrices(a, inputs + swizzled(row, depth * 2 + lane / 16));
-        input_sums_[r][0] = ptx::add_bytes(a[2], ptx::add_bytes(a[0], input_sums_[r][0]));
-        input_sums_[r][1] = ptx::add_bytes(a[3], ptx::add_bytes(a[1], input_sums_[r][1]));
+        load_inputs(a, inputs, r, depth);
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) ptx::mma_u8_s8(sums_[r][c], a, b[c]);
       }
+      uint32_t a[4];
+      load_inputs(a, inputs, warp_column() % kRows, depth);
+      input_sums_[0] = ptx::add_bytes(a[2], ptx::add_bytes(a[0], input_sums_[0]));
+      input_sums_[1] = ptx::add_bytes(a[3], ptx::add_bytes(a[1], input_sums_[1]));
     }
   }
 
   // Sums of x - zero point: the four lanes of a row have them in parts.
   __device__ void finish_input_sums(uint32_t zero_points) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t& sum = input_sums_[r][half];
-        sum += __shfl_xor_sync(0xffffffff, sum, 1);
-        sum += __shfl_xor_sync(0xffffffff, sum, 2);
-        sum -= zero_points;
-      }
+    for (uint32_t& sum : input_sums_) {
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      sum -= zero_points;
     }
   }
 
@@ -71,11 +68,10 @@ class Products {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         const int channel = first_channel() + c * kMmaChannels + lane % 4 * 2;
-        const uint32_t* pair = reinterpret_cast<const uint32_t*>(sums_[r][c]) + half * 2;
-        *reinterpret_cast<uint64_t*>(sums + row * kSliceStride + channel) =
-            pair[0] | static_cast<uint64_t>(pair[1]) << 32;
+        const int32_t* pair = sums_[r][c] + half * 2;
+        *reinterpret_cast<int2*>(sums + row * kSliceStride + channel) = {pair[0], pair[1]};
       }
-      if (first_channel() == 0 && lane % 4 == 0) input_sums[row] = input_sums_[r][half];
+      if (warp_column() == r && lane % 4 == 0) input_sums[row] = input_sums_[half];
     }
   }
 
@@ -90,12 +86,20 @@ class Products {
   static constexpr int kWarpsAlongRows = Tile::kRows / Tile::kWarpRows;
 
   __device__ static int warp_row() { return threadIdx.x / 32 % kWarpsAlongRows; }
-  __device__ static int first_channel() {
-    return threadIdx.x / 32 / kWarpsAlongRows * Tile::kWarpChannels;
+  __device__ static int warp_column() { return threadIdx.x / 32 / kWarpsAlongRows; }
+  __device__ static int first_channel() { return warp_column() * Tile::kWarpChannels; }
+
+  // Of 16 rows and 32 k.
+  __device__ static void load_inputs(uint32_t (&a)[4], const uint8_t* inputs, int r, int depth) {
+    const int lane = threadIdx.x % 32;
+    const int row = warp_row() * Tile::kWarpRows + r * kMmaRows + lane % 16;
+    ptx::load_matrices(a, inputs + swizzled(row, depth * 2 + lane / 16));
   }
 
   int32_t sums_[kRows][kChannels][4] = {};
-  uint32_t input_sums_[kRows][2] = {};
+  // All warps of a row need these sums, so that each makes them of 16 rows only.
+  static_assert(kRows <= Tile::kChannels / Tile::kWarpChannels, "no warp for some rows");
+  uint32_t input_sums_[2] = {};
 };
 
 }  // namespace cuda

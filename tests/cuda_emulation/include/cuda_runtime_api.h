@@ -20,6 +20,10 @@ struct uint4 {
   uint32_t x, y, z, w;
 } __attribute__((aligned(16)));
 
+struct int2 {
+  int32_t x, y;
+} __attribute__((aligned(8)));
+
 struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
   unsigned x, y, z;
