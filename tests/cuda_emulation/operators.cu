@@ -22,6 +22,12 @@ void packed_linear_s32(const fdda::PackedLinearS32* linear) {
   fdda::cuda::packed_linear_s32(*linear, nullptr);
 }
 
+bool gemm_takes(const fdda::PackedConv* conv) { return fdda::cuda::gemm_takes(*conv); }
+
+bool gemm_tile_is_large(const fdda::PackedConv* conv) {
+  return fdda::cuda::gemm_tile(*conv) == fdda::cuda::GemmTile::k128x128;
+}
+
 int64_t gemm_weight_bytes(int bits, int64_t channels, int64_t depth) {
   return fdda::cuda::gemm_weight_bytes(bits, channels, depth);
 }

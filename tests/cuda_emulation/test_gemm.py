@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from emulation import HERE, ROOT, build, generator, needs_compiler
-from operators import gemm_weights, run_conv
+from operators import PackedConv, gemm_weights, run_conv
 
 from fdda_fast import ops
 
@@ -91,6 +91,31 @@ def test_linear_layers(emulation, entry, bits, rows, depth, features):
 def test_inputs_of_any_alignment(emulation, x_offset):
     args = arguments(4, (2, 6, 5, 48), 20, 3)
     assert is_right(emulation, "conv_gemm_32x64", args, x_offset=x_offset)
+
+
+# batch, height, width, channels, out_channels, groups
+@pytest.mark.parametrize(
+    ("shape", "taken", "large"),
+    [
+        ((1, 1, 1, 2048, 1000, 1), True, False),
+        ((32, 56, 56, 64, 256, 1), True, True),
+        ((32, 56, 56, 64, 64, 64), False, None),
+        ((0, 56, 56, 64, 64, 1), False, None),
+        ((1, 1 << 15, 1 << 15, 1, 1, 1), False, None),  # inputs and pixels
+        ((1, 1, 1, 65000, 20000, 1), False, None),  # weights
+        ((1, 1, 1, 1, 65535 * 64, 1), False, None),  # blocks
+    ],
+)
+def test_choice_of_the_kernel(emulation, shape, taken, large):
+    *x_shape, out_channels, groups = shape
+    conv = PackedConv(None, *x_shape, None, 4, out_channels, *x_shape[1:3])
+    conv.kernel_h = conv.kernel_w = conv.stride_h = conv.stride_w = 1
+    conv.groups = groups
+    takes, is_large = emulation.library.gemm_takes, emulation.library.gemm_tile_is_large
+    takes.restype = is_large.restype = ctypes.c_bool
+    assert takes(ctypes.byref(conv)) == taken
+    if taken:
+        assert is_large(ctypes.byref(conv)) == large
 
 
 @pytest.mark.parametrize("bits", [4, 8])

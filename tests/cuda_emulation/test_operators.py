@@ -56,7 +56,7 @@ TILES = st.sampled_from(["conv_gemm_128x128", "conv_gemm_32x64"])
 @given(
     args=convolutions(
         groups=st.just(1),
-        channels=st.sampled_from([1, 3, 4, 16, 20, 32, 48, 80]),
+        channels=st.sampled_from([1, 3, 4, 8, 16, 20, 24, 48, 80]),
         outputs=st.integers(1, 150),
         kernels=st.integers(1, 3),
         sizes=st.integers(1, 12),

@@ -56,6 +56,7 @@ void run(const PackedConv& conv, const GemmWeights& weights, cudaStream_t stream
     return conv.channels % bytes == 0 && reinterpret_cast<uintptr_t>(conv.x) % bytes == 0;
   };
   if (divides(16)) return run<Tile, kHalves, 16>(conv, weights, stream);
+  if (divides(8)) return run<Tile, kHalves, 8>(conv, weights, stream);
   if (divides(4)) return run<Tile, kHalves, 4>(conv, weights, stream);
   run<Tile, kHalves, 1>(conv, weights, stream);
 }

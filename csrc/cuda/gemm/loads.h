@@ -53,10 +53,10 @@ class Inputs {
           words[i][byte / 4] |= (inside ? *source : fill & 0xff) << byte % 4 * 8;
         } else if (inside) {
           ptx::copy_async<kCopy>(shared, source, kCopy);
-        } else if constexpr (kCopy == 4) {
-          *reinterpret_cast<uint32_t*>(shared) = fill;
-        } else {
+        } else if constexpr (kCopy == 16) {
           ptx::store_16(shared, {fill, fill, fill, fill});
+        } else {
+          for (int j = 0; j < kCopy / 4; ++j) reinterpret_cast<uint32_t*>(shared)[j] = fill;
         }
       }
       advance(kCopy);
