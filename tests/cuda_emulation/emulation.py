@@ -23,7 +23,6 @@ FLAGS = [
     "-fPIC",
     "-Wall",
     "-Wextra",
-    "-Werror",
     "-Wno-unknown-pragmas",
     f"-I{HERE / 'include'}",
 ]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from emulation import HERE, ROOT, build, generator, needs_compiler
-from operators import PackedConv, gemm_weights, run_conv
+from packed_arguments import PackedConv, gemm_weights, run_conv
 
 from fdda_fast import ops
 
@@ -119,12 +119,14 @@ def test_choice_of_the_kernel(emulation, shape, taken, large):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_largest_sums(emulation, bits):
+@pytest.mark.parametrize(("value", "zero_point"), [(255, 0), (0, 255)])
+def test_the_largest_sums(emulation, bits, value, zero_point):
     depth = (2**31 - 1) // (255 * 128)
     x, _, *rest = arguments(bits, (1, 1, 1, depth), 3, 1)
     q = torch.full((3, depth), -(2 ** (bits - 1)), dtype=torch.int8)
     q[1] = 2 ** (bits - 1) - 1
-    args = (torch.full_like(x, 255), ops.pack_weight(q, bits), *rest[:7], 0, *rest[8:])
+    x.fill_(value)
+    args = (x, ops.pack_weight(q, bits), *rest[:7], zero_point, *rest[8:])
     assert is_right(emulation, "conv_gemm_32x64", args)
 
 

@@ -5,7 +5,7 @@ import torch
 from emulation import HERE, ROOT, build, needs_compiler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operators import convolutions, linears_s32, run_conv, run_linear
+from packed_arguments import convolutions, linears_s32, run_conv, run_linear
 
 pytestmark = needs_compiler
 FEW = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
