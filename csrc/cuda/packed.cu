@@ -16,7 +16,8 @@ int blocks_for(int64_t outputs) {
   return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-__global__ void __launch_bounds__(kThreads) conv_kernel(PackedConv conv, int64_t outputs) {
+// 3 blocks to a multiprocessor: left alone, ptxas spills to fit a fourth on sm_90.
+__global__ void __launch_bounds__(kThreads, 3) conv_kernel(PackedConv conv, int64_t outputs) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < outputs;
        i += step) {
