@@ -23,7 +23,7 @@ bench: $(PEERS)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 # The compiled operators' tests with a build that checks addresses and undefined behaviour.
 sanitize: $(INSTALLED)

@@ -96,7 +96,7 @@ def cuda_extension(CUDAExtension) -> Extension:
     code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     return CUDAExtension(
         "fdda_fast._C_cuda",
-        ["csrc/cuda/registration.cpp", "csrc/cuda/packed.cu"],
+        [f"csrc/cuda/{name}" for name in ("registration.cpp", "packed.cu", "gemm/gemm.cu")],
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={

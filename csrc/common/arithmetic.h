@@ -60,7 +60,12 @@ FDDA_HOST_DEVICE static inline float clamp(float v, float lo, float hi) {
 
 // Integer accumulator to output scale; batch norm, bias and both scales are folded into the two.
 FDDA_HOST_DEVICE static inline float dequantize(int64_t acc, float multiplier, float bias) {
-  return static_cast<float>(static_cast<double>(acc)) * multiplier + bias;
+  // float(double(acc)) without doubles, which most GPUs are slow at: of an int32 the double is
+  // exact.
+  const int32_t narrow = static_cast<int32_t>(acc);
+  const float v =
+      narrow == acc ? static_cast<float>(narrow) : static_cast<float>(static_cast<double>(acc));
+  return v * multiplier + bias;
 }
 
 FDDA_HOST_DEVICE static inline uint8_t requantize(float v, float lo, float hi) {

@@ -19,9 +19,8 @@ struct Epilogue {
   float lo, hi;  // range of the codes in out_u8
 };
 
-FDDA_HOST_DEVICE static inline void store_output(const Epilogue& e, int64_t index, int64_t channel,
-                                                 int64_t acc) {
-  float v = dequantize(acc, e.multiplier[channel], e.bias[channel]);
+// From the dequantized accumulator on.
+FDDA_HOST_DEVICE static inline void store_dequantized(const Epilogue& e, int64_t index, float v) {
   if (e.residual_u8) v = v + static_cast<float>(e.residual_u8[index]) * e.residual_scale;
   if (e.residual_f32) v = v + e.residual_f32[index] * e.residual_scale;
   if (e.out_u8) {
@@ -29,6 +28,11 @@ FDDA_HOST_DEVICE static inline void store_output(const Epilogue& e, int64_t inde
   } else {
     e.out_f32[index] = v;
   }
+}
+
+FDDA_HOST_DEVICE static inline void store_output(const Epilogue& e, int64_t index, int64_t channel,
+                                                 int64_t acc) {
+  store_dequantized(e, index, dequantize(acc, e.multiplier[channel], e.bias[channel]));
 }
 
 struct PackedConv {

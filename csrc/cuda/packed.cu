@@ -2,6 +2,8 @@
 // threads have adjacent output channels, so they share their inputs and their planes' cache lines.
 #include "packed.h"
 
+#include "launch.h"
+
 namespace fdda {
 namespace cuda {
 namespace {
@@ -14,7 +16,8 @@ int blocks_for(int64_t outputs) {
   return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-__global__ void __launch_bounds__(kThreads) conv_kernel(PackedConv conv, int64_t outputs) {
+// 3 blocks to a multiprocessor: left alone, ptxas spills to fit a fourth on sm_90.
+__global__ void __launch_bounds__(kThreads, 3) conv_kernel(PackedConv conv, int64_t outputs) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < outputs;
        i += step) {
@@ -34,12 +37,12 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(PackedLinearS32 linear
 
 void packed_conv2d(const PackedConv& conv, cudaStream_t stream) {
   const int64_t outputs = conv.batch * conv.out_height * conv.out_width * conv.out_channels;
-  if (outputs) conv_kernel<<<blocks_for(outputs), kThreads, 0, stream>>>(conv, outputs);
+  if (outputs) launch(conv_kernel, blocks_for(outputs), kThreads, 0, stream, conv, outputs);
 }
 
 void packed_linear_s32(const PackedLinearS32& linear, cudaStream_t stream) {
   const int64_t outputs = linear.rows * linear.out_features;
-  if (outputs) linear_kernel<<<blocks_for(outputs), kThreads, 0, stream>>>(linear, outputs);
+  if (outputs) launch(linear_kernel, blocks_for(outputs), kThreads, 0, stream, linear, outputs);
 }
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common/checks.h"
+#include "gemm/gemm.h"
 #include "packed.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -21,6 +22,19 @@ cudaStream_t current_stream(const Tensor& t) {
 void check_device(const Tensor& t, const Tensor& x, const char* argument) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), argument,
                   ": expected on the device of x");
+}
+
+// The weights are reordered at every call: the operator's schema has no place to keep them.
+void run_conv(const PackedConv& conv, const Tensor& x) {
+  const cudaStream_t stream = current_stream(x);
+  if (!cuda::gemm_takes(conv)) return cuda::packed_conv2d(conv, stream);
+  const int64_t depth = conv.kernel_h * conv.kernel_w * conv.channels;
+  const int64_t bytes = cuda::gemm_weight_bytes(conv.bits, conv.out_channels, depth);
+  Tensor memory = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+  const cuda::GemmWeights weights =
+      cuda::gemm_weights(conv.bits, conv.out_channels, depth, memory.mutable_data_ptr<uint8_t>());
+  cuda::reorder_weights(conv.weight, conv.bits, depth, weights, stream);
+  cuda::conv_gemm(conv, weights, cuda::gemm_tile(conv), stream);
 }
 
 // The offsets are on the device: their range is the caller's to keep, see packed_conv2d in Python.
@@ -50,7 +64,7 @@ Tensor packed_conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits,
   p.weight = weight.const_data_ptr<uint8_t>();
   p.weight_offset = weight_offset.const_data_ptr<int64_t>();
   p.epilogue = e.view;
-  cuda::packed_conv2d(p, current_stream(x));
+  run_conv(p, x);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return e.out;
 }

@@ -1,0 +1,55 @@
+// From sums to outputs.
+#pragma once
+
+#include "../../common/packed.h"
+#include "products.h"
+
+namespace fdda {
+namespace cuda {
+
+// A thread has one channel and many pixels: it keeps what belongs to the channel, and a warp stores
+// adjacent channels. The sums go through shared memory in slices, which replace the stages there.
+template <typename Tile, bool kHalves>
+__device__ void store_products(const PackedConv& conv, const GemmWeights& weights,
+                               Products<Tile, kHalves>& products, int first_pixel,
+                               int first_channel, int pixels) {
+  using P = Products<Tile, kHalves>;
+  constexpr uint32_t bias = kHalves ? kHalfBias : 0;
+  const uint32_t zero_points = conv.x_zero_point * static_cast<int>(weights.steps) * kTileDepth;
+  products.finish_input_sums(zero_points);
+
+  const int column = threadIdx.x % Tile::kChannels, channel = first_channel + column;
+  const bool inside = channel < conv.out_channels;
+  const float multiplier = inside ? conv.epilogue.multiplier[channel] : 0;
+  const float channel_bias = inside ? conv.epilogue.bias[channel] : 0;
+  const int64_t offset = inside ? conv.weight_offset[channel] : 0;
+  uint32_t weight_sum = bias * zero_points;
+  if (inside) weight_sum += conv.x_zero_point * weights.sums[channel];
+
+  int32_t* sums = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
+  int32_t* input_sums = sums + P::kSliceRows * P::kSliceStride;
+#pragma unroll
+  for (int r = 0; r < P::kRows; ++r) {
+    __syncthreads();  // all are done with the stages, or the slice before
+    products.store_slice(r, sums, input_sums);
+    __syncthreads();
+    if (!inside) continue;
+    for (int row = threadIdx.x / Tile::kChannels; row < P::kSliceRows;
+         row += Tile::kThreads / Tile::kChannels) {
+      const int pixel =
+          first_pixel + row / kMmaRows * Tile::kWarpRows + r * kMmaRows + row % kMmaRows;
+      if (pixel >= pixels) continue;
+      // sum (x - z) (q + offset)
+      //     = sum x (q + bias) - z sum (q + bias) - bias sum (x - z) + offset sum (x - z)
+      // up to the offset modulo 2^32: sum (x - z) q fits int32, its terms need not.
+      const uint32_t inputs = input_sums[row];
+      const uint32_t codes = sums[row * P::kSliceStride + column] - weight_sum - bias * inputs;
+      const int64_t acc = static_cast<int32_t>(codes) + offset * static_cast<int32_t>(inputs);
+      store_dequantized(conv.epilogue, pixel * conv.out_channels + channel,
+                        dequantize(acc, multiplier, channel_bias));
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace fdda

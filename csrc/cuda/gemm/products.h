@@ -1,0 +1,106 @@
+// From shared memory to sums in registers, and back.
+#pragma once
+
+#include "../ptx.h"
+#include "tile.h"
+
+namespace fdda {
+namespace cuda {
+
+// A warp's products.
+template <typename Tile, bool kHalves>
+class Products {
+ public:
+  __device__ void add(const uint8_t* inputs, const uint8_t* tiles) {
+    const int lane = threadIdx.x % 32;
+    uint32_t words[kPanels][4];
+#pragma unroll
+    for (int depth = 0; depth < kTileDepth / kMmaDepth; ++depth) {
+      if (!kHalves || depth == 0) {
+#pragma unroll
+        for (int p = 0; p < kPanels; ++p) {
+          const int panel = first_channel() / kPanelRows + p;
+          const uint4 v =
+              ptx::load_16(tiles + panel * tile_bytes(kHalves) + depth * 512 + lane * 16);
+          words[p][0] = v.x;
+          words[p][1] = v.y;
+          words[p][2] = v.z;
+          words[p][3] = v.w;
+        }
+      }
+      uint32_t b[kChannels][2];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const uint32_t* pair = words[c / 2] + c % 2 * 2;
+        b[c][0] = kHalves ? pair[depth] & 0x0f0f0f0f : pair[0];
+        b[c][1] = kHalves ? pair[depth] >> 4 & 0x0f0f0f0f : pair[1];
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        uint32_t a[4];
+        load_inputs(a, inputs, r, depth);
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) ptx::mma_u8_s8(sums_[r][c], a, b[c]);
+      }
+      uint32_t a[4];
+      load_inputs(a, inputs, warp_column() % kRows, depth);
+      input_sums_[0] = ptx::add_bytes(a[2], ptx::add_bytes(a[0], input_sums_[0]));
+      input_sums_[1] = ptx::add_bytes(a[3], ptx::add_bytes(a[1], input_sums_[1]));
+    }
+  }
+
+  // Sums of x - zero point: the four lanes of a row have them in parts.
+  __device__ void finish_input_sums(uint32_t zero_points) {
+#pragma unroll
+    for (uint32_t& sum : input_sums_) {
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+      sum -= zero_points;
+    }
+  }
+
+  // 16 rows of every warp, rows `r`: kSliceRows of the block.
+  __device__ void store_slice(int r, int32_t* sums, int32_t* input_sums) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row() * kMmaRows + half * 8 + lane / 4;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const int channel = first_channel() + c * kMmaChannels + lane % 4 * 2;
+        const int32_t* pair = sums_[r][c] + half * 2;
+        *reinterpret_cast<int2*>(sums + row * kSliceStride + channel) = {pair[0], pair[1]};
+      }
+      if (warp_column() == r && lane % 4 == 0) input_sums[row] = input_sums_[half];
+    }
+  }
+
+  static constexpr int kRows = Tile::kWarpRows / kMmaRows;
+  static constexpr int kSliceRows = Tile::kRows / kRows;
+  // 8 more, so that the lanes of half a warp store to different banks.
+  static constexpr int kSliceStride = Tile::kChannels + 8;
+
+ private:
+  static constexpr int kChannels = Tile::kWarpChannels / kMmaChannels;
+  static constexpr int kPanels = Tile::kWarpChannels / kPanelRows;
+  static constexpr int kWarpsAlongRows = Tile::kRows / Tile::kWarpRows;
+
+  __device__ static int warp_row() { return threadIdx.x / 32 % kWarpsAlongRows; }
+  __device__ static int warp_column() { return threadIdx.x / 32 / kWarpsAlongRows; }
+  __device__ static int first_channel() { return warp_column() * Tile::kWarpChannels; }
+
+  // Of 16 rows and 32 k.
+  __device__ static void load_inputs(uint32_t (&a)[4], const uint8_t* inputs, int r, int depth) {
+    const int lane = threadIdx.x % 32;
+    const int row = warp_row() * Tile::kWarpRows + r * kMmaRows + lane % 16;
+    ptx::load_matrices(a, inputs + swizzled(row, depth * 2 + lane / 16));
+  }
+
+  int32_t sums_[kRows][kChannels][4] = {};
+  // All warps of a row need these sums, so that each makes them of 16 rows only.
+  static_assert(kRows <= Tile::kChannels / Tile::kWarpChannels, "no warp for some rows");
+  uint32_t input_sums_[2] = {};
+};
+
+}  // namespace cuda
+}  // namespace fdda

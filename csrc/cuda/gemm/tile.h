@@ -1,0 +1,39 @@
+// Sizes of the blocks' tiles, and where their parts lie in shared memory.
+#pragma once
+
+#include "weights.h"
+
+namespace fdda {
+namespace cuda {
+
+constexpr int kChunk = 16;                       // bytes of the vector accesses
+constexpr int kRowChunks = kTileDepth / kChunk;  // of a pixel's inputs in a stage
+constexpr int kMmaRows = 16, kMmaChannels = 8, kMmaDepth = 32;
+
+template <int ROWS, int CHANNELS, int WARP_ROWS, int WARP_CHANNELS, int BLOCKS>
+struct BlockTile {
+  static constexpr int kRows = ROWS, kChannels = CHANNELS;
+  static constexpr int kWarpRows = WARP_ROWS, kWarpChannels = WARP_CHANNELS;
+  static constexpr int kThreads = ROWS / WARP_ROWS * (CHANNELS / WARP_CHANNELS) * 32;
+  static constexpr int kBlocks = BLOCKS;  // to a multiprocessor, bounds the registers
+};
+
+using LargeTile = BlockTile<128, 128, 64, 32, 2>;
+using SmallTile = BlockTile<32, 64, 32, 16, 4>;
+
+// Within 48 KiB, which every kernel may have.
+template <typename Tile, bool kHalves>
+struct Stages {
+  static constexpr int kInputBytes = Tile::kRows * kTileDepth;
+  static constexpr int kBytes = kInputBytes + Tile::kChannels / kPanelRows * tile_bytes(kHalves);
+  static constexpr int kCount = 4 * kBytes <= 48 * 1024 ? 4 : 3;
+};
+
+// Where a chunk lies in a stage: the 8 rows that ldmatrix reads at once, and the 8 chunks that 8
+// threads write at once, must lie in different banks, and two rows of 64 bytes fill all banks.
+__device__ inline int swizzled(int row, int chunk) {
+  return row * kTileDepth + (chunk ^ (row >> 1 & (kRowChunks - 1))) * kChunk;
+}
+
+}  // namespace cuda
+}  // namespace fdda

@@ -1,0 +1,195 @@
+"""The tensor cores' kernels of csrc/cuda/gemm: layout of the weights, alignments, and mutations."""
+
+import ctypes
+import re
+import shutil
+
+import pytest
+import torch
+from emulation import HERE, ROOT, build, generator, needs_compiler
+from packed_arguments import PackedConv, gemm_weights, run_conv
+
+from fdda_fast import ops
+
+pytestmark = needs_compiler
+GEMM = ROOT / "csrc/cuda/gemm/gemm.cu"
+PACKED = ROOT / "csrc/cuda/packed.cu"
+ENTRIES = ["conv_gemm_128x128", "conv_gemm_32x64"]
+
+
+@pytest.fixture(scope="module")
+def emulation():
+    return build(PACKED, GEMM, HERE / "operators.cu")
+
+
+def documented_weights(q, bits):
+    """Tiles and sums as the comment in weights.h has them."""
+    channels, depth = q.shape
+    panels, steps = -(-channels // 16), -(-depth // 64)
+    codes = torch.zeros(panels * 16, steps * 64, dtype=torch.int64)
+    codes[:channels, :depth] = q
+    tiles = torch.empty(panels, steps, 2 if bits > 4 else 1, 32, 4, 4, dtype=torch.int64)
+    for vector, lane, i, j in torch.cartesian_prod(*map(torch.arange, tiles.shape[2:])).tolist():
+        channel = lane // 4 + 8 * (i // 2)
+        if bits > 4:
+            k = 32 * vector + 16 * (i % 2) + 4 * (lane % 4) + j
+            tiles[:, :, vector, lane, i, j] = codes[channel::16, k::64] & 255
+        else:
+            k = 32 * (i % 2) + 4 * (lane % 4) + j
+            low, high = codes[channel::16, k::64] + 8, codes[channel::16, k + 16 :: 64] + 8
+            tiles[:, :, vector, lane, i, j] = low | high << 4
+    return tiles.to(torch.uint8).flatten(), codes.sum(1).int()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("channels", "depth"), [(1, 1), (16, 64), (17, 65), (40, 190)])
+def test_weights_are_reordered_as_documented(emulation, bits, channels, depth):
+    emulation.reset(bits)
+    half = 2 ** (bits - 1)
+    shape = (channels, depth)
+    q = torch.randint(-half, half, shape, generator=generator(bits), dtype=torch.int8)
+    memory, size = gemm_weights(emulation, bits, *shape)
+    sizes = map(ctypes.c_int64, shape)
+    packed = ctypes.c_void_p(emulation.put(ops.pack_weight(q, bits)))
+    emulation.run("reorder_weights", packed, bits, *sizes, ctypes.c_void_p(memory))
+    tiles, sums = documented_weights(q, bits)
+    actual = emulation.take(memory, (size,), torch.uint8)
+    assert torch.equal(actual[: len(tiles)], tiles)
+    assert torch.equal(actual[len(tiles) :].view(torch.int32), sums)
+
+
+def arguments(bits, x_shape, out_channels, kernel):
+    """A convolution of torch.ops.fdda.packed_conv2d with everything a kernel could leave out."""
+    g = generator(bits)
+    half = 2 ** (bits - 1)
+    x = torch.randint(0, 256, x_shape, generator=g, dtype=torch.uint8)
+    shape = (out_channels, kernel * kernel * x_shape[3])
+    q = torch.randint(-half, half, shape, generator=g, dtype=torch.int8)
+    offset = torch.randint(-9, 9, (out_channels,), generator=g)
+    multiplier = torch.rand(out_channels, generator=g) * 1e-3
+    bias = torch.randn(out_channels, generator=g)
+    geometry = ([kernel] * 2, [1, 1], [kernel // 2] * 2, [1, 1], 1)
+    epilogue = (offset, multiplier, bias, None, 0.0, None)
+    return (x, ops.pack_weight(q, bits), bits, out_channels, *geometry, 77, *epilogue)
+
+
+def is_right(emulation, entry, args, seed=0, x_offset=0):
+    """Whether the kernel neither has a fault nor waits for banks, and gives the CPU's bits."""
+    emulation.reset(seed)
+    actual = run_conv(emulation, entry, args, x_offset)
+    return torch.equal(actual, torch.ops.fdda.packed_conv2d(*args)) and not emulation.bank_conflicts
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 31, 129, 256])
+@pytest.mark.parametrize(("depth", "features"), [(64, 128), (16, 1), (208, 129), (1040, 10)])
+def test_linear_layers(emulation, entry, bits, rows, depth, features):
+    assert is_right(emulation, entry, arguments(bits, (rows, 1, 1, depth), features, 1))
+
+
+@pytest.mark.parametrize("x_offset", [0, 1, 4, 8])
+def test_inputs_of_any_alignment(emulation, x_offset):
+    args = arguments(4, (2, 6, 5, 48), 20, 3)
+    assert is_right(emulation, "conv_gemm_32x64", args, x_offset=x_offset)
+
+
+# batch, height, width, channels, out_channels, groups
+@pytest.mark.parametrize(
+    ("shape", "taken", "large"),
+    [
+        ((1, 1, 1, 2048, 1000, 1), True, False),
+        ((32, 56, 56, 64, 256, 1), True, True),
+        ((32, 56, 56, 64, 64, 64), False, None),
+        ((0, 56, 56, 64, 64, 1), False, None),
+        ((1, 1 << 15, 1 << 15, 1, 1, 1), False, None),  # inputs and pixels
+        ((1, 1, 1, 65000, 20000, 1), False, None),  # weights
+        ((1, 1, 1, 1, 65535 * 64, 1), False, None),  # blocks
+    ],
+)
+def test_choice_of_the_kernel(emulation, shape, taken, large):
+    *x_shape, out_channels, groups = shape
+    conv = PackedConv(None, *x_shape, None, 4, out_channels, *x_shape[1:3])
+    conv.kernel_h = conv.kernel_w = conv.stride_h = conv.stride_w = 1
+    conv.groups = groups
+    takes, is_large = emulation.library.gemm_takes, emulation.library.gemm_tile_is_large
+    takes.restype = is_large.restype = ctypes.c_bool
+    assert takes(ctypes.byref(conv)) == taken
+    if taken:
+        assert is_large(ctypes.byref(conv)) == large
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("value", "zero_point"), [(255, 0), (0, 255)])
+def test_the_largest_sums(emulation, bits, value, zero_point):
+    depth = (2**31 - 1) // (255 * 128)
+    x, _, *rest = arguments(bits, (1, 1, 1, depth), 3, 1)
+    q = torch.full((3, depth), -(2 ** (bits - 1)), dtype=torch.int8)
+    q[1] = 2 ** (bits - 1) - 1
+    x.fill_(value)
+    args = (x, ops.pack_weight(q, bits), *rest[:7], zero_point, *rest[8:])
+    assert is_right(emulation, "conv_gemm_32x64", args)
+
+
+MUTATIONS = {
+    "missing barrier": ("    __syncthreads();  // all threads' copies", "//"),
+    "missing barrier before a slice": ("    __syncthreads();  // all are done", "//"),
+    "missing barrier behind a slice": (
+        "    __syncthreads();\n    if (!inside)",
+        "    if (!inside)",
+    ),
+    "missing wait": ("    ptx::wait_copies<S::kCount - 2>();\n", ""),
+    "wait for one group too few": ("wait_copies<S::kCount - 2>", "wait_copies<S::kCount - 1>"),
+    "no group behind the last step": (
+        "    }\n    ptx::commit_copies();",
+        "    ptx::commit_copies();\n    }",
+    ),
+    "load into the stage in use": ("stage == 0 ? S::kCount - 1 : stage - 1", "stage"),
+    "no swizzle": ("(chunk ^ (row >> 1 & (kRowChunks - 1)))", "chunk"),
+    "another swizzle where it is read": (
+        "inputs + swizzled(row, depth * 2 + lane / 16)",
+        "inputs + swizzled(row ^ 2, depth * 2 + lane / 16) + (row - (row ^ 2)) * kTileDepth",
+    ),
+    "tail of the pixels": ("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;"),
+    "tail of the channels": (
+        "inside = channel < conv.out_channels",
+        "inside = channel <= conv.out_channels",
+    ),
+    "tail of k": (
+        "tap_row_ < static_cast<int>(conv_.kernel_h)",
+        "tap_row_ <= static_cast<int>(conv_.kernel_h)",
+    ),
+    "tail of the image": ("(y_[i] + dy) <", "(y_[i] + dy) <="),
+    "uninitialised padding": ("ptx::store_16(shared, {fill, fill, fill, fill});", ";"),
+    "sums of a part of the row": ("sum += __shfl_xor_sync(0xffffffff, sum, 2);", ""),
+    "divergent shuffle": (
+        "sum += __shfl_xor_sync(0xffffffff, sum, 1);",
+        "if (threadIdx.x == 7) continue;",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+def test_mutations_are_caught(tmp_path, mutation):
+    shutil.copytree(ROOT / "csrc/common", tmp_path / "common")
+    shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
+    gemm = tmp_path / "cuda/gemm"
+    if mutation:
+        old, new = MUTATIONS[mutation]
+        texts = {path: path.read_text() for path in gemm.glob("*.h")}
+        assert sum(text.count(old) for text in texts.values()) == 1
+        for path, text in texts.items():
+            path.write_text(text.replace(old, new))
+    # Compiles faster without the kernels that the case below does not need.
+    source = gemm / "gemm.cu"
+    others = r".*run<Tile, (kHalves, [841]|false)>\(.*\n"
+    source.write_text(re.sub(others, "", source.read_text()))
+    emulation = build(PACKED, source, HERE / "operators.cu")
+    args = arguments(4, (1, 7, 7, 48), 24, 3)
+    for seed in range(2):
+        for entry in ENTRIES:
+            try:
+                right = is_right(emulation, entry, args, seed)
+            except RuntimeError:
+                right = False
+            assert right == (mutation is None)
