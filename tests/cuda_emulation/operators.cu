@@ -1,4 +1,4 @@
-// The entries of csrc/cuda for test_operators.py.
+// The entries of csrc/cuda for test_cuda_operators.py.
 #include "../../csrc/cuda/gemm/gemm.h"
 #include "../../csrc/cuda/packed.h"
 
