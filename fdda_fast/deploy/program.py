@@ -139,9 +139,11 @@ class Program:
     def _memory(self, value: torch.Tensor, index: int, layout: str) -> torch.Tensor:
         if layout == "nhwc":
             return to_nhwc(value).contiguous()
-        if layout == "dense" or value.stride() == self._values[index].stride():
-            return value.contiguous() if layout == "dense" else value
+        if layout == "dense":
+            return value.contiguous()
         example = self._values[index]
+        if value.stride() == example.stride():
+            return value
         return torch.empty_strided(example.shape, example.stride(), dtype=value.dtype).copy_(value)
 
     def _plan(self, native: Sequence[bool]) -> tuple[torch.Tensor, list[Any]]:

@@ -129,7 +129,7 @@ class PackedModel(nn.Module):
 
     @torch.no_grad()
     def _run_program(self, images: torch.Tensor, key: tuple) -> torch.Tensor:
-        program = self._programs.pop(key, None)
+        program = self._programs.get(key)
         if program is None:
             program, logits = self._trace(images)
         elif program.lock.acquire(blocking=False):
@@ -139,7 +139,8 @@ class PackedModel(nn.Module):
                 program.lock.release()
         else:  # another thread runs it
             logits = self.execute(images)
-        self._programs[key] = program
+        self._programs.pop(key, None)
+        self._programs[key] = program  # the last is the latest
         while len(self._programs) > _PROGRAMS:
             self._programs.pop(next(iter(self._programs)), None)
         return logits

@@ -9,6 +9,7 @@ from networks import CLASSES, NETWORKS, images, packed_network
 from torch import nn
 
 from fdda_fast.deploy import pack
+from fdda_fast.deploy.program import Program
 from fdda_fast.deploy.runtime import _PROGRAMS
 from fdda_fast.ops import backend_info
 from fdda_fast.ops._library import use_isa
@@ -144,6 +145,23 @@ def test_threads_of_the_user():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_program_that_runs_is_neither_used_nor_made_again(monkeypatch):
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    x = images(2)
+    expected = packed(x)
+    monkeypatch.setattr(type(packed), "_trace", lambda *_: pytest.fail("made again"))
+    run, within = Program.run, []
+
+    def run_and_call(program, x):
+        within.append(packed(x))  # as another thread might
+        return run(program, x)
+
+    monkeypatch.setattr(Program, "run", run_and_call)
+    assert torch.equal(packed(x), expected)
+    assert len(within) == 1
+    assert torch.equal(within[0], expected)
 
 
 def test_profile_names_what_ran():
