@@ -55,3 +55,13 @@ def limits(relu):
         -math.inf if relu is False else 0.0,
         math.inf if isinstance(relu, bool) else relu,
     )
+
+
+def with_threads(threads, function, *args):
+    """function(*args) on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return function(*args)
+    finally:
+        torch.set_num_threads(before)

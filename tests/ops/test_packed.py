@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa
+from backends import ISAS, QUICK, assert_same_bits, generator, on_isa, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,22 +102,23 @@ def reference_shape(shape, out_channels, kernel, stride, padding, dilation):
     return (shape[0], *size, out_channels)
 
 
+def assert_equals_the_reference_on_every_isa(operator, args):
+    expected = getattr(reference, operator)(*args)
+    for isa in ISAS:
+        with on_isa(isa):
+            assert torch.equal(getattr(ops, operator)(*args), expected), isa
+
+
 @settings(QUICK, max_examples=400)
 @given(args=convolutions())
 def test_conv2d_equals_the_reference_on_every_isa(args):
-    expected = reference.packed_conv2d(*args)
-    for isa in ISAS:
-        with on_isa(isa):
-            assert torch.equal(ops.packed_conv2d(*args), expected), isa
+    assert_equals_the_reference_on_every_isa("packed_conv2d", args)
 
 
 @settings(QUICK, max_examples=300)
 @given(args=convolutions(["depthwise"], largest_kernel=7, largest_size=17))
 def test_depthwise_conv2d_equals_the_reference_on_every_isa(args):
-    expected = reference.packed_conv2d(*args)
-    for isa in ISAS:
-        with on_isa(isa):
-            assert torch.equal(ops.packed_conv2d(*args), expected), isa
+    assert_equals_the_reference_on_every_isa("packed_conv2d", args)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -137,15 +138,6 @@ def test_extremes_of_depthwise_sums(isa, kernel, bits):
             args = (*args, offset, torch.ones(17), torch.zeros(17))
             with on_isa(isa):
                 assert torch.equal(ops.packed_conv2d(*args), reference.packed_conv2d(*args)), most
-
-
-def with_threads(threads, function, *args):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return function(*args)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -436,10 +428,7 @@ def linears(draw):
 @QUICK
 @given(args=linears())
 def test_linear_equals_the_reference_on_every_isa(args):
-    expected = reference.packed_linear(*args)
-    for isa in ISAS:
-        with on_isa(isa):
-            assert torch.equal(ops.packed_linear(*args), expected), isa
+    assert_equals_the_reference_on_every_isa("packed_linear", args)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa
+from backends import ISAS, QUICK, assert_same_bits, generator, on_isa, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,12 +134,7 @@ def test_layers(isa, threads, batch, height, width, channels, out_channels):
     offset = torch.randint(-6, 7, (out_channels,), generator=g)
     residual = torch.randint(0, 16, (batch, height, width, out_channels), generator=g)
     args = arguments(x, q, 4, 3, offset, g, residual.to(torch.uint8))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        actual, kernel = run(isa, args)
-    finally:
-        torch.set_num_threads(before)
+    actual, kernel = with_threads(threads, run, isa, args)
     assert kernel == "winograd"
     assert actual.unique().numel() == 16
     assert torch.equal(actual, reference.packed_conv2d(*args))
