@@ -16,16 +16,17 @@ namespace {
 constexpr int kChains = 12;  // independent sums: more than the instructions' latency needs
 constexpr int64_t kLoops = 100000;
 
-// All of `loops` times kChains steps; the compiler must neither drop nor reorder them.
+// All of `loops` times kChains steps; the compiler must neither drop, hoist nor reorder them, nor
+// keep sums in memory.
 #define FDDA_CHAINS(name, isa, Register, zero, step)                \
   __attribute__((target(isa), noinline)) void name(int64_t loops) { \
-    const Register x = zero;                                        \
+    Register x = zero;                                              \
     Register sums[kChains];                                         \
-    for (Register& sum : sums) sum = x;                             \
+    _Pragma("GCC unroll 12") for (Register& sum : sums) sum = x;    \
     for (int64_t i = 0; i < loops; ++i) {                           \
       _Pragma("GCC unroll 12") for (int k = 0; k < kChains; ++k) {  \
         sums[k] = step(sums[k], x);                                 \
-        asm volatile("" : "+v"(sums[k]));                           \
+        asm volatile("" : "+v"(sums[k]), "+v"(x));                  \
       }                                                             \
     }                                                               \
   }

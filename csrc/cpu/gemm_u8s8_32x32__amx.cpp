@@ -243,7 +243,13 @@ const char* packed_conv2d(const PackedConv& conv) {
 }
 
 void multiply_tiles(int64_t count) {
+  alignas(64) uint8_t ones[kTileRows][kLineBytes];
+  memset(ones, 1, sizeof ones);  // products with tiles of zeros might be quicker
   const TileConfig config(kLineBytes);
+  _tile_loadd(4, ones, kLineBytes);
+  _tile_loadd(5, ones, kLineBytes);
+  _tile_loadd(6, ones, kLineBytes);
+  _tile_loadd(7, ones, kLineBytes);
   for (int64_t i = 0; i < count; i += 4) {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);
