@@ -100,10 +100,10 @@ class Winograd {
       __m256i d[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
+        d[i] = zero;
+        if (!lines[i] || x < 0 || x >= conv_.width) continue;
         const void* from = lines[i] + x * conv_.channels;
-        d[i] = lines[i] && x >= 0 && x < conv_.width
-                   ? _mm256_maskload_epi32(static_cast<const int*>(from), valid)
-                   : zero;
+        d[i] = _mm256_maskload_epi32(static_cast<const int*>(from), valid);
       }
       t[0] = _mm256_sub_epi8(d[0], d[2]);
       t[1] = _mm256_add_epi8(d[1], d[2]);
