@@ -22,6 +22,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "planes_avx512.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -192,10 +193,11 @@ inline void transform_weights(const __m512i* g, int step, __m512i* u, int u_step
 }
 
 // 16 outputs, the `half`th of `panels`; whether the transformed weights fit s8 (127 counts as not).
-template <int BITS>
-bool expand_planes(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+template <class Expand>
+inline __attribute__((always_inline)) bool expand_weights(const PackedConv& conv,
+                                                          const Expand& expand, int64_t channel,
+                                                          int panels, int half, Panel* panel) {
   const int64_t k4 = conv.channels / kBlockDepth;
-  const uint8_t* planes = conv.weight + channel / kPanelRows * 9 * k4 * BITS * kPlaneBytes;
   int8_t* out = panel->weights + half * kLine;
   const int64_t count = min64(kPanelRows, conv.out_channels - channel);
   int8_t offsets[kPanelRows] = {};
@@ -209,20 +211,12 @@ bool expand_planes(const PackedConv& conv, int64_t channel, int panels, int half
   __m512i sums[9], low = _mm512_setzero_si512(), high = low;
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) sums[t] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < k4; ++k, planes += BITS * kPlaneBytes, out += panels * kLine) {
+  for (int64_t k = 0; k < k4; ++k, out += panels * kLine) {
     __m512i g[9], rows[12], u[kPositions];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) {
-      __m512i w = offset;
-#pragma GCC unroll 4
-      for (int b = 0; b < BITS; ++b) {
-        uint64_t plane;
-        memcpy(&plane, planes + (t * k4 * BITS + b) * kPlaneBytes, kPlaneBytes);
-        const int weight = b == BITS - 1 ? -(1 << b) : 1 << b;
-        w = _mm512_mask_add_epi8(w, plane, w, _mm512_set1_epi8(static_cast<char>(weight)));
-      }
-      g[t] = w;
-      sums[t] = _mm512_dpbusd_epi32(sums[t], ones, w);
+      g[t] = _mm512_add_epi8(expand(t * k4 + k), offset);
+      sums[t] = _mm512_dpbusd_epi32(sums[t], ones, g[t]);
     }
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x) transform_weights(g + x, 3, rows + x, 3);
@@ -255,11 +249,20 @@ bool expand_planes(const PackedConv& conv, int64_t channel, int panels, int half
            _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(127)));
 }
 
+FDDA_GFNI bool expand_bit_matrices(const PackedConv& conv, const Planes& p, int64_t channel,
+                                   int panels, int half, Panel* panel) {
+  return expand_weights(conv, BitMatrices(p), channel, panels, half, panel);
+}
+
 bool expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+  const int64_t depth = 9 * conv.channels;
+  const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
+  const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
+  if (has_gfni()) return expand_bit_matrices(conv, p, channel, panels, half, panel);
   switch (conv.bits) {
-    case 2: return expand_planes<2>(conv, channel, panels, half, panel);
-    case 3: return expand_planes<3>(conv, channel, panels, half, panel);
-    default: return expand_planes<4>(conv, channel, panels, half, panel);
+    case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, panels, half, panel);
+    case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, panels, half, panel);
+    default: return expand_weights(conv, MaskedAdds<4>(p), channel, panels, half, panel);
   }
 }
 
