@@ -220,34 +220,59 @@ void winograd_upsample_gradient(const WinogradTiles& a) {
   });
 }
 
-// Tiles overlap by two pixels: every thread takes some channels of all tiles in their order, of
-// which the first to have a pixel writes it and the others add to it.
-void winograd_upsample_input_gradient(const WinogradTiles& a) {
-  constexpr int64_t kUnit = 16;
-  const int64_t tiles = a.tile_end - a.tile, units = ceil_div(a.channels, kUnit);
-  const int64_t unit_size = kPoints * kPoints * kUnit * max64(1, tiles);
-  parallel_for(units, max64(1, kGrain / unit_size), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kUnit, channels = min64(end * kUnit, a.channels) - first;
-    float* zeros = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
-    memset(zeros, 0, a.channels * sizeof(float));
-    for (int64_t t = 0; t < tiles; ++t) {
-      const float* positions[kPoints * kPoints];
-      const float* before[kPoints * kPoints];
-      float* pixels[kPoints * kPoints];
-      split_positions(a.from + first, a, t, positions);
-      split_tile<kPoints, kStep>(a.to + first, a, a.tile + t, 1, zeros + a.channels, pixels);
-      const TilePlace<kStep> place(a, a.tile + t);
-      for (int i = 0; i < kPoints; ++i) {
-        for (int j = 0; j < kPoints; ++j) {
-          const bool written = i < (place.top ? 2 : 1) || j < (place.left ? 2 : 1);
-          before[i * kPoints + j] = written ? pixels[i * kPoints + j] : zeros;
-        }
+// Adds lines [begin, end) of the pixels of tiles [first, last), counted in the group. The first tile
+// to have a pixel writes it.
+void add_input_gradient(const WinogradTiles& a, int64_t first, int64_t last, int begin, int end) {
+  float* zeros = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
+  float* unused = zeros + a.channels;
+  memset(zeros, 0, a.channels * sizeof(float));
+  for (int64_t t = first; t < last; ++t) {
+    const float* positions[kPoints * kPoints];
+    const float* before[kPoints * kPoints];
+    float* pixels[kPoints * kPoints];
+    split_positions(a.from, a, t, positions);
+    split_tile<kPoints, kStep>(a.to, a, a.tile + t, 1, unused, pixels);
+    const TilePlace<kStep> place(a, a.tile + t);
+    for (int i = 0; i < kPoints; ++i) {
+      for (int j = 0; j < kPoints; ++j) {
+        const int k = i * kPoints + j;
+        const bool written = i < (place.top ? 2 : 1) || j < (place.left ? 2 : 1);
+        if (i < begin || i >= end) pixels[k] = unused;
+        before[k] = written && pixels[k] != unused ? pixels[k] : zeros;
       }
-      transform_each<InputGradientTransform>(
-          positions, channels, a.channels, [&](int k, int64_t c, auto v) {
-            store_lanes(pixels[k] + c, load_lanes<decltype(v)>(before[k] + c) + v);
-            __builtin_prefetch(pixels[k] + c + kStep * a.channels);
-          });
+    }
+    transform_each<InputGradientTransform>(
+        positions, a.channels, a.channels, [&](int k, int64_t c, auto v) {
+          store_lanes(pixels[k] + c, load_lanes<decltype(v)>(before[k] + c) + v);
+          __builtin_prefetch(pixels[k] + c + kStep * a.channels);
+        });
+  }
+}
+
+// Tiles overlap by two pixels: every thread takes some rows of tiles, and what they add to the rows
+// above, another thread's, is added when that is done. So tiles add in their order.
+void winograd_upsample_input_gradient(const WinogradTiles& a) {
+  const int64_t columns = ceil_div(a.width, kStep);
+  if (a.tile_end == a.tile) return;
+  const int64_t first_row = a.tile / columns, rows = ceil_div(a.tile_end, columns) - first_row;
+  const int64_t row_size = kPoints * kPoints * columns * max64(1, a.channels);
+  const int64_t parts = min64(rows, min64(num_threads(), ceil_div(rows * row_size, kGrain)));
+  // In the group, of a row counted over the images.
+  auto tile_of = [&](int64_t row) {
+    return min64(max64(row * columns, a.tile), a.tile_end) - a.tile;
+  };
+  auto row_of = [&](int64_t part) { return first_row + part * rows / parts; };
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t row = row_of(part);
+      add_input_gradient(a, tile_of(row), tile_of(row + 1), part ? 2 : 0, kPoints);
+      add_input_gradient(a, tile_of(row + 1), tile_of(row_of(part + 1)), 0, kPoints);
+    }
+  });
+  parallel_for(parts - 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin + 1; part <= end; ++part) {
+      const int64_t row = row_of(part);
+      add_input_gradient(a, tile_of(row), tile_of(row + 1), 0, 2);
     }
   });
 }

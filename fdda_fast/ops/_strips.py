@@ -49,10 +49,6 @@ class PixelProduct:
         self.memory = like.new_empty(0, a_channels, b_channels)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if a.dtype == torch.float32:
-            for first in range(0, len(a), _CHUNK):
-                self.total.addmm_(a[first : first + _CHUNK].t(), b[first : first + _CHUNK])
-            return
         count = len(a) // _CHUNK
         whole = count * _CHUNK
         if len(self.memory) < count + 1:
@@ -63,4 +59,7 @@ class PixelProduct:
             torch.bmm(chunks[0].transpose(1, 2), chunks[1], out=parts[:count])
         if whole < len(a):
             torch.mm(a[whole:].t(), b[whole:], out=parts[count])
-        torch.ops.fdda._add_parts(parts, self.total)
+        if parts.dtype == torch.float32:
+            self.total += parts.sum(0)
+        else:
+            torch.ops.fdda._add_parts(parts, self.total)

@@ -102,7 +102,9 @@ def test_results_and_gradients(case, seed):
             assert result.dtype == apart.dtype
             assert result.shape == want.shape
             size = want.square().mean().sqrt().item() if want.numel() else 0.0
-            rounding = 4 * torch.finfo(result.dtype).eps * (size + 0.1)
+            # Parameters' gradients, float32, are sums of terms of order 1, which may cancel.
+            smallest = 0.5 if result.dtype == torch.float32 else 0.1
+            rounding = 4 * torch.finfo(result.dtype).eps * (size + smallest)
             assert off(result, want) <= 1.5 * off(apart, want) + rounding, isa
 
 
