@@ -31,23 +31,27 @@ __attribute__((noinline)) void multiply(const Tile& t, int64_t first, int32_t* s
   for (int r = 0; r < ROWS; r += 3) x[r / 3] = t.rows + (first + r) * t.row_stride;
   const int64_t stride = t.row_stride, panel_size = t.depth_blocks * kPanelBytes;
   const int8_t* w = t.panels;
-  for (int64_t k = t.depth_blocks; k > 0; --k, w += kPanelBytes) {
-    __m512i b[PANELS];
+  for (int64_t left = t.depth_blocks; left > 0; left -= t.segment_blocks) {
+    for (int64_t k = t.segment_blocks; k > 0; --k, w += kPanelBytes) {
+      __m512i b[PANELS];
 #pragma GCC unroll 2
-    for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w + p * panel_size);
+      for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w + p * panel_size);
 #pragma GCC unroll 14
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t four;
-      memcpy(&four, x[r / 3] + r % 3 * stride, sizeof four);
-      const __m512i a = _mm512_set1_epi32(four);
+      for (int r = 0; r < ROWS; ++r) {
+        int32_t four;
+        memcpy(&four, x[r / 3] + r % 3 * stride, sizeof four);
+        const __m512i a = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-      for (int p = 0; p < PANELS; ++p) {
-        acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], a, b[p]);
-        asm("" : "+v"(acc[r][p]));  // in this order, else gcc spills
+        for (int p = 0; p < PANELS; ++p) {
+          acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], a, b[p]);
+          asm("" : "+v"(acc[r][p]));  // in this order, else gcc spills
+        }
       }
+#pragma GCC unroll 5
+      for (int r = 0; r < ROWS; r += 3) x[r / 3] += kBlockDepth;
     }
 #pragma GCC unroll 5
-    for (int r = 0; r < ROWS; r += 3) x[r / 3] += kBlockDepth;
+    for (int r = 0; r < ROWS; r += 3) x[r / 3] += t.segment_step - t.segment_blocks * kBlockDepth;
   }
 #pragma GCC unroll 14
   for (int r = 0; r < ROWS; ++r) {
@@ -136,7 +140,7 @@ struct Vnni {
   static constexpr bool kReadsInput = true;
   static constexpr bool kUnpacksCheaply = true;
   static constexpr bool kFuses = true;
-  static constexpr int64_t kFewInputs = 32;
+  static constexpr bool kReadsLines = true;
 
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
                      const int8_t* offset, Weight* panel, int32_t* start) {
@@ -158,11 +162,6 @@ struct Vnni {
     if (n == 0) return;
     const __mmask64 mask = (uint64_t{1} << n) - 1;
     _mm512_mask_storeu_epi8(out, mask, _mm512_maskz_loadu_epi8(mask, x));
-  }
-
-  static void copy_few(Input* out, const uint8_t* x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
 
   static void pad(Input* out, int64_t n, const PackedConv& conv) {

@@ -3,8 +3,6 @@
 //   kReadsInput        x itself serves as the left operand of a 1x1 convolution
 //   copy(dst, x, n, conv), pad(dst, n, conv)
 //                      n inputs, or n taps in the padding, of a row of the left operand
-//   kFewInputs, copy_few(dst, x)
-//                      copies that many, which costs less than the exact number; 0: there is none
 #pragma once
 
 #include <string.h>
@@ -33,7 +31,6 @@ class LeftOperand {
                   conv.stride_h * conv.stride_w == 1 && conv.pad_h + conv.pad_w == 0 &&
                   group_inputs_ % kBlockDepth == 0 && conv.channels % kPageBytes != 0),
         adjacent_(conv.dilation_w == 1 && conv.groups == 1),
-        few_(adjacent_ && conv.kernel_h > 1 && kernel_row_ <= Policy::kFewInputs),
         row_stride_(in_place_ ? conv.channels : gathered_stride()) {}
 
   // Whether its rows are those of x.
@@ -41,23 +38,13 @@ class LeftOperand {
 
   int64_t row_stride() const { return row_stride_; }
 
-  // Before anything is gathered. Kernel rows so short that checks would cost more than their copies
-  // come from images with their padding.
-  void prepare() {
-    if (few_) pad_images();
-  }
-
   // Rows [row, end) of the im2col matrix of a group.
   void gather(int64_t group, int64_t row, int64_t end, Input* out) const {
     int64_t ow = row % conv_.out_width;
     int64_t oh = row / conv_.out_width % conv_.out_height;
     int64_t n = row / (conv_.out_width * conv_.out_height);
     for (; row < end; ++row, out += row_stride_) {
-      if (few_) {
-        gather_few(n, oh, ow, out);
-      } else {
-        gather_row(group, n, oh, ow, out);
-      }
+      gather_row(group, n, oh, ow, out);
       if (++ow < conv_.out_width) continue;
       ow = 0;
       if (++oh < conv_.out_height) continue;
@@ -68,41 +55,8 @@ class LeftOperand {
 
  private:
   int64_t gathered_stride() const {
-    int64_t inputs = ceil_div(depth_, kBlockDepth) * kBlockDepth;
-    // copy_few of the last kernel row must not reach the next row, another thread's perhaps.
-    if (few_) inputs = max64(inputs, depth_ - kernel_row_ + Policy::kFewInputs);
+    const int64_t inputs = ceil_div(depth_, kBlockDepth) * kBlockDepth;
     return inputs * sizeof(Input) % kPageBytes ? inputs : inputs + 64;
-  }
-
-  // Images with their padding.
-  void pad_images() {
-    const int64_t left = conv_.pad_w * conv_.channels, line = conv_.width * conv_.channels;
-    padded_line_ = line + 2 * left;
-    padded_height_ = conv_.height + 2 * conv_.pad_h;
-    const int64_t lines = conv_.batch * padded_height_;
-    padded_ = static_cast<uint8_t*>(scratch(kPadded, lines * padded_line_ + Policy::kFewInputs));
-    parallel_for(lines, 64, [&](int64_t begin, int64_t end) {
-      uint8_t* out = padded_ + begin * padded_line_;
-      for (int64_t i = begin; i < end; ++i, out += padded_line_) {
-        const int64_t n = i / padded_height_, ih = i % padded_height_ - conv_.pad_h;
-        if (ih < 0 || ih >= conv_.height) {
-          memset(out, conv_.x_zero_point, padded_line_);
-        } else {
-          memset(out, conv_.x_zero_point, left);
-          memcpy(out + left, conv_.x + (n * conv_.height + ih) * line, line);
-          memset(out + left + line, conv_.x_zero_point, left);
-        }
-      }
-    });
-  }
-
-  void gather_few(int64_t n, int64_t oh, int64_t ow, Input* out) const {
-    const uint8_t* in = padded_ + (n * padded_height_ + oh * conv_.stride_h) * padded_line_ +
-                        ow * conv_.stride_w * conv_.channels;
-    for (int64_t kh = 0; kh < conv_.kernel_h; ++kh, out += kernel_row_) {
-      if constexpr (Policy::kFewInputs > 0) Policy::copy_few(out, in);
-      in += conv_.dilation_h * padded_line_;
-    }
   }
 
   void gather_row(int64_t group, int64_t n, int64_t oh, int64_t ow, Input* out) const {
@@ -138,10 +92,7 @@ class LeftOperand {
   const int64_t depth_;
   const bool in_place_;
   const bool adjacent_;  // in memory: the inputs of a kernel row
-  const bool few_;       // inputs in a kernel row
   const int64_t row_stride_;
-  uint8_t* padded_ = nullptr;
-  int64_t padded_line_ = 0, padded_height_ = 0;
 };
 
 }  // namespace

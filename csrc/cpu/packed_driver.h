@@ -5,6 +5,7 @@
 //                      left_operand.h
 //   kMinColumns, kMaxColumns
 //                      output channels one gemm call covers, multiples of 16
+//   kReadsLines        whether gemm takes rows in segments, input_lines.h's
 //   kUnpacksCheaply    next to kManyRows rows, again and again
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
@@ -21,6 +22,7 @@
 #include <string.h>
 
 #include "functions.h"
+#include "input_lines.h"
 #include "left_operand.h"
 #include "parallel.h"
 
@@ -38,7 +40,7 @@ struct SimplePolicy {
   static constexpr int64_t kMinColumns = 64, kMaxColumns = 64;
   static constexpr bool kUnpacksCheaply = false;
   static constexpr bool kFuses = false;
-  static constexpr int64_t kFewInputs = 0;
+  static constexpr bool kReadsLines = false;
 };
 
 template <class Policy>
@@ -52,6 +54,8 @@ struct Tile {
   const typename Policy::Weight* panels;
   const int32_t* starts;  // accumulators' initial values, 16 a panel
   int64_t depth_blocks;
+  int64_t segment_blocks;  // of these; the same unless kReadsLines
+  int64_t segment_step;    // bytes from the inputs of a segment to those of the next
   int64_t first_row;
   int64_t first_channel;
   int64_t columns;
@@ -69,9 +73,12 @@ class Driver {
         group_inputs_(conv.channels / conv.groups),
         group_outputs_(conv.out_channels / conv.groups),
         depth_(conv.kernel_h * conv.kernel_w * group_inputs_),
-        depth_blocks_(ceil_div(depth_, kBlockDepth)),
+        reads_lines_(Policy::kReadsLines && InputLines::apply(conv)),
+        segment_blocks_(
+            ceil_div(reads_lines_ ? conv.kernel_w * group_inputs_ : depth_, kBlockDepth)),
+        depth_blocks_(reads_lines_ ? conv.kernel_h * segment_blocks_ : segment_blocks_),
         panel_size_(depth_blocks_ * kBlockDepth * kPanelRows),
-        plane_bytes_(depth_blocks_ * conv.bits * kPlaneBytes),
+        plane_bytes_(ceil_div(depth_, kBlockDepth) * conv.bits * kPlaneBytes),
         panels_(ceil_div(group_outputs_, kPanelRows)),
         num_rows_(conv.batch * conv.out_height * conv.out_width),
         task_panels_(task_panels()),
@@ -83,7 +90,6 @@ class Driver {
   // unpacked before. Few rows are shared, and each thread has its own columns.
   void run() {
     if (num_rows_ == 0 || conv_.out_channels == 0) return;
-    operand_.prepare();
     const int64_t threads = num_threads();
     bool own_rows;
     int64_t rows = kFewRows;
@@ -101,6 +107,7 @@ class Driver {
         rows = num_rows_;
       }
     }
+    if (reads_lines_) rows = ceil_div(rows, conv_.out_width) * conv_.out_width;
     const int64_t parts = ceil_div(num_rows_, rows);
     parallel_for(parts, own_rows ? 1 : parts, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
@@ -118,6 +125,7 @@ class Driver {
     int64_t group_stride;  // in inputs
     const int32_t* sums;   // [groups][count], or null
     int64_t first_row, count;
+    const InputLines* lines;  // instead of `first`, or null
   };
 
   struct Weights {
@@ -161,8 +169,9 @@ class Driver {
 
   // As many as L2 holds together with their outputs, but no few for the outputs' sake.
   int64_t rows_at_once() const {
-    const int64_t inputs =
-        operand_.row_stride() * sizeof(Input) * (operand_.in_place() ? 1 : conv_.groups);
+    const int64_t inputs = reads_lines_ ? conv_.stride_h * conv_.stride_w * conv_.channels
+                                        : operand_.row_stride() * sizeof(Input) *
+                                              (operand_.in_place() ? 1 : conv_.groups);
     const int64_t outputs = conv_.out_channels * (conv_.epilogue.out_u8 ? 1 : sizeof(float));
     const int64_t many = min64(kManyRows, 2 * kBlockBytes / max64(1, inputs));
     return max64(1, max64(many, kBlockBytes / (inputs + outputs)));
@@ -171,7 +180,13 @@ class Driver {
   // `alone`: on one thread, there are others for other rows.
   void run_part(int64_t first_row, int64_t end_row, bool alone) const {
     const int64_t count = end_row - first_row;
-    Rows rows{nullptr, group_inputs_, nullptr, first_row, count};
+    Rows rows{nullptr, group_inputs_, nullptr, first_row, count, nullptr};
+    if (reads_lines_) {
+      InputLines lines(conv_, first_row / conv_.out_width, end_row / conv_.out_width);
+      lines.copy();
+      rows.lines = &lines;
+      return multiply_all(rows, alone);
+    }
     Input* gathered = nullptr;
     if (operand_.in_place()) {
       rows.first = reinterpret_cast<const Input*>(conv_.x) + first_row * operand_.row_stride();
@@ -202,6 +217,10 @@ class Driver {
         }
       });
     }
+    multiply_all(rows, alone);
+  }
+
+  void multiply_all(const Rows& rows, bool alone) const {
     parallel_for(tasks_, alone ? tasks_ : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) multiply(rows, task);
     });
@@ -214,17 +233,18 @@ class Driver {
     const int64_t count = min64(task_panels_, panels_ - panel);
     Tile<Policy> tile{};
     tile.conv = &conv_;
-    tile.rows = rows.first + group * rows.group_stride;
+    if (rows.first) tile.rows = rows.first + group * rows.group_stride;
     tile.row_stride = operand_.row_stride();
     tile.num_rows = rows.count;
     tile.row_sums = rows.sums ? rows.sums + group * rows.count : nullptr;
     tile.wide_sums = wide_sums();
     tile.depth_blocks = depth_blocks_;
+    tile.segment_blocks = segment_blocks_;
     tile.first_row = rows.first_row;
     tile.first_channel = group * group_outputs_ + panel * kPanelRows;
     tile.columns = min64(task_panels_ * kPanelRows, group_outputs_ - panel * kPanelRows);
     if constexpr (Policy::kFuses) {
-      if (Policy::fuses(rows.count)) {
+      if (Policy::fuses(rows.count) && !rows.lines) {
         return Policy::gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
       }
     }
@@ -237,7 +257,18 @@ class Driver {
     }
     tile.panels = w.panels;
     tile.starts = w.starts;
-    policy_.gemm(tile);
+    if (!rows.lines) return policy_.gemm(tile);
+    if constexpr (Policy::kReadsLines) {
+      const int64_t width = conv_.out_width;
+      tile.row_stride = conv_.stride_w * conv_.channels;
+      tile.num_rows = width;
+      tile.segment_step = rows.lines->kernel_step();
+      for (int64_t row = rows.first_row; row < rows.first_row + rows.count; row += width) {
+        tile.rows = rows.lines->at(row / width);
+        tile.first_row = row;
+        policy_.gemm(tile);
+      }
+    }
   }
 
   size_t weights_bytes(int64_t panels) const {
@@ -272,7 +303,41 @@ class Driver {
         }
       }
       const Weights to = w.from(p, panel_size_);
-      Policy::unpack(conv_, planes + p * plane_bytes_, depth_, offsets, to.panels, to.starts);
+      unpack_panel(planes + p * plane_bytes_, offsets, to);
+    }
+  }
+
+  void unpack_panel(const uint8_t* planes, const int8_t* offsets, const Weights& to) const {
+    if constexpr (Policy::kReadsLines) {
+      if (reads_lines_ && depth_ / conv_.kernel_h % kBlockDepth) {
+        const int64_t blocks = ceil_div(depth_, kBlockDepth);
+        Weight* const dense = static_cast<Weight*>(
+            scratch(kLocalRows, blocks * kBlockDepth * kPanelRows * sizeof(Weight)));
+        Policy::unpack(conv_, planes, depth_, offsets, dense, to.starts);
+        return separate_segments(reinterpret_cast<const uint32_t*>(dense), blocks,
+                                 reinterpret_cast<uint32_t*>(to.panels));
+      }
+    }
+    Policy::unpack(conv_, planes, depth_, offsets, to.panels, to.starts);
+  }
+
+  // Blocks of four weights in one byte each, such that every segment starts with a block: zeros
+  // fill its last one.
+  void separate_segments(const uint32_t* dense, int64_t blocks, uint32_t* out) const {
+    const int64_t length = depth_ / conv_.kernel_h;
+    for (int64_t kh = 0; kh < conv_.kernel_h; ++kh) {
+      for (int64_t b = 0; b < segment_blocks_; ++b, out += kPanelRows) {
+        const int64_t k = kh * length + b * kBlockDepth;
+        const uint32_t* low = dense + k / kBlockDepth * kPanelRows;
+        const uint32_t* high = dense + min64(k / kBlockDepth + 1, blocks - 1) * kPanelRows;
+        const int shift = 8 * (k % kBlockDepth);
+        const int64_t count = min64(kBlockDepth, length - b * kBlockDepth);
+        const uint32_t present = ~uint32_t{0} >> 8 * (kBlockDepth - count);
+        for (int64_t j = 0; j < kPanelRows; ++j) {
+          const uint64_t two = low[j] | uint64_t{high[j]} << 32;
+          out[j] = static_cast<uint32_t>(two >> shift) & present;
+        }
+      }
     }
   }
 
@@ -298,8 +363,11 @@ class Driver {
 
   const PackedConv& conv_;
   const Policy policy_;
-  const int64_t group_inputs_, group_outputs_, depth_, depth_blocks_, panel_size_, plane_bytes_,
-      panels_, num_rows_, task_panels_, tasks_;
+  const int64_t group_inputs_, group_outputs_, depth_;
+  const bool reads_lines_;
+  const int64_t segment_blocks_,
+      depth_blocks_;  // of panels; a segment is the depth or a kernel row
+  const int64_t panel_size_, plane_bytes_, panels_, num_rows_, task_panels_, tasks_;
   LeftOperand<Policy> operand_;
   const int64_t largest_offset_;
   Weights all_{};  // of all groups, or null

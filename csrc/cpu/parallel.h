@@ -29,7 +29,6 @@ enum ScratchSlot {
   kLocalWeights,
   kLocalRows,
   kPlanes,
-  kPadded,
   kSums,
   kNumScratchSlots
 };
