@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, images, packed_network
+from networks import CLASSES, NETWORKS, conv_bn, images, packed_network, quantized, randomize
 from torch import nn
 
 from fdda_fast.deploy import pack
@@ -64,8 +64,21 @@ def test_images_of_any_layout():
         assert torch.equal(packed(x), packed.execute(x))
 
 
-def test_results_do_not_change_with_the_next_call():
-    packed = packed_network("resnet", Bits(4, 4))[1]
+class FlatConv(nn.Module):
+    """A convolution as classifier: the result is a view of what an integer node made."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = conv_bn(3, 16), nn.Conv2d(16, CLASSES, 1)
+
+    def forward(self, x):
+        return self.head(nn.functional.adaptive_avg_pool2d(self.body(x), 1)).flatten(1)
+
+
+@pytest.mark.parametrize("network", [NETWORKS["resnet"], FlatConv])
+def test_results_do_not_change_with_the_next_call(network):
+    torch.manual_seed(0)
+    packed = pack(quantized(randomize(network()), Bits(4, 4)), images(1))
     x = images(2)
     packed(x)
     first = packed(x)
@@ -92,8 +105,6 @@ class Views(nn.Module):
 
 
 def test_views_keep_what_they_show():
-    from networks import quantized, randomize
-
     torch.manual_seed(0)
     qmodel = quantized(randomize(Views()), Bits(4, 4))
     packed = pack(qmodel, images(1))
