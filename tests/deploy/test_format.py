@@ -263,6 +263,8 @@ def not_finite(t):
         (requantize("x_scale", 0.0), "x_scale: expected > 0"),
         (requantize("x_zero_point", 300), "x_zero_point"),
         (requantize("bits", 9), "bits"),
+        (requantize("scale", 1e39), "Requantize.scale: expected a finite number in the range"),
+        (requantize("zero_point", -(10**400)), "Requantize.zero_point: expected a finite number"),
         (graph("in_channels", 0), "in_channels"),
         (graph("image_size", [16]), "image_size"),
         (graph("image_size", "ab"), "image_size"),
