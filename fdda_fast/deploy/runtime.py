@@ -141,8 +141,8 @@ class PackedModel(nn.Module):
             logits = self.execute(images)
         self._programs.pop(key, None)
         self._programs[key] = program  # the last is the latest
-        while len(self._programs) > _PROGRAMS:
-            self._programs.pop(next(iter(self._programs)), None)
+        for stale in list(self._programs)[:-_PROGRAMS]:  # a copy: other threads add to it
+            self._programs.pop(stale, None)
         return logits
 
     @torch.no_grad()

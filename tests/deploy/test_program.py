@@ -1,7 +1,10 @@
 """The native program of a packed graph: the same bits as the graph run node by node."""
 
 import copy
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +159,31 @@ def test_threads_of_the_user():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_with_images_of_many_shapes(monkeypatch):
+    """What threads do to the programs that are kept, as often and as mixed as can be."""
+
+    class Instant:
+        lock = SimpleNamespace(acquire=lambda blocking: True, release=lambda: None)
+        run = staticmethod(torch.clone)
+
+    packed = packed_network("linear")[1]
+    monkeypatch.setattr(type(packed), "_trace", lambda _, x: (Instant(), x))
+    inputs = [images(count) for count in range(1, 9)]
+
+    def work(first):
+        for k in range(8000):
+            packed(inputs[(first * k + k // 8) % 8])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(1, 9)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert 0 < len(packed._programs) <= _PROGRAMS
 
 
 def test_a_program_that_runs_is_neither_used_nor_made_again(monkeypatch):
