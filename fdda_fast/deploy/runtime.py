@@ -235,7 +235,9 @@ class PackedModel(nn.Module):
                 )
             )
 
-        self.execute(torch.zeros(1, self.graph.in_channels, *self.graph.image_size), add)
+        # Without memory of its own: a file may claim any size, and `execute` says what fails.
+        blank = torch.zeros(()).expand(1, self.graph.in_channels, *self.graph.image_size)
+        self.execute(blank, add)
         return rows
 
     def _bytes(self, node: Node) -> int:
