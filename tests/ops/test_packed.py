@@ -270,6 +270,36 @@ def test_linear_of_many_rows(isa, threads, rows, depth, features):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("offset", [0, 5000])
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "groups", "kernel"),
+    [(20, 24, 1, 1), (32, 35, 1, 3), (32, 32, 1, 3), (20, 20, 20, 3)],
+)
+def test_codes_of_values_that_are_no_numbers(isa, offset, channels, out_channels, groups, kernel):
+    """A residual of a float network may be NaN, and infinities of both signs may meet."""
+    g = generator(out_channels)
+    x = torch.randint(0, 60, (2, 9, 9, channels), generator=g, dtype=torch.uint8)
+    weight = codes((out_channels, kernel * kernel * channels // groups), 3, g)
+    geometry = ([kernel] * 2, [1, 1], [kernel // 2] * 2, [1, 1], groups, 7)
+    args = (x, ops.pack_weight(weight, 3), 3, out_channels, *geometry)
+    args = (*args, torch.full((out_channels,), offset))
+    shape = (2, 9, 9, out_channels)
+    bias, full = torch.zeros(out_channels), torch.full(shape, 255, dtype=torch.uint8)
+    for multiplier, residual, scale in (
+        (1e-3, torch.full(shape, float("nan")), 1.0),
+        (3e38, torch.full(shape, float("-inf")), 1.0),
+        (3e38, full, -3e38),
+    ):
+        tail = (torch.full((out_channels,), multiplier), bias, residual, scale)
+        for output_range in ((3, 200), (0, 15)):
+            expected = reference.packed_conv2d(*args, *tail, output_range)
+            with on_isa(isa):
+                assert torch.equal(ops.packed_conv2d(*args, *tail, output_range), expected)
+        if multiplier < 1:
+            assert (expected == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [2, 20])
 def test_offsets_up_to_where_sums_leave_int32(isa, rows):
     depth = 66
