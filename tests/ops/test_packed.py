@@ -300,6 +300,24 @@ def test_codes_of_values_that_are_no_numbers(isa, offset, channels, out_channels
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("rows", [1, 5, 16, 70])
+def test_padding_codes_weigh_nothing(isa, dtype, rows):
+    """A file may have others than 0 there."""
+    g = generator(rows)
+    for depth, features in ((5, 20), (7, 33), (66, 16)):
+        shape = (-(-features // 16), -(-depth // 4), 4, 8)
+        weight = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+        x = torch.randint(0, 256, (rows, depth), generator=g).to(dtype)
+        for offset in (0, 300):
+            args = (x, weight, 4, features, 9, torch.full((features,), offset))
+            args = (*args, torch.ones(features), torch.zeros(features))
+            with on_isa(isa):
+                actual = ops.packed_linear(*args)
+            assert torch.equal(actual, reference.packed_linear(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [2, 20])
 def test_offsets_up_to_where_sums_leave_int32(isa, rows):
     depth = 66
