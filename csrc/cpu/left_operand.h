@@ -33,7 +33,8 @@ class LeftOperand {
                   conv.stride_h * conv.stride_w == 1 && conv.pad_h + conv.pad_w == 0 &&
                   group_inputs_ % kBlockDepth == 0 && conv.channels % kPageBytes != 0),
         adjacent_(conv.dilation_w == 1 && conv.groups == 1),
-        few_(adjacent_ && conv.kernel_h > 1 && kernel_row_ <= Policy::kFewInputs),
+        few_(adjacent_ && conv.kernel_h > 1 && kernel_row_ <= Policy::kFewInputs &&
+             padding_is_modest(conv)),
         row_stride_(in_place_ ? conv.channels : gathered_stride()) {}
 
   // Whether its rows are those of x.

@@ -9,6 +9,7 @@ from fdda_fast import ops
 from fdda_fast.ops import _library, reference
 
 BITS = st.integers(2, 8)
+LARGEST = 2**31 - 1  # of a stride or padding
 SEED = st.integers(0, 2**32 - 1)
 
 
@@ -186,6 +187,29 @@ def test_conv2d_of_short_kernel_rows(isa, threads, channels, batch):
             with on_isa(isa):
                 actual = with_threads(threads, ops.packed_conv2d, *args)
             assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("size", "channels", "kernel", "stride", "padding"),
+    [
+        ((2, 2), 1, 7, (LARGEST, LARGEST), (LARGEST, LARGEST)),
+        ((2, 2), 8, 3, (2**29, 2**29), (LARGEST, LARGEST)),
+        ((2, 2), 16, 3, (2**29, 2**29), (LARGEST, LARGEST)),
+        ((32, 10), 64, 3, (1, LARGEST), (1, 1)),
+        ((10, 32), 64, 3, (LARGEST, 1), (1, 1)),
+    ],
+)
+def test_conv2d_of_huge_strides_and_padding(isa, size, channels, kernel, stride, padding):
+    """Few outputs of images whose padding no memory would hold."""
+    g = generator(kernel)
+    x = torch.randint(0, 256, (1, *size, channels), generator=g, dtype=torch.uint8)
+    weight = ops.pack_weight(codes((20, kernel * kernel * channels), 4, g), 4)
+    args = (x, weight, 4, 20, [kernel] * 2, stride, padding, [1, 1], 1, 3)
+    args = (*args, torch.zeros(20, dtype=torch.int64), torch.ones(20), torch.zeros(20))
+    with on_isa(isa):
+        actual = ops.packed_conv2d(*args)
+    assert torch.equal(actual, reference.packed_conv2d(*args))
 
 
 @pytest.mark.parametrize("isa", ISAS)
