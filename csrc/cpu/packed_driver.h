@@ -11,8 +11,7 @@
 //   row_sum(row, depth, conv)
 //                      sum of (x - x_zero_point) over a row
 //   gemm(tile)         all rows times all columns, with the epilogue; may be a member of a policy
-//   that
-//                      knows more about the call
+//                      that knows more about the call
 //   kFuses; fuses(rows), gemm_planes(tile, planes, depth)
 //                      gemm straight from the planes, for so few rows; all offsets are applied in
 //                      the epilogue
