@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 #include <type_traits>
 
@@ -29,6 +30,14 @@ class Reader {
     return value;
   }
 
+  void read(std::initializer_list<int64_t*> values) {
+    for (int64_t* value : values) *value = next();
+  }
+
+  void read(std::initializer_list<float*> values) {
+    for (float* value : values) *value = number();
+  }
+
   template <class T>
   T* address() {
     return reinterpret_cast<T*>(static_cast<intptr_t>(next()));
@@ -43,10 +52,8 @@ Quantize decode_quantize(Reader& r) {
   Quantize a{};
   a.x = r.address<const float>();
   a.out = r.address<uint8_t>();
-  for (int64_t* v : {&a.batch, &a.channels, &a.height, &a.width, &a.stride_n, &a.stride_c,
-                     &a.stride_h, &a.stride_w}) {
-    *v = r.next();
-  }
+  r.read({&a.batch, &a.channels, &a.height, &a.width, &a.stride_n, &a.stride_c, &a.stride_h,
+          &a.stride_w});
   a.scale = r.number();
   a.zero_point = r.number();
   a.bits = static_cast<int>(r.next());
@@ -58,7 +65,7 @@ RequantizeCodes decode_requantize(Reader& r) {
   a.x = r.address<const uint8_t>();
   a.out = r.address<uint8_t>();
   a.count = r.next();
-  for (float* v : {&a.x_scale, &a.x_zero_point, &a.scale, &a.zero_point}) *v = r.number();
+  r.read({&a.x_scale, &a.x_zero_point, &a.scale, &a.zero_point});
   a.bits = static_cast<int>(r.next());
   return a;
 }
@@ -68,11 +75,8 @@ MaxPool decode_max_pool(Reader& r) {
   a.x = r.address<const uint8_t>();
   a.out = r.address<uint8_t>();
   PoolShape& s = a.shape;
-  for (int64_t* v :
-       {&s.batch, &s.height, &s.width, &s.channels, &s.out_height, &s.out_width, &s.kernel_h,
-        &s.kernel_w, &s.stride_h, &s.stride_w, &s.pad_h, &s.pad_w, &s.dilation_h, &s.dilation_w}) {
-    *v = r.next();
-  }
+  r.read({&s.batch, &s.height, &s.width, &s.channels, &s.out_height, &s.out_width, &s.kernel_h,
+          &s.kernel_w, &s.stride_h, &s.stride_w, &s.pad_h, &s.pad_w, &s.dilation_h, &s.dilation_w});
   return a;
 }
 
@@ -80,7 +84,7 @@ SumPool decode_sum_pool(Reader& r) {
   SumPool a{};
   a.x = r.address<const uint8_t>();
   a.out = r.address<int32_t>();
-  for (int64_t* v : {&a.batch, &a.pixels, &a.channels}) *v = r.next();
+  r.read({&a.batch, &a.pixels, &a.channels});
   return a;
 }
 
@@ -103,11 +107,9 @@ PackedConv decode_conv(Reader& r) {
   a.x = r.address<const uint8_t>();
   a.weight = r.address<const uint8_t>();
   a.weight_offset = r.address<const int64_t>();
-  for (int64_t* v : {&a.batch, &a.height, &a.width, &a.channels, &a.out_channels, &a.out_height,
-                     &a.out_width, &a.kernel_h, &a.kernel_w, &a.stride_h, &a.stride_w, &a.pad_h,
-                     &a.pad_w, &a.dilation_h, &a.dilation_w, &a.groups}) {
-    *v = r.next();
-  }
+  r.read({&a.batch, &a.height, &a.width, &a.channels, &a.out_channels, &a.out_height, &a.out_width,
+          &a.kernel_h, &a.kernel_w, &a.stride_h, &a.stride_w, &a.pad_h, &a.pad_w, &a.dilation_h,
+          &a.dilation_w, &a.groups});
   a.bits = static_cast<int>(r.next());
   a.x_zero_point = static_cast<int32_t>(r.next());
   a.weight_fits_s8 = r.next() != 0;
@@ -120,7 +122,7 @@ PackedLinearS32 decode_linear(Reader& r) {
   a.x = r.address<const int32_t>();
   a.weight = r.address<const uint8_t>();
   a.weight_offset = r.address<const int64_t>();
-  for (int64_t* v : {&a.rows, &a.depth, &a.out_features}) *v = r.next();
+  r.read({&a.rows, &a.depth, &a.out_features});
   a.bits = static_cast<int>(r.next());
   a.x_zero_point = r.next();
   a.epilogue = decode_epilogue(r);

@@ -1,5 +1,6 @@
 """Every command on small cases, every kind of bad input, interruption and resuming."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 
 from fdda_fast.cli import app
 from fdda_fast.cli.options import parse_bits
-from fdda_fast.deploy import load_packed
+from fdda_fast.deploy import PackedModel, load_packed
+from fdda_fast.deploy.graph import Node
+from fdda_fast.deploy.integer import Reshape
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.runs import load_quantized
 
@@ -230,6 +233,23 @@ def test_run(results):
     for line in lines:
         assert set(line[1::2]) == set(COLOURS)
         assert sum(map(float, line[2::2])) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "message"),
+    [
+        ((-1,), ["a", "b"], "expected logits of 2 class names, got [1, 3]"),
+        ((3, 1), None, "expected logits of classes, got [1, 3, 1]"),
+    ],
+)
+def test_run_of_a_model_that_makes_other_logits(results, tmp_path, shape, names, message):
+    packed = load_packed(results / "quantized" / "model.fdda")
+    graph = packed.graph
+    view = Node("view", Reshape(shape=shape), (graph.output,))
+    graph = dataclasses.replace(graph, nodes=(*graph.nodes, view), output=len(graph.nodes) + 1)
+    other = PackedModel(graph, packed.tensors, packed.preprocessing, names)
+    other.save(tmp_path / "other.fdda")
+    assert message in refused(results, "run", tmp_path / "other.fdda", "tree/test/blue/5.png")
 
 
 def test_run_profile(results):

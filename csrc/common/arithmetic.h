@@ -68,8 +68,11 @@ FDDA_HOST_DEVICE static inline float dequantize(int64_t acc, float multiplier, f
   return v * multiplier + bias;
 }
 
+// NaN becomes lo.
 FDDA_HOST_DEVICE static inline uint8_t requantize(float v, float lo, float hi) {
-  return static_cast<uint8_t>(static_cast<int32_t>(round_half_even(clamp(v, lo, hi))));
+  v = v > lo ? v : lo;
+  v = v > hi ? hi : v;
+  return static_cast<uint8_t>(static_cast<int32_t>(round_half_even(v)));
 }
 
 }  // namespace fdda

@@ -470,7 +470,7 @@ class Depthwise {
       const F32 lo = F32{} + e.lo, hi = F32{} + e.hi;
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        v[k] = v[k] < lo ? lo : v[k];
+        v[k] = v[k] > lo ? v[k] : lo;  // as requantize(): NaN becomes lo
         v[k] = v[k] > hi ? hi : v[k];
       }
       const typename B::U8 codes = rounded<typename B::U8>(v);

@@ -6,6 +6,7 @@
 #include "row_tiles.h"
 #include "rows_amx.h"
 #include "store_amx.h"
+#include "window.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -14,19 +15,23 @@ namespace {
 constexpr int64_t kBlockBytes = int64_t{1} << 20;  // of inputs and outputs, which L2 holds
 constexpr int64_t kManyOutputs = 256;              // enough to expand all weights for them
 
-// Without taps it is a matrix, whose rows may be split anywhere.
+// Without taps it is a matrix, whose rows may be split anywhere. Else, strides matter only where
+// there is a next output: InputRows would make room for it.
 PackedConv flattened(PackedConv conv) {
   if (conv.kernel_h * conv.kernel_w == 1 && conv.stride_h * conv.stride_w == 1 &&
       conv.pad_h + conv.pad_w == 0) {
     conv.height = conv.out_height = conv.batch * conv.height * conv.width;
     conv.batch = conv.width = conv.out_width = 1;
+  } else {
+    if (conv.out_height == 1) conv.stride_h = 1;
+    if (conv.out_width == 1) conv.stride_w = 1;
   }
   return conv;
 }
 
 // Few outputs fill no tile, few inputs no step, and a panel must belong to one group.
 bool applies(const PackedConv& conv) {
-  if (conv.channels == 0 || conv.batch == 0) return false;
+  if (conv.channels == 0 || conv.batch == 0 || !padding_is_modest(conv)) return false;
   const PackedConv flat = flattened(conv);
   return flat.out_height * flat.out_width >= kTileRows && Depth::of(conv).step >= 8 &&
          (conv.groups == 1 || conv.out_channels / conv.groups % kPanelRows == 0);

@@ -7,6 +7,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "window.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -18,7 +19,7 @@ class InputLines {
   // Whether it pays: not for lines so short that tiles of rows would be mostly empty.
   static bool apply(const PackedConv& conv) {
     return conv.groups == 1 && conv.dilation_w == 1 && conv.weight_fits_s8 &&
-           conv.out_width >= kFewPixels &&
+           conv.out_width >= kFewPixels && padding_is_modest(conv) &&
            conv.kernel_h * conv.kernel_w * conv.stride_h * conv.stride_w > 1;
   }
 

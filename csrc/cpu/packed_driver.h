@@ -12,8 +12,7 @@
 //   row_sum(row, depth, conv)
 //                      sum of (x - x_zero_point) over a row
 //   gemm(tile)         all rows times all columns, with the epilogue; may be a member of a policy
-//   that
-//                      knows more about the call
+//                      that knows more about the call
 //   kFuses; fuses(rows), gemm_planes(tile, planes, depth)
 //                      gemm straight from the planes, for so few rows; all offsets are applied in
 //                      the epilogue
@@ -169,9 +168,10 @@ class Driver {
 
   // As many as L2 holds together with their outputs, but no few for the outputs' sake.
   int64_t rows_at_once() const {
-    const int64_t inputs = reads_lines_ ? conv_.stride_h * conv_.stride_w * conv_.channels
-                                        : operand_.row_stride() * sizeof(Input) *
-                                              (operand_.in_place() ? 1 : conv_.groups);
+    const int64_t inputs =
+        reads_lines_
+            ? min64(conv_.stride_h, conv_.height) * conv_.stride_w * conv_.channels
+            : operand_.row_stride() * sizeof(Input) * (operand_.in_place() ? 1 : conv_.groups);
     const int64_t outputs = conv_.out_channels * (conv_.epilogue.out_u8 ? 1 : sizeof(float));
     const int64_t many = min64(kManyRows, 2 * kBlockBytes / max64(1, inputs));
     return max64(1, max64(many, kBlockBytes / (inputs + outputs)));

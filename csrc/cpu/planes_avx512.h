@@ -171,7 +171,7 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
     for (int s = 0; s < kSplit; ++s) add(s, expand(k + s));
   }
   for (; k < blocks; ++k) add(0, expand(k));
-  if (p.rest()) add(0, expand(k));
+  if (p.rest()) add(0, _mm512_maskz_mov_epi8(p.rest(), expand(k)));
 #pragma GCC unroll 4
   for (int s = 1; s < kSplit; ++s) {
     weights[0] = _mm512_add_epi32(weights[0], weights[s]);

@@ -158,13 +158,16 @@ def run(
     for start in range(0, len(files), _BATCH):
         batch = files[start : start + _BATCH]
         images = torch.stack([_read_image(file, packed.preprocessing) for file in batch])
-        probabilities = packed(images).softmax(1)
+        logits, names = packed(images), packed.class_names
+        if logits.ndim != 2 or (names and len(names) != logits.shape[1]):
+            known = f"{len(names)} class names" if names else "classes"
+            raise ValueError(f"{model}: expected logits of {known}, got {list(logits.shape)}")
+        probabilities = logits.softmax(1)
         best = probabilities.topk(min(top, probabilities.shape[1]))
         for file, values, classes in zip(batch, best.values, best.indices, strict=True):
             cells = [str(file)]
             for value, label in zip(values.tolist(), classes.tolist(), strict=True):
-                name = packed.class_names[label] if packed.class_names else str(label)
-                cells += [name, f"{value:.4f}"]
+                cells += [names[label] if names else str(label), f"{value:.4f}"]
             print("\t".join(cells))
         if profile and start == 0:
             first = images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_SIDE = 1 << 14  # of an image, in pixels: more would ask for gigabytes
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,19 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.resize < self.image_size:
+        if not 1 <= self.image_size <= self.resize <= MAX_SIDE:
             raise ValueError(
-                f"resize must be >= image_size >= 1, got resize={self.resize}, "
+                f"resize must be >= image_size >= 1 and <= {MAX_SIDE}, got resize={self.resize}, "
                 f"image_size={self.image_size}"
             )
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise ValueError(
                 f"mean and std need 1 or 3 values each, got {len(self.mean)} and {len(self.std)}"
             )
-        if not all(s > 0 for s in self.std):
-            raise ValueError(f"std must be positive, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if not all(0 < s < math.inf for s in self.std):
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
     @property
     def channels(self) -> int:
@@ -78,5 +82,5 @@ class Preprocessing:
                 mean=tuple(float(v) for v in values["mean"]),
                 std=tuple(float(v) for v in values["std"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a preprocessing record: {values!r} ({error})") from error

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..data.preprocessing import MAX_SIDE
 from . import glue, integer  # noqa: F401  (they fill the table of records)
 from .schema import MAX_EXTENT, Op, TensorSpec, ValueType, make_record
 
-MAX_IMAGE = 1 << 14
 _NAME = re.compile(r"[!-~]{1,400}")
 
 
@@ -57,7 +57,7 @@ class Graph:
         if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
             raise ValueError(f"graph.image_size: expected two integers, got {self.image_size!r}")
         for size in self.image_size:
-            _check_int("image_size", size, 1, MAX_IMAGE)
+            _check_int("image_size", size, 1, MAX_SIDE)
         if not isinstance(self.fixed_size, bool):
             raise ValueError(f"graph.fixed_size: expected true or false, got {self.fixed_size!r}")
         names = set()

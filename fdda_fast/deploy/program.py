@@ -125,9 +125,10 @@ class Program:
             )
             if steps is not None:
                 steps += [self._step(part.start + k, *taken) for k, taken in enumerate(times)]
-        output = self._graph.output
-        # The arena's values are overwritten by the next call.
-        return values[output].clone() if self._made[output] is not None else values[output]
+        output = values[self._graph.output]
+        # The next call overwrites the arena, of which a float node's result may be a view.
+        in_arena = output.untyped_storage().data_ptr() == self._arena.untyped_storage().data_ptr()
+        return output.clone() if in_arena else output
 
     def _step(self, n: int, kernel: str, seconds: float) -> Step:
         node = self._graph.nodes[n]

@@ -141,8 +141,8 @@ class PackedModel(nn.Module):
             logits = self.execute(images)
         self._programs.pop(key, None)
         self._programs[key] = program  # the last is the latest
-        while len(self._programs) > _PROGRAMS:
-            self._programs.pop(next(iter(self._programs)), None)
+        for stale in list(self._programs)[:-_PROGRAMS]:  # a copy: other threads add to it
+            self._programs.pop(stale, None)
         return logits
 
     @torch.no_grad()
@@ -235,7 +235,9 @@ class PackedModel(nn.Module):
                 )
             )
 
-        self.execute(torch.zeros(1, self.graph.in_channels, *self.graph.image_size), add)
+        # Without memory of its own: a file may claim any size, and `execute` says what fails.
+        blank = torch.zeros(()).expand(1, self.graph.in_channels, *self.graph.image_size)
+        self.execute(blank, add)
         return rows
 
     def _bytes(self, node: Node) -> int:

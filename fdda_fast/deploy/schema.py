@@ -11,6 +11,8 @@ import torch
 
 # One axis of a tensor, a kernel, a shift: generous for any CNN, small enough to never overflow.
 MAX_EXTENT = 1 << 20
+# The operators compute in float32.
+MAX_NUMBER = torch.finfo(torch.float32).max
 
 
 class ValueType(NamedTuple):
@@ -44,13 +46,9 @@ def _whole(value: Any, low: int, high: int) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"expected a number, got {value!r}")
-    try:
-        value = float(value)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise ValueError("expected a finite number")
-    return value
+    if not abs(value) <= MAX_NUMBER:  # nor NaN
+        raise ValueError("expected a finite number in the range of float32")
+    return float(value)
 
 
 def _wholes(value: Any, low: int, high: int, lengths: Sequence[int]) -> tuple[int, ...]:

@@ -88,8 +88,8 @@ def packed_conv2d(
     `acc[o] = sum (x - x_zero_point) * (q[o] + weight_offset[o])`, exactly; padding contributes 0.
     Then in float32, every operation rounded: `v = float32(float64(acc)) * multiplier[o]`,
     `v = v + bias[o]`, `v = v + float32(residual) * float32(residual_scale)`. The output is v, or
-    with `output_range` the code `clamp(round(v), lo, hi)`, rounding half to even. Every backend
-    gives the same bits.
+    with `output_range` the code `clamp(round(v), lo, hi)`, rounding half to even; of NaN it is lo.
+    Every backend gives the same bits.
 
     Args:
         x: uint8 [N, H, W, C].

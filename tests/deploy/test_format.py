@@ -207,6 +207,13 @@ def part(key, value):
     return change
 
 
+def preprocessing(key, value):
+    def change(parts, tensors):
+        parts["preprocessing"][key] = value
+
+    return change
+
+
 def rename(parts, tensors):
     tensors["0.0.other"] = tensors.pop("0.0.bias")
 
@@ -263,6 +270,8 @@ def not_finite(t):
         (requantize("x_scale", 0.0), "x_scale: expected > 0"),
         (requantize("x_zero_point", 300), "x_zero_point"),
         (requantize("bits", 9), "bits"),
+        (requantize("scale", 1e39), "Requantize.scale: expected a finite number in the range"),
+        (requantize("zero_point", -(10**400)), "Requantize.zero_point: expected a finite number"),
         (graph("in_channels", 0), "in_channels"),
         (graph("image_size", [16]), "image_size"),
         (graph("image_size", "ab"), "image_size"),
@@ -277,6 +286,11 @@ def not_finite(t):
         (part("graph", None), "expected the keys"),
         (part("preprocessing", {"image_size": 16}), "not a preprocessing record"),
         (part("preprocessing", [1]), "preprocessing"),
+        (preprocessing("image_size", float("inf")), "not a preprocessing record"),
+        (preprocessing("std", [10**400] * 3), "not a preprocessing record"),
+        (preprocessing("mean", [float("nan")] * 3), "mean must be finite"),
+        (preprocessing("std", [float("inf")] * 3), "std must be positive and finite"),
+        (preprocessing("resize", 10**9), "and <= 16384, got resize=1000000000"),
         (part("class_names", ["a", "b"]), "2 class names for 10 outputs"),
         (part("class_names", list(range(10))), "must be printable strings"),
         (part("class_names", ["\x1b[2J"] * 10), "printable"),

@@ -1,11 +1,14 @@
 """The native program of a packed graph: the same bits as the graph run node by node."""
 
 import copy
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, images, packed_network
+from networks import CLASSES, NETWORKS, conv_bn, images, packed_network, quantized, randomize
 from torch import nn
 
 from fdda_fast.deploy import pack
@@ -64,8 +67,21 @@ def test_images_of_any_layout():
         assert torch.equal(packed(x), packed.execute(x))
 
 
-def test_results_do_not_change_with_the_next_call():
-    packed = packed_network("resnet", Bits(4, 4))[1]
+class FlatConv(nn.Module):
+    """A convolution as classifier: the result is a view of what an integer node made."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = conv_bn(3, 16), nn.Conv2d(16, CLASSES, 1)
+
+    def forward(self, x):
+        return self.head(nn.functional.adaptive_avg_pool2d(self.body(x), 1)).flatten(1)
+
+
+@pytest.mark.parametrize("network", [NETWORKS["resnet"], FlatConv])
+def test_results_do_not_change_with_the_next_call(network):
+    torch.manual_seed(0)
+    packed = pack(quantized(randomize(network()), Bits(4, 4)), images(1))
     x = images(2)
     packed(x)
     first = packed(x)
@@ -92,8 +108,6 @@ class Views(nn.Module):
 
 
 def test_views_keep_what_they_show():
-    from networks import quantized, randomize
-
     torch.manual_seed(0)
     qmodel = quantized(randomize(Views()), Bits(4, 4))
     packed = pack(qmodel, images(1))
@@ -145,6 +159,31 @@ def test_threads_of_the_user():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_with_images_of_many_shapes(monkeypatch):
+    """What threads do to the programs that are kept, as often and as mixed as can be."""
+
+    class Instant:
+        lock = SimpleNamespace(acquire=lambda blocking: True, release=lambda: None)
+        run = staticmethod(torch.clone)
+
+    packed = packed_network("linear")[1]
+    monkeypatch.setattr(type(packed), "_trace", lambda _, x: (Instant(), x))
+    inputs = [images(count) for count in range(1, 9)]
+
+    def work(first):
+        for k in range(8000):
+            packed(inputs[(first * k + k // 8) % 8])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(1, 9)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert 0 < len(packed._programs) <= _PROGRAMS
 
 
 def test_a_program_that_runs_is_neither_used_nor_made_again(monkeypatch):

@@ -1,5 +1,6 @@
 """PackedModel: its inputs, what it says about itself."""
 
+import dataclasses
 import math
 
 import pytest
@@ -88,6 +89,12 @@ def test_summary(packed):
     assert sum(row.weight_bytes for row in rows.values()) == sum(
         t.numel() * t.element_size() for t in packed.tensors.values()
     )
+
+
+def test_summary_of_images_that_do_not_fit_memory(packed):
+    graph = dataclasses.replace(packed.graph, in_channels=2**20, image_size=(2**14, 2**14))
+    with pytest.raises(ValueError, match="cannot run on images of shape"):
+        PackedModel(graph, packed.tensors).summary()
 
 
 def test_glue_is_named():

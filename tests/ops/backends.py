@@ -65,3 +65,9 @@ def with_threads(threads, function, *args):
         return function(*args)
     finally:
         torch.set_num_threads(before)
+
+
+def assert_threads_agree(function, *args):
+    """The tensors that function(*args) makes are the same on one thread and on two."""
+    one, two = (with_threads(threads, function, *args) for threads in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, generator, limits, norm_tensors, on_isa
+from backends import ISAS, QUICK, assert_threads_agree, generator, limits, norm_tensors, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,16 +128,14 @@ def test_threads_do_not_change_the_result(isa, memory_format):
     g = generator(3)
     x = torch.randn(9, 70, 40, 30, generator=g).contiguous(memory_format=memory_format)
     norm, labels = norm_tensors(70, g), torch.randint(0, 4, (9,), generator=g)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with on_isa(isa):
-            leaves = [x.clone().requires_grad_(), x.flip(0).requires_grad_()]
-            out = ops.bn_relu_class_moments(leaves[0], *norm, EPS, labels, 4, True, leaves[1])
-            grads = torch.autograd.grad(sum(o.sum() for o in out), leaves)
-        results.append([*out, *grads])
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+    def run():
+        leaves = [x.clone().requires_grad_(), x.flip(0).requires_grad_()]
+        out = ops.bn_relu_class_moments(leaves[0], *norm, EPS, labels, 4, True, leaves[1])
+        return *out, *torch.autograd.grad(sum(o.sum() for o in out), leaves)
+
+    with on_isa(isa):
+        assert_threads_agree(run)
 
 
 @pytest.mark.parametrize(

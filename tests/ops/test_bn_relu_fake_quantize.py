@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, assert_same_bits, generator, limits, norm_tensors, on_isa
+from backends import (
+    ISAS,
+    QUICK,
+    assert_same_bits,
+    assert_threads_agree,
+    generator,
+    limits,
+    norm_tensors,
+    on_isa,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -160,17 +169,14 @@ def test_threads_do_not_change_the_result(isa, memory_format):
     g = generator(4)
     x = torch.randn(9, 70, 40, 30, generator=g).contiguous(memory_format=memory_format)
     norm, grad = norm_tensors(70, g), torch.randn(x.shape, generator=g)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+
+    def run():
         leaves = [t.detach().requires_grad_() for t in (x, *norm[:2], torch.tensor(1.5))]
-        with on_isa(isa):
-            y = ops.bn_relu_fake_quantize(
-                *leaves[:3], *norm[2:], EPS, torch.tensor(0.0), leaves[3], 4
-            )
-            results.append([y, *torch.autograd.grad(y, leaves, grad)])
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+        y = ops.bn_relu_fake_quantize(*leaves[:3], *norm[2:], EPS, torch.tensor(0.0), leaves[3], 4)
+        return y, *torch.autograd.grad(y, leaves, grad)
+
+    with on_isa(isa):
+        assert_threads_agree(run)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, QUICK, generator, on_isa
+from backends import ISAS, QUICK, assert_threads_agree, generator, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,18 +120,14 @@ def test_large_mean_does_not_cancel(isa, memory_format):
 def test_threads_do_not_change_the_result(isa, memory_format):
     x = torch.randn(16, 96, 30, 30, generator=generator(0)).contiguous(memory_format=memory_format)
     labels = torch.randint(0, 10, (16,), generator=generator(1))
-    results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with on_isa(isa):
-            leaf = x.clone().requires_grad_()
-            mean, var, _ = ops.class_moments(leaf, labels, 10)
-            (grad,) = torch.autograd.grad(mean.sum() + var.sum(), leaf)
-        results.append((mean.detach(), var.detach(), grad))
-    torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        mean, var, _ = ops.class_moments(leaf, labels, 10)
+        return mean, var, *torch.autograd.grad(mean.sum() + var.sum(), leaf)
+
+    with on_isa(isa):
+        assert_threads_agree(run)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, generator, on_isa
+from backends import ISAS, QUICK, assert_threads_agree, generator, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,16 +134,14 @@ def test_threads_do_not_change_the_result(isa, memory_format):
     x = torch.randn(9, 70, 40, 30, generator=g).contiguous(memory_format=memory_format)
     weight, bias = torch.randn(2, 4, 70, generator=g)
     labels = torch.randint(0, 4, (9,), generator=g)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with on_isa(isa):
-            leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-            y, *moments = ops.conditional_bn_lrelu(leaves[0], labels, *leaves[1:], [4, 5], EPS)
-            grads = torch.autograd.grad(y.square().sum(), leaves)
-        results.append([y, *moments, *grads])
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y, *moments = ops.conditional_bn_lrelu(leaves[0], labels, *leaves[1:], [4, 5], EPS)
+        return y, *moments, *torch.autograd.grad(y.square().sum(), leaves)
+
+    with on_isa(isa):
+        assert_threads_agree(run)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, generator, on_isa
+from backends import ISAS, QUICK, assert_threads_agree, generator, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,13 +119,8 @@ def test_instruction_sets_agree_bit_by_bit():
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.usefixtures("path")
 def test_threads_do_not_change_the_result(isa):
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with on_isa(isa):
-            results.append(gradients(ops.conv3x3, *case_at_size()))
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    with on_isa(isa):
+        assert_threads_agree(gradients, ops.conv3x3, *case_at_size())
 
 
 @pytest.mark.usefixtures("path")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, generator, on_isa
+from backends import ISAS, QUICK, assert_threads_agree, generator, on_isa, with_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,13 +146,12 @@ def test_winograd_error_at_size():
 
 def test_winograd_on_instruction_sets_and_threads_agrees_bit_by_bit():
     """The transforms do; the products are the library's."""
-    before, results = torch.get_num_threads(), []
+    results = []
     for isa in ISAS:
         for threads in (1, 2):
-            torch.set_num_threads(threads)
             with on_isa(isa):
-                results.append(gradients(ops.upsample_conv3x3, *winograd_case()))
-    torch.set_num_threads(before)
+                case = (ops.upsample_conv3x3, *winograd_case())
+                results.append(with_threads(threads, gradients, *case))
     assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
 
 
@@ -165,14 +164,13 @@ def test_threads_do_not_change_the_result(isa, name, outputs, dtype, monkeypatch
     g = generator(3)
     x = torch.randn(3, 64, 40, 30, generator=g).to(dtype)
     case = x, torch.randn(outputs, 64, 3, 3, generator=g), torch.randn(outputs, generator=g)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with on_isa(isa):
-            y = getattr(ops, name)(*case)
-            results.append(gradients(getattr(ops, name), case, y.square()))
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+    def run():
+        y = getattr(ops, name)(*case)
+        return gradients(getattr(ops, name), case, y.square())
+
+    with on_isa(isa):
+        assert_threads_agree(run)
 
 
 @pytest.mark.parametrize("name", NAMES)

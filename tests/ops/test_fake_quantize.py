@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa
+from backends import (
+    ISAS,
+    QUICK,
+    assert_same_bits,
+    assert_threads_agree,
+    generator,
+    on_isa,
+    with_threads,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,14 +173,9 @@ def test_non_finite_values_are_not_hidden(isa, special):
 
 def test_threads_do_not_change_the_result():
     x = torch.randn(8, 32, 40, 40, generator=generator(0))
-    results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append((ops.fake_quantize_minmax(x, 4), ops.fake_quantize_minmax(x, 4, 1)))
-    torch.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
+    assert_threads_agree(
+        lambda: (ops.fake_quantize_minmax(x, 4), ops.fake_quantize_minmax(x, 4, 1))
+    )
 
 
 def assert_small_error(found, exact, plain, magnitude):
@@ -298,23 +301,20 @@ def test_threads_do_not_change_a_gradient(isa, axis):
     g = generator(5)
     x = torch.randn(9, 70, 40, 30, generator=g)
     size = () if axis is None else (x.shape[axis],)
-    leaves = (x, torch.full(size, -1.0), torch.full(size, 1.3))
+    low, high = torch.full(size, -1.0), torch.full(size, 1.3)
     grad = torch.randn(x.shape, generator=g)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        leaves = [t.detach().requires_grad_() for t in leaves]
-        with on_isa(isa):
-            y = ops.fake_quantize_range(*leaves, 4, axis, "clipped")
-            found = list(torch.autograd.grad(y, leaves, grad))
-            leaves[1].data.abs_()
-            y = ops.fake_quantize(*leaves, 0, 5, axis)
-            found += torch.autograd.grad(y, leaves, grad)
-            leaves[1].data.neg_()
-            found += ops.observe_range(x, torch.tensor(0.0), torch.tensor(0.0), 0.9, False)
-        results.append(found)
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+    def run():
+        leaves = [t.detach().requires_grad_() for t in (x, low, high)]
+        y = ops.fake_quantize_range(*leaves, 4, axis, "clipped")
+        found = list(torch.autograd.grad(y, leaves, grad))
+        leaves = [t.detach().requires_grad_() for t in (x, -low, high)]
+        y = ops.fake_quantize(*leaves, 0, 5, axis)
+        found += torch.autograd.grad(y, leaves, grad)
+        return *found, *ops.observe_range(x, torch.tensor(0.0), torch.tensor(0.0), 0.9, False)
+
+    with on_isa(isa):
+        assert_threads_agree(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -334,16 +334,16 @@ def test_tensors_larger_than_the_caches(dtype, layout):
     normed = reference.bn_relu_fake_quantize(*case)
     if layout == "shifted":  # rows start inside a line
         x = torch.cat([x[:1, :1, :1, :1].flatten(), x.flatten()])[1:].view(shape)
-    before = torch.get_num_threads()
+
+    def check():
+        assert torch.equal(ops.fake_quantize_range(x, low[0], high[0], 4), whole)
+        assert torch.equal(ops.fake_quantize_range(x, low, high, 4, 1), parts)
+        assert torch.equal(torch.ops.fdda.bn_relu_fake_quantize(x, *case[1:]), normed)
+
     for isa in ISAS:
         for threads in (1, 2):
-            torch.set_num_threads(threads)
             with on_isa(isa):
-                assert torch.equal(ops.fake_quantize_range(x, low[0], high[0], 4), whole)
-                assert torch.equal(ops.fake_quantize_range(x, low, high, 4, 1), parts)
-                found = torch.ops.fdda.bn_relu_fake_quantize(x, *case[1:])
-                assert torch.equal(found, normed)
-    torch.set_num_threads(before)
+                with_threads(threads, check)
 
 
 def test_only_wanted_gradients_are_made():

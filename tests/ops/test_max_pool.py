@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa
+from backends import ISAS, QUICK, assert_same_bits, assert_threads_agree, generator, on_isa
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -105,12 +105,7 @@ def test_refuses(changes, error, message):
 
 def test_threads_do_not_change_the_result():
     x, windows = torch.randn(3, 64, 57, 40), ([3, 3], [2, 2], [1, 1], [1, 1], False)
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(with_gradient(ops.max_pool2d, x, windows))
-    torch.set_num_threads(before)
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert_threads_agree(with_gradient, ops.max_pool2d, x, windows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

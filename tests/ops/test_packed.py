@@ -9,6 +9,7 @@ from fdda_fast import ops
 from fdda_fast.ops import _library, reference
 
 BITS = st.integers(2, 8)
+LARGEST = 2**31 - 1  # of a stride or padding
 SEED = st.integers(0, 2**32 - 1)
 
 
@@ -189,6 +190,29 @@ def test_conv2d_of_short_kernel_rows(isa, threads, channels, batch):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("size", "channels", "kernel", "stride", "padding"),
+    [
+        ((2, 2), 1, 7, (LARGEST, LARGEST), (LARGEST, LARGEST)),
+        ((2, 2), 8, 3, (2**29, 2**29), (LARGEST, LARGEST)),
+        ((2, 2), 16, 3, (2**29, 2**29), (LARGEST, LARGEST)),
+        ((32, 10), 64, 3, (1, LARGEST), (1, 1)),
+        ((10, 32), 64, 3, (LARGEST, 1), (1, 1)),
+    ],
+)
+def test_conv2d_of_huge_strides_and_padding(isa, size, channels, kernel, stride, padding):
+    """Few outputs of images whose padding no memory would hold."""
+    g = generator(kernel)
+    x = torch.randint(0, 256, (1, *size, channels), generator=g, dtype=torch.uint8)
+    weight = ops.pack_weight(codes((20, kernel * kernel * channels), 4, g), 4)
+    args = (x, weight, 4, 20, [kernel] * 2, stride, padding, [1, 1], 1, 3)
+    args = (*args, torch.zeros(20, dtype=torch.int64), torch.ones(20), torch.zeros(20))
+    with on_isa(isa):
+        actual = ops.packed_conv2d(*args)
+    assert torch.equal(actual, reference.packed_conv2d(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("zero_point", [0, 255])
@@ -266,6 +290,54 @@ def test_linear_of_many_rows(isa, threads, rows, depth, features):
             args = (*args, output_range)
             with on_isa(isa):
                 actual = with_threads(threads, ops.packed_linear, *args)
+            assert torch.equal(actual, reference.packed_linear(*args))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("offset", [0, 5000])
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "groups", "kernel"),
+    [(20, 24, 1, 1), (32, 35, 1, 3), (32, 32, 1, 3), (20, 20, 20, 3)],
+)
+def test_codes_of_values_that_are_no_numbers(isa, offset, channels, out_channels, groups, kernel):
+    """A residual of a float network may be NaN, and infinities of both signs may meet."""
+    g = generator(out_channels)
+    x = torch.randint(0, 60, (2, 9, 9, channels), generator=g, dtype=torch.uint8)
+    weight = codes((out_channels, kernel * kernel * channels // groups), 3, g)
+    geometry = ([kernel] * 2, [1, 1], [kernel // 2] * 2, [1, 1], groups, 7)
+    args = (x, ops.pack_weight(weight, 3), 3, out_channels, *geometry)
+    args = (*args, torch.full((out_channels,), offset))
+    shape = (2, 9, 9, out_channels)
+    bias, full = torch.zeros(out_channels), torch.full(shape, 255, dtype=torch.uint8)
+    for multiplier, residual, scale in (
+        (1e-3, torch.full(shape, float("nan")), 1.0),
+        (3e38, torch.full(shape, float("-inf")), 1.0),
+        (3e38, full, -3e38),
+    ):
+        tail = (torch.full((out_channels,), multiplier), bias, residual, scale)
+        for output_range in ((3, 200), (0, 15)):
+            expected = reference.packed_conv2d(*args, *tail, output_range)
+            with on_isa(isa):
+                assert torch.equal(ops.packed_conv2d(*args, *tail, output_range), expected)
+        if multiplier < 1:
+            assert (expected == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("rows", [1, 5, 16, 70])
+def test_padding_codes_weigh_nothing(isa, dtype, rows):
+    """A file may have others than 0 there."""
+    g = generator(rows)
+    for depth, features in ((5, 20), (7, 33), (66, 16)):
+        shape = (-(-features // 16), -(-depth // 4), 4, 8)
+        weight = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+        x = torch.randint(0, 256, (rows, depth), generator=g).to(dtype)
+        for offset in (0, 300):
+            args = (x, weight, 4, features, 9, torch.full((features,), offset))
+            args = (*args, torch.ones(features), torch.zeros(features))
+            with on_isa(isa):
+                actual = ops.packed_linear(*args)
             assert torch.equal(actual, reference.packed_linear(*args))
 
 

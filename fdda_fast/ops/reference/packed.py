@@ -48,7 +48,8 @@ def _epilogue(
         v = v + residual.float() * scale
     if output_range is None:
         return v.contiguous()
-    return torch.round(v).clamp(*output_range).to(torch.uint8).contiguous()
+    low, high = output_range
+    return torch.round(v.nan_to_num(low)).clamp(low, high).to(torch.uint8).contiguous()
 
 
 def packed_conv2d(
