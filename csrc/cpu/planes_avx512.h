@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "functions.h"
+#include "expand.h"
 
 // Processors with VNNI but without these are Cascade and Cooper Lake.
 #define FDDA_GFNI __attribute__((target("gfni,avx512vbmi")))
@@ -44,15 +44,7 @@ class MaskedAdds {
 
   __m512i operator()(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * BITS * kPlaneBytes;
-    __m512i w = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int b = 0; b < BITS; ++b) {
-      uint64_t plane;
-      memcpy(&plane, bytes + b * kPlaneBytes, kPlaneBytes);
-      const int weight = b == BITS - 1 ? -(1 << b) : 1 << b;
-      w = _mm512_mask_add_epi8(w, plane, w, _mm512_set1_epi8(static_cast<char>(weight)));
-    }
-    return w;
+    return add_planes(_mm512_setzero_si512(), bytes, BITS);
   }
 
  private:
