@@ -19,6 +19,7 @@
 
 #include "parallel.h"
 #include "planes_avx512.h"
+#include "winograd_inputs.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -111,7 +112,6 @@ Block plan_block(const PackedConv& conv, int64_t code, int64_t first_row, int64_
 // ---- inputs ----
 
 // One row of tiles, 64 channels from `channel` on; whether the codes read were small enough.
-// Arithmetic modulo 256: only the result has to fit.
 bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t channel) {
   const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
   const int64_t n = (b.first_row + row) / tiles_y, ty = (b.first_row + row) % tiles_y;
@@ -130,8 +130,9 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
     rows[i] = inside ? conv.x + pixel * conv.channels + channel : outside;
     steps[i] = inside ? conv.channels : 0;
   }
+  typedef uint8_t Bytes __attribute__((vector_size(kLine)));
   __m512i seen = zero;
-  auto column = [&](int64_t x, __m512i* t) {
+  auto read = [&](int64_t x, Bytes* out) __attribute__((always_inline)) {
     __m512i d[4];
     if (x < 0 || x >= conv.width) {
       d[0] = d[1] = d[2] = d[3] = zero;
@@ -141,33 +142,14 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
     }
     // The other two rows are these of other tiles.
     seen = _mm512_or_si512(seen, _mm512_or_si512(d[1], d[2]));
-    t[0] = _mm512_sub_epi8(d[0], d[2]);
-    t[1] = _mm512_add_epi8(d[1], d[2]);
-    t[2] = _mm512_sub_epi8(d[2], d[1]);
-    t[3] = _mm512_sub_epi8(d[1], d[3]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) out[i] = (Bytes)d[i];
   };
-  const __m512i offset = _mm512_set1_epi8(static_cast<char>(2 * b.code));
+  const __m512i shift = _mm512_set1_epi8(static_cast<char>(2 * b.code));
   uint8_t* const inputs = b.inputs + channel / kLine * b.line_stride;
   const int32_t* slots = b.slots + row * tiles_x;
-  __m512i t[4][4];
-  column(-1, t[0]);
-  column(0, t[1]);
-  for (int64_t tx = 0; tx < tiles_x; ++tx) {
-    column(2 * tx + 1, t[2]);
-    column(2 * tx + 2, t[3]);
-    uint8_t* out = inputs + slots[tx] * kLine;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      uint8_t* o = out + 4 * i * b.position_stride;
-      const __m512i p = _mm512_add_epi8(t[2][i], offset), q = _mm512_add_epi8(t[1][i], offset);
-      _mm512_store_si512(o, _mm512_sub_epi8(_mm512_add_epi8(t[0][i], offset), t[2][i]));
-      _mm512_store_si512(o + b.position_stride, _mm512_add_epi8(t[1][i], i == 1 ? t[2][i] : p));
-      _mm512_store_si512(o + 2 * b.position_stride, _mm512_sub_epi8(p, t[1][i]));
-      _mm512_store_si512(o + 3 * b.position_stride, _mm512_sub_epi8(q, t[3][i]));
-      t[0][i] = t[2][i];
-      t[1][i] = t[3][i];
-    }
-  }
+  transform_inputs(tiles_x, (Bytes)shift, b.position_stride, read,
+                   [&](int64_t tile) { return inputs + slots[tile] * kLine; });
   return !_mm512_test_epi8_mask(seen, _mm512_set1_epi8(static_cast<char>(~kLargestCode)));
 }
 
