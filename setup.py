@@ -32,20 +32,20 @@ PORTABLE_KERNELS = [
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-AVX512VNNI_FLAGS = [
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+AVX512_KERNELS = [*PORTABLE_KERNELS, "gemm_u8s8__avx512", "winograd_u8s8__avx512"]
+AVX512_FLAGS = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     *("-mprefer-vector-width=512", *GCC_NOISE),
 ]
+AVX512VNNI_FLAGS = [*AVX512_FLAGS, "-mavx512vnni"]
 ISAS = {
     "generic": ([*PORTABLE_KERNELS, "gemm_s16"], []),
     "avx2": ([*PORTABLE_KERNELS, "gemm_6x16__avx2"], ["-mavx2", "-mf16c"]),
     # Packed convolutions only, in either encoding; everything else is avx2's.
     "avxvnni": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavxvnni"]),
     "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
-    "avx512vnni": (
-        [*PORTABLE_KERNELS, "gemm_u8s8_14x32__avx512vnni", "winograd_u8s8__avx512vnni"],
-        AVX512VNNI_FLAGS,
-    ),
+    "avx512": (AVX512_KERNELS, AVX512_FLAGS),
+    "avx512vnni": (AVX512_KERNELS, AVX512VNNI_FLAGS),
     # Packed convolutions only; everything else is avx512vnni's.
     "amx": (
         ["gemm_u8s8_32x32__amx"],

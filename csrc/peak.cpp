@@ -32,6 +32,7 @@ constexpr int64_t kLoops = 100000;
   }
 
 #define FDDA_MADDUBS(sum, x) _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, x))
+#define FDDA_MADDUBS_512(sum, x) _mm512_add_epi16(sum, _mm512_maddubs_epi16(x, x))
 #define FDDA_DPBUSD(sum, x) _mm256_dpbusd_avx_epi32(sum, x, x)
 #define FDDA_DPBUSD_VL(sum, x) _mm256_dpbusd_epi32(sum, x, x)
 #define FDDA_DPBUSD_512(sum, x) _mm512_dpbusd_epi32(sum, x, x)
@@ -40,6 +41,7 @@ FDDA_CHAINS(avx2_chains, "avx2", __m256i, _mm256_setzero_si256(), FDDA_MADDUBS)
 FDDA_CHAINS(avxvnni_chains, "avx2,avxvnni", __m256i, _mm256_setzero_si256(), FDDA_DPBUSD)
 FDDA_CHAINS(avxvnni_evex_chains, "avx512vl,avx512vnni", __m256i, _mm256_setzero_si256(),
             FDDA_DPBUSD_VL)
+FDDA_CHAINS(avx512_chains, "avx512f,avx512bw", __m512i, _mm512_setzero_si512(), FDDA_MADDUBS_512)
 FDDA_CHAINS(avx512vnni_chains, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(),
             FDDA_DPBUSD_512)
 
@@ -66,6 +68,7 @@ double peak_macs_per_second() {
   if (std::strcmp(isa, "avxvnni") == 0) {
     return rate(__builtin_cpu_supports("avxvnni") ? avxvnni_chains : avxvnni_evex_chains, 32);
   }
+  if (std::strcmp(isa, "avx512") == 0) return rate(avx512_chains, 64);
   if (std::strcmp(isa, "avx512vnni") == 0) return rate(avx512vnni_chains, 64);
   if (std::strcmp(isa, "amx") == 0) {
     // A product of tiles takes as long as 16 steps: as many of each as elsewhere.

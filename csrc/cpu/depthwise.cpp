@@ -70,7 +70,7 @@ FDDA_VECTORS(__m256, _mm256)
 FDDA_VECTORS_S8(__m128, _mm)
 FDDA_VECTORS_S8(__m256, _mm256)
 #endif
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512BW__)
 FDDA_VECTORS(__m512, _mm512)
 FDDA_VECTORS_S8(__m512, _mm512)
 #endif

@@ -22,11 +22,12 @@ const Kernels avxvnni_kernels = with_packed_conv2d(
     __builtin_cpu_supports("avxvnni") ? avxvnni::packed_conv2d : avxvnni_evex::packed_conv2d);
 const Kernels amx_kernels = with_packed_conv2d(avx512vnni::kernels, amx::packed_conv2d);
 
-bool supports_avx512vnni() {
+bool supports_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool supports_avx512vnni() { return supports_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 // Linux enlarges a process's saved state by the tiles on request only.
 bool supports_amx() {
@@ -45,9 +46,7 @@ const Isa kIsas[kNumIsas] = {
      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
          (__builtin_cpu_supports("avxvnni") ||
           (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))},
-    {"avx512", nullptr,
-     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+    {"avx512", &avx512::kernels, supports_avx512()},
     {"avx512vnni", &avx512vnni::kernels, supports_avx512vnni()},
     {"amx", &amx_kernels, supports_amx()},
 };
@@ -60,11 +59,6 @@ const Isa kIsas[kNumIsas] = {
 #endif
 
 std::atomic<const Isa*> active{nullptr};
-
-const Isa* with_kernels(const Isa* isa) {
-  while (!isa->kernels) --isa;
-  return isa;
-}
 
 const Isa* current() {
   if (!active.load()) select_isa(nullptr);
@@ -83,7 +77,7 @@ const char* select_isa(const char* name) {
   for (int i = kNumIsas - 1; i >= 0; --i) {
     if (name ? std::strcmp(name, kIsas[i].name) != 0 : !kIsas[i].supported) continue;
     if (!kIsas[i].supported) return "is not supported by this processor";
-    active = with_kernels(&kIsas[i]);
+    active = &kIsas[i];
     return nullptr;
   }
   return "is not a known instruction set";

@@ -15,17 +15,25 @@ namespace {
 
 constexpr int kBlockCodes = kPanelRows * kBlockDepth;
 
-// The 64 codes of a block, [16 channels][4 k].
-inline void expand_block(const uint8_t* planes, int bits, int8_t* codes) {
 #if defined(__AVX512BW__)
-  __m512i sum = _mm512_setzero_si512();
+// sum plus the 64 codes of a block: one masked add a plane.
+inline __attribute__((always_inline)) __m512i add_planes(__m512i sum, const uint8_t* planes,
+                                                         int bits) {
+#pragma GCC unroll 8
   for (int b = 0; b < bits; ++b) {
     uint64_t plane;
     memcpy(&plane, planes + b * kPlaneBytes, kPlaneBytes);
     const int weight = b == bits - 1 ? -(1 << b) : 1 << b;
     sum = _mm512_mask_add_epi8(sum, plane, sum, _mm512_set1_epi8(static_cast<char>(weight)));
   }
-  _mm512_storeu_si512(codes, sum);
+  return sum;
+}
+#endif
+
+// The 64 codes of a block, [16 channels][4 k].
+inline void expand_block(const uint8_t* planes, int bits, int8_t* codes) {
+#if defined(__AVX512BW__)
+  _mm512_storeu_si512(codes, add_planes(_mm512_setzero_si512(), planes, bits));
 #else
   // Eight codes are the bytes of a number; no sum of theirs reaches the next byte.
   constexpr uint64_t kOnes = 0x0101010101010101, kDiagonal = 0x8040201008040201;

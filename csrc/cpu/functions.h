@@ -54,10 +54,11 @@ void winograd_upsample_weight_gradient(const WinogradWeights&);
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);
 
-// Of avx512vnni. False if it does not apply: then the outputs are still to be computed, all of
-// them.
-bool winograd_conv2d(const PackedConv&);
-// The same of packed_linear_s32.
+// Of avx512 and avx512vnni, for codes up to kLargestCode. False if it does not apply, be it because
+// there are larger codes than `code`: then the outputs are still to be computed, all of them.
+constexpr int kLargestCode = 63;
+bool winograd_conv2d(const PackedConv&, int64_t code);
+// The same of packed_linear_s32; of avx512vnni.
 bool linear_s32_by_bytes(const PackedLinearS32&);
 
 }  // namespace FDDA_ISA

@@ -392,6 +392,9 @@ const char* packed_conv2d(const PackedConv&);
 namespace avxvnni_evex {
 const char* packed_conv2d(const PackedConv&);
 }
+namespace avx512 {
+extern const Kernels kernels;
+}
 namespace avx512vnni {
 extern const Kernels kernels;
 }
@@ -404,7 +407,7 @@ void multiply_tiles(int64_t count);  // products of whole tiles, a multiple of 4
 // Instruction sets, lowest first.
 struct Isa {
   const char* name;
-  const Kernels* kernels;  // null: this rung has none of its own, the next lower one serves
+  const Kernels* kernels;  // null: not compiled
   bool supported;          // by this processor
 };
 constexpr int kNumIsas = 6;

@@ -1,8 +1,9 @@
-// What the packed convolutions on 256-bit registers share: u8 x s8 operands, their ranges, products
-// in register tiles.
+// What the packed convolutions on 256-bit registers share: u8 x s8 operands, products in register
+// tiles.
 #pragma once
 
 #include "epilogue_avx2.h"
+#include "operand_ranges.h"
 #include "packed_driver.h"
 #include "row_tiles.h"
 
@@ -73,32 +74,6 @@ struct U8S8Operands : SimplePolicy {
     return static_cast<int32_t>(sum);
   }
 };
-
-// Upper bound of |weight| as the panels hold them.
-int64_t largest_weight(const PackedConv& conv) {
-  const int64_t half = int64_t{1} << (conv.bits - 1);
-  int64_t largest = half;
-  for (int64_t o = 0; o < conv.out_channels && conv.weight_fits_s8; ++o) {
-    const int64_t offset = conv.weight_offset[o];
-    largest = max64(largest, max64(half - offset, half - 1 + offset));
-  }
-  return largest;
-}
-
-// Of the inputs and their zero point, which pads them; at least 1.
-int64_t largest_code(const PackedConv& conv) {
-  uint8_t largest = static_cast<uint8_t>(max64(1, conv.x_zero_point));
-  const int64_t size = conv.batch * conv.height * conv.width * conv.channels;
-  parallel_for(size, 65536, [&](int64_t begin, int64_t end) {
-    uint8_t own = 0;
-    for (int64_t i = begin; i < end; ++i) own = conv.x[i] > own ? conv.x[i] : own;
-    uint8_t seen = __atomic_load_n(&largest, __ATOMIC_RELAXED);
-    while (seen < own && !__atomic_compare_exchange_n(&largest, &seen, own, true, __ATOMIC_RELAXED,
-                                                      __ATOMIC_RELAXED)) {
-    }
-  });
-  return largest;
-}
 
 // Adds to `sums` the products of 4 bytes of ROWS rows and two registers of weights.
 template <class Policy, int ROWS>

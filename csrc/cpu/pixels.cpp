@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
 
@@ -64,7 +64,7 @@ void look_up(const uint8_t* table, const uint8_t* x, uint8_t* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = table[x[i]];
 }
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
 __attribute__((target("avx512vbmi"))) void look_up_vbmi(const uint8_t* table, const uint8_t* x,
                                                         uint8_t* out, int64_t n) {
   __m512i quarters[4];
@@ -112,7 +112,7 @@ void requantize_codes(const RequantizeCodes& a) {
     table[x] = code((static_cast<float>(x) - a.x_zero_point) / a.x_scale);
   }
   parallel_for(a.count, 65536, [&](int64_t begin, int64_t end) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
     if (__builtin_cpu_supports("avx512vbmi")) {
       return look_up_vbmi(table, a.x + begin, a.out + begin, end - begin);
     }

@@ -1,26 +1,15 @@
-// Bit planes of a panel to vpdpbusd's weights, 64 bytes a depth block; the layout is drawn in
+// Bit planes of a panel to weights, 64 bytes a depth block; the layout is drawn in
 // common/arithmetic.h.
 #pragma once
 
-#include <immintrin.h>
-#include <string.h>
-
-#include "functions.h"
-
-// Processors with VNNI but without these are Cascade and Cooper Lake.
-#define FDDA_GFNI __attribute__((target("gfni,avx512vbmi")))
+#include "dot_avx512.h"
+#include "expand.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
 constexpr int kPanelBytes = kPanelRows * kBlockDepth;  // of one depth block: one register
-
-inline bool has_gfni() {
-  return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi");
-}
-
-constexpr int64_t kAhead = 2048;  // bytes of planes: what comes from memory while it is needed
 
 // One panel as its bit planes.
 struct Planes {
@@ -44,20 +33,59 @@ class MaskedAdds {
 
   __m512i operator()(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * BITS * kPlaneBytes;
-    __m512i w = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int b = 0; b < BITS; ++b) {
-      uint64_t plane;
-      memcpy(&plane, bytes + b * kPlaneBytes, kPlaneBytes);
-      const int weight = b == BITS - 1 ? -(1 << b) : 1 << b;
-      w = _mm512_mask_add_epi8(w, plane, w, _mm512_set1_epi8(static_cast<char>(weight)));
-    }
-    return w;
+    return add_planes(_mm512_setzero_si512(), bytes, BITS);
   }
 
  private:
   const Planes p_;
 };
+
+// Weights code + offset, and what sums start with: -zero_point * sum of a channel's weights.
+template <class Expand>
+inline __attribute__((always_inline)) void unpack_panel(const Planes& p, const Expand& expand,
+                                                        __m512i offset, int32_t zero_point,
+                                                        int8_t* panel, int32_t* start) {
+  __m512i sums[4] = {};  // several hide the instructions' latency
+  auto store = [&](int s, int64_t block, __mmask64 valid) __attribute__((always_inline)) {
+    const __m512i w = _mm512_maskz_add_epi8(valid, expand(block), offset);
+    _mm512_store_si512(panel + block * kPanelBytes, w);
+    sums[s] = add_fours(sums[s], w);
+  };
+  const int64_t blocks = p.whole_blocks();
+  int64_t k = 0;
+  for (; k + 4 <= blocks; k += 4) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) store(s, k + s, ~__mmask64{0});
+  }
+  for (; k < blocks; ++k) store(0, k, ~__mmask64{0});
+  if (p.rest()) store(0, k, p.rest());
+  const __m512i sum =
+      _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+  _mm512_storeu_si512(start, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-zero_point)));
+}
+
+inline void unpack_masked_adds(const Planes& p, __m512i offset, int32_t zero_point, int8_t* panel,
+                               int32_t* start) {
+  switch (p.bits) {
+    case 2: return unpack_panel(p, MaskedAdds<2>(p), offset, zero_point, panel, start);
+    case 3: return unpack_panel(p, MaskedAdds<3>(p), offset, zero_point, panel, start);
+    case 4: return unpack_panel(p, MaskedAdds<4>(p), offset, zero_point, panel, start);
+    case 5: return unpack_panel(p, MaskedAdds<5>(p), offset, zero_point, panel, start);
+    case 6: return unpack_panel(p, MaskedAdds<6>(p), offset, zero_point, panel, start);
+    case 7: return unpack_panel(p, MaskedAdds<7>(p), offset, zero_point, panel, start);
+    case 8: return unpack_panel(p, MaskedAdds<8>(p), offset, zero_point, panel, start);
+  }
+}
+
+#if defined(__AVX512VNNI__)
+// Processors with VNNI but without these are Cascade and Cooper Lake.
+#define FDDA_GFNI __attribute__((target("gfni,avx512vbmi")))
+
+inline bool has_gfni() {
+  return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi");
+}
+
+constexpr int64_t kAhead = 2048;  // bytes of planes: what comes from memory while it is needed
 
 // Eight codes are a product of bit matrices: a byte of each plane, the top one repeated down to bit
 // 7, times the unit vectors. Two instructions for any number of bits.
@@ -89,47 +117,9 @@ class BitMatrices {
   __m512i order_;
 };
 
-// Weights code + offset, and what sums start with: -zero_point * sum of a channel's weights.
-template <class Expand>
-inline __attribute__((always_inline)) void unpack_panel(const Planes& p, const Expand& expand,
-                                                        __m512i offset, int32_t zero_point,
-                                                        int8_t* panel, int32_t* start) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sums[4] = {};  // several hide vpdpbusd's latency
-  auto store = [&](int s, int64_t block, __mmask64 valid) __attribute__((always_inline)) {
-    const __m512i w = _mm512_maskz_add_epi8(valid, expand(block), offset);
-    _mm512_store_si512(panel + block * kPanelBytes, w);
-    sums[s] = _mm512_dpbusd_epi32(sums[s], ones, w);
-  };
-  const int64_t blocks = p.whole_blocks();
-  int64_t k = 0;
-  for (; k + 4 <= blocks; k += 4) {
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) store(s, k + s, ~__mmask64{0});
-  }
-  for (; k < blocks; ++k) store(0, k, ~__mmask64{0});
-  if (p.rest()) store(0, k, p.rest());
-  const __m512i sum =
-      _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
-  _mm512_storeu_si512(start, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-zero_point)));
-}
-
 FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
                                           int8_t* panel, int32_t* start) {
   unpack_panel(p, BitMatrices(p), offset, zero_point, panel, start);
-}
-
-inline void unpack_masked_adds(const Planes& p, __m512i offset, int32_t zero_point, int8_t* panel,
-                               int32_t* start) {
-  switch (p.bits) {
-    case 2: return unpack_panel(p, MaskedAdds<2>(p), offset, zero_point, panel, start);
-    case 3: return unpack_panel(p, MaskedAdds<3>(p), offset, zero_point, panel, start);
-    case 4: return unpack_panel(p, MaskedAdds<4>(p), offset, zero_point, panel, start);
-    case 5: return unpack_panel(p, MaskedAdds<5>(p), offset, zero_point, panel, start);
-    case 6: return unpack_panel(p, MaskedAdds<6>(p), offset, zero_point, panel, start);
-    case 7: return unpack_panel(p, MaskedAdds<7>(p), offset, zero_point, panel, start);
-    case 8: return unpack_panel(p, MaskedAdds<8>(p), offset, zero_point, panel, start);
-  }
 }
 
 // `sums`, [ROWS][stride], of ROWS rows times one panel's codes; every plane is read once and no
@@ -139,7 +129,6 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
                                int64_t x_stride, int32_t* sums, int64_t stride) {
   constexpr int kSplit = ROWS < 3 ? 4 : ROWS < 6 ? 2 : 1;
   const BitMatrices expand(p);
-  const __m512i ones = _mm512_set1_epi8(1);
   __m512i acc[kSplit][ROWS], weights[kSplit];
 #pragma GCC unroll 4
   for (int s = 0; s < kSplit; ++s) {
@@ -152,7 +141,7 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; r += 3) rows[r / 3] = x + r * x_stride;
   auto add = [&](int s, __m512i w) __attribute__((always_inline)) {
-    if (!ZERO) weights[s] = _mm512_dpbusd_epi32(weights[s], ones, w);
+    if (!ZERO) weights[s] = add_fours(weights[s], w);
     asm("" : "+v"(weights[s]));
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -184,6 +173,7 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
     _mm512_store_si512(sums + r * stride, _mm512_add_epi32(acc[0][r], start));
   }
 }
+#endif
 
 }  // namespace
 }  // namespace FDDA_ISA

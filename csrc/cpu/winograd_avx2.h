@@ -14,6 +14,7 @@
 #pragma once
 
 #include "packed_avx2.h"
+#include "winograd_inputs.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -73,7 +74,7 @@ class Winograd {
     b.inputs = static_cast<uint8_t*>(scratch(kSharedRows, kPositions * b.position_stride));
     parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        for (int64_t c = 0; c < conv_.channels; c += kLine) transform_inputs(b, row, c);
+        for (int64_t c = 0; c < conv_.channels; c += kLine) transform_row(b, row, c);
       }
     });
     parallel_for(ceil_div(conv_.out_channels, kPanelRows), 1, [&](int64_t begin, int64_t end) {
@@ -83,7 +84,7 @@ class Winograd {
 
   // ---- inputs ----
 
-  void transform_inputs(const Block& b, int64_t row, int64_t channel) const {
+  void transform_row(const Block& b, int64_t row, int64_t channel) const {
     const int64_t n = (b.first_row + row) / tiles_y_, ty = (b.first_row + row) % tiles_y_;
     const __m256i lanes = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i valid =
@@ -96,39 +97,19 @@ class Winograd {
       const uint8_t* line = conv_.x + (n * conv_.height + y) * conv_.width * conv_.channels;
       lines[i] = y >= 0 && y < conv_.height ? line + channel : nullptr;
     }
-    auto column = [&](int64_t x, __m256i* t) {
-      __m256i d[4];
+    typedef uint8_t Bytes __attribute__((vector_size(kLine)));
+    auto read = [&](int64_t x, Bytes* d) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        d[i] = zero;
+        d[i] = (Bytes)zero;
         if (!lines[i] || x < 0 || x >= conv_.width) continue;
         const void* from = lines[i] + x * conv_.channels;
-        d[i] = _mm256_maskload_epi32(static_cast<const int*>(from), valid);
+        d[i] = (Bytes)_mm256_maskload_epi32(static_cast<const int*>(from), valid);
       }
-      t[0] = _mm256_sub_epi8(d[0], d[2]);
-      t[1] = _mm256_add_epi8(d[1], d[2]);
-      t[2] = _mm256_sub_epi8(d[2], d[1]);
-      t[3] = _mm256_sub_epi8(d[1], d[3]);
     };
-    uint8_t* out = b.inputs + row * tiles_x_ * stride_ + channel;
-    __m256i t[4][4];
-    column(-1, t[0]);
-    column(0, t[1]);
-    for (int64_t tx = 0; tx < tiles_x_; ++tx, out += stride_) {
-      column(2 * tx + 1, t[2]);
-      column(2 * tx + 2, t[3]);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        uint8_t* o = out + 4 * i * b.position_stride;
-        const __m256i p = _mm256_add_epi8(t[2][i], shift), q = _mm256_add_epi8(t[1][i], shift);
-        store(o, _mm256_sub_epi8(_mm256_add_epi8(t[0][i], shift), t[2][i]));
-        store(o + b.position_stride, _mm256_add_epi8(t[1][i], i == 1 ? t[2][i] : p));
-        store(o + 2 * b.position_stride, _mm256_sub_epi8(p, t[1][i]));
-        store(o + 3 * b.position_stride, _mm256_sub_epi8(q, t[3][i]));
-        t[0][i] = t[2][i];
-        t[1][i] = t[3][i];
-      }
-    }
+    uint8_t* const out = b.inputs + row * tiles_x_ * stride_ + channel;
+    transform_inputs(tiles_x_, (Bytes)shift, b.position_stride, read,
+                     [&](int64_t tile) { return out + tile * stride_; });
   }
 
   // ---- weights ----

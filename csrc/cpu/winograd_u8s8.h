@@ -1,13 +1,13 @@
 // Winograd's F(2x2, 3x3) in 8-bit integers, exact: 16 products for 4 outputs of a 3x3 convolution
 // instead of 36.
 //
-//   V = B^T d B            of the inputs' codes d <= 63: [-126, 126], plus 128 to be u8. Position
-//                          (1, 1) is a plain sum, [0, 252], and needs nothing added.
+//   V = B^T d B + 2 c      of the inputs' codes d <= c <= 63: [0, 4 c], u8. Position (1, 1) is a
+//                          plain sum, in [0, 4 c] without the addition.
 //   U = (2 G) w (2 G)^T    of the weights: integers, s8 if they are small or cancel
 //   4 y = A^T (sum U V) A  int32
 //
-// The 128 and the inputs' zero point add a constant to each of the four outputs. A corner of the
-// 4 x 4 positions enters just one output: the corners' sums start with these constants.
+// The additions and the inputs' zero point add a constant to each of the four outputs. A corner of
+// the 4 x 4 positions enters just one output: the corners' sums start with these constants.
 //
 //   inputs:    [16 positions][ceil(C / 64)][tiles][64 channels] u8. The step from tile to tile does
 //              not depend on C: constant displacements in the products' loop.
@@ -17,12 +17,9 @@
 
 #pragma once
 
-#include <immintrin.h>
-#include <string.h>
-
-#include "functions.h"
 #include "parallel.h"
 #include "planes_avx512.h"
+#include "winograd_inputs.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -33,7 +30,6 @@ constexpr int kPositions = 16;
 constexpr int kWide = 2 * kPanelRows;              // outputs whose weights are expanded together
 constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
 constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
-constexpr int kLargestCode = 63;                   // 4 * 63 fits u8, 2 * 63 fits s8
 
 // ---- tiles of outputs ----
 
@@ -49,6 +45,7 @@ struct Block {
   TileAt* tiles;   // by slot
   int32_t* slots;  // by (row of tiles, column)
   uint8_t* inputs;
+  int64_t code;  // the largest one
   int64_t first_row, rows, count;
   int64_t ends[4];                       // of the classes
   int64_t line_stride, position_stride;  // of inputs, in bytes
@@ -74,9 +71,10 @@ struct Block {
   }
 };
 
-Block plan_block(const PackedConv& conv, int64_t first_row, int64_t rows) {
+Block plan_block(const PackedConv& conv, int64_t code, int64_t first_row, int64_t rows) {
   const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
   Block b;
+  b.code = code;
   b.first_row = first_row;
   b.rows = rows;
   b.count = rows * tiles_x;
@@ -114,7 +112,6 @@ Block plan_block(const PackedConv& conv, int64_t first_row, int64_t rows) {
 // ---- inputs ----
 
 // One row of tiles, 64 channels from `channel` on; whether the codes read were small enough.
-// Arithmetic modulo 256: only the result has to fit.
 bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t channel) {
   const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
   const int64_t n = (b.first_row + row) / tiles_y, ty = (b.first_row + row) % tiles_y;
@@ -133,8 +130,9 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
     rows[i] = inside ? conv.x + pixel * conv.channels + channel : outside;
     steps[i] = inside ? conv.channels : 0;
   }
+  typedef uint8_t Bytes __attribute__((vector_size(kLine)));
   __m512i seen = zero;
-  auto column = [&](int64_t x, __m512i* t) {
+  auto read = [&](int64_t x, Bytes* out) __attribute__((always_inline)) {
     __m512i d[4];
     if (x < 0 || x >= conv.width) {
       d[0] = d[1] = d[2] = d[3] = zero;
@@ -144,33 +142,14 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
     }
     // The other two rows are these of other tiles.
     seen = _mm512_or_si512(seen, _mm512_or_si512(d[1], d[2]));
-    t[0] = _mm512_sub_epi8(d[0], d[2]);
-    t[1] = _mm512_add_epi8(d[1], d[2]);
-    t[2] = _mm512_sub_epi8(d[2], d[1]);
-    t[3] = _mm512_sub_epi8(d[1], d[3]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) out[i] = (Bytes)d[i];
   };
-  const __m512i offset = _mm512_set1_epi8(static_cast<char>(128));
+  const __m512i shift = _mm512_set1_epi8(static_cast<char>(2 * b.code));
   uint8_t* const inputs = b.inputs + channel / kLine * b.line_stride;
   const int32_t* slots = b.slots + row * tiles_x;
-  __m512i t[4][4];
-  column(-1, t[0]);
-  column(0, t[1]);
-  for (int64_t tx = 0; tx < tiles_x; ++tx) {
-    column(2 * tx + 1, t[2]);
-    column(2 * tx + 2, t[3]);
-    uint8_t* out = inputs + slots[tx] * kLine;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      uint8_t* o = out + 4 * i * b.position_stride;
-      const __m512i p = _mm512_add_epi8(t[2][i], offset), q = _mm512_add_epi8(t[1][i], offset);
-      _mm512_store_si512(o, _mm512_sub_epi8(_mm512_add_epi8(t[0][i], offset), t[2][i]));
-      _mm512_store_si512(o + b.position_stride, _mm512_add_epi8(t[1][i], i == 1 ? t[2][i] : p));
-      _mm512_store_si512(o + 2 * b.position_stride, _mm512_sub_epi8(p, t[1][i]));
-      _mm512_store_si512(o + 3 * b.position_stride, _mm512_sub_epi8(q, t[3][i]));
-      t[0][i] = t[2][i];
-      t[1][i] = t[3][i];
-    }
-  }
+  transform_inputs(tiles_x, (Bytes)shift, b.position_stride, read,
+                   [&](int64_t tile) { return inputs + slots[tile] * kLine; });
   return !_mm512_test_epi8_mask(seen, _mm512_set1_epi8(static_cast<char>(~kLargestCode)));
 }
 
@@ -179,6 +158,8 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
 struct Panel {
   int8_t* weights;
   int64_t position_stride;
+  int64_t code;                          // the inputs' largest one
+  int64_t largest;                       // |U|; 127 and 128 may stand for more
   alignas(64) int32_t starts[5][kWide];  // corners (0, 0), (0, 3), (3, 0), (3, 3); elsewhere: zeros
 };
 
@@ -192,9 +173,9 @@ inline void transform_weights(const __m512i* g, int step, __m512i* u, int u_step
   u[3 * u_step] = _mm512_adds_epi8(g[2 * step], g[2 * step]);
 }
 
-// 16 outputs, the `half`th of `panels`; whether the transformed weights fit s8 (127 counts as not).
+// 16 outputs, the `half`th of `panels`.
 template <class Expand>
-inline __attribute__((always_inline)) bool expand_weights(const PackedConv& conv,
+inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv,
                                                           const Expand& expand, int64_t channel,
                                                           int panels, int half, Panel* panel) {
   const int64_t k4 = conv.channels / kBlockDepth;
@@ -207,8 +188,7 @@ inline __attribute__((always_inline)) bool expand_weights(const PackedConv& conv
   const __m512i offset = _mm512_mullo_epi32(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets))),
       _mm512_set1_epi32(0x01010101));
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sums[9], low = _mm512_setzero_si512(), high = low;
+  __m512i sums[9], sizes = _mm512_setzero_si512();
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) sums[t] = _mm512_setzero_si512();
   for (int64_t k = 0; k < k4; ++k, out += panels * kLine) {
@@ -216,7 +196,7 @@ inline __attribute__((always_inline)) bool expand_weights(const PackedConv& conv
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) {
       g[t] = _mm512_add_epi8(expand(t * k4 + k), offset);
-      sums[t] = _mm512_dpbusd_epi32(sums[t], ones, g[t]);
+      sums[t] = add_fours(sums[t], g[t]);
     }
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x) transform_weights(g + x, 3, rows + x, 3);
@@ -225,40 +205,45 @@ inline __attribute__((always_inline)) bool expand_weights(const PackedConv& conv
 #pragma GCC unroll 16
     for (int p = 0; p < kPositions; ++p) {
       _mm512_store_si512(out + p * panel->position_stride, u[p]);
-      low = _mm512_min_epi8(low, u[p]);
-      high = _mm512_max_epi8(high, u[p]);
+      sizes = _mm512_max_epu8(sizes, _mm512_abs_epi8(u[p]));
     }
   }
 
   // The sums of U come from those of the taps by A^T (2 G); those of position (1, 1) are `all`.
   static const int factors[2][3] = {{4, 0, 2}, {0, 2, -2}};
+  const int shift = static_cast<int>(2 * panel->code);
   __m512i all = _mm512_setzero_si512();
   for (int t = 0; t < 9; ++t) all = _mm512_add_epi32(all, sums[t]);
-  all = _mm512_mullo_epi32(all, _mm512_set1_epi32(128 - 4 * conv.x_zero_point));
+  all = _mm512_mullo_epi32(all, _mm512_set1_epi32(shift - 4 * conv.x_zero_point));
   for (int i = 0; i < 4; ++i) {
     __m512i s = all;
     for (int t = 0; t < 9; ++t) {
-      const int factor = -128 * factors[i / 2][t / 3] * factors[i % 2][t % 3];
+      const int factor = -shift * factors[i / 2][t / 3] * factors[i % 2][t % 3];
       s = _mm512_add_epi32(s, _mm512_mullo_epi32(sums[t], _mm512_set1_epi32(factor)));
     }
     const bool negated = i == 1 || i == 2;  // by A^T
     if (negated) s = _mm512_sub_epi32(_mm512_setzero_si512(), s);
     _mm512_store_si512(panel->starts[i] + half * kPanelRows, s);
   }
-  return !(_mm512_cmpeq_epi8_mask(low, _mm512_set1_epi8(-128)) |
-           _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(127)));
+  alignas(64) uint8_t size[kLine];
+  _mm512_store_si512(size, sizes);
+  for (uint8_t u : size) panel->largest = max64(panel->largest, u);
 }
 
-FDDA_GFNI bool expand_bit_matrices(const PackedConv& conv, const Planes& p, int64_t channel,
+#if defined(__AVX512VNNI__)
+FDDA_GFNI void expand_bit_matrices(const PackedConv& conv, const Planes& p, int64_t channel,
                                    int panels, int half, Panel* panel) {
   return expand_weights(conv, BitMatrices(p), channel, panels, half, panel);
 }
+#endif
 
-bool expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
   const int64_t depth = 9 * conv.channels;
   const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
   const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
+#if defined(__AVX512VNNI__)
   if (has_gfni()) return expand_bit_matrices(conv, p, channel, panels, half, panel);
+#endif
   switch (conv.bits) {
     case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, panels, half, panel);
     case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, panels, half, panel);

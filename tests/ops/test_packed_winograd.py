@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from fdda_fast import ops
 from fdda_fast.ops import _library, reference
 
-WINOGRAD_ISAS = [isa for isa in ("avx2", "avxvnni", "avx512vnni") if isa in ISAS]
+WINOGRAD_ISAS = [isa for isa in ("avx2", "avxvnni", "avx512", "avx512vnni") if isa in ISAS]
+# They look at every weight; the others at how large bits and offsets let one be.
+LOOKING_ISAS = [isa for isa in WINOGRAD_ISAS if isa.startswith("avx512")]
 pytestmark = pytest.mark.skipif(not WINOGRAD_ISAS, reason="no instruction set has it here")
 on_every_isa = pytest.mark.parametrize("isa", WINOGRAD_ISAS)
 
@@ -36,11 +38,11 @@ def is_exact(isa, x, q, bits, zero_point, offset):
     code = max(1, zero_point, int(x.max()) if x.numel() else 0)
     if not (low >= -128 and high <= 127 and code <= LARGEST_CODE):
         return False
-    if isa == "avx512vnni":
-        u = transformed(q, offset, x.shape[3])
-        return int(u.min()) > -128 and int(u.max()) < 127
-    weight = max(half, -low, high)
-    return 9 * weight <= 127 and (isa == "avxvnni" or 2 * 9 * weight * 4 * code < 2**15)
+    if isa in LOOKING_ISAS:
+        u, largest = int(transformed(q, offset, x.shape[3]).abs().max()), 126
+    else:
+        u, largest = 9 * max(half, -low, high), 127
+    return u <= largest and (isa.endswith("vnni") or 2 * u * 4 * code < 2**15)
 
 
 def arguments(x, q, bits, zero_point, offset, g, residual=None, output_range=(0, 15)):
@@ -140,18 +142,18 @@ def test_layers(isa, threads, batch, height, width, channels, out_channels):
     assert torch.equal(actual, reference.packed_conv2d(*args))
 
 
-@pytest.mark.skipif("avx512vnni" not in WINOGRAD_ISAS, reason="looks at every weight")
+@pytest.mark.parametrize("isa", LOOKING_ISAS)
 @pytest.mark.parametrize("tap", range(9))
-@pytest.mark.parametrize(("weight", "more"), [(14, 1), (-14, -2)])
-def test_weights_at_the_edge_of_what_fits(tap, weight, more):
+@pytest.mark.parametrize(("weight", "more"), [(14, 1), (-14, -1)])
+def test_weights_at_the_edge_of_what_fits(isa, tap, weight, more):
     """All taps alike, but for one of the last channel: their sum is position (1, 1)."""
-    x = torch.full((1, 5, 5, 16), LARGEST_CODE, dtype=torch.uint8)
+    x = torch.full((1, 5, 5, 16), 63 if isa == "avx512vnni" else 32, dtype=torch.uint8)
     offset = torch.full((33,), weight)
     q = torch.zeros(33, 9, 16, dtype=torch.int8)
     for change, kernel in ((0, "winograd"), (more, "direct")):
         q[32, tap, 15] = change
         args = arguments(x, q.flatten(1), 2, 0, offset, generator(0))
-        actual, ran = run("avx512vnni", args)
+        actual, ran = run(isa, args)
         assert ran == kernel
         assert torch.equal(actual, reference.packed_conv2d(*args))
 
@@ -161,7 +163,7 @@ def test_weights_at_the_edge_of_what_fits(tap, weight, more):
 @pytest.mark.parametrize("pattern", ["same", "alternating", "random"])
 def test_bounds_of_the_ranges(isa, offset, more, pattern):
     """Weights of +-14, whose transform is at most 126, and the largest code exact with them."""
-    code = 32 if isa == "avx2" else LARGEST_CODE
+    code = 32 if isa in ("avx2", "avx512") else LARGEST_CODE
     g = generator(1)
     x = torch.full((1, 6, 7, 36), code, dtype=torch.uint8)
     if pattern == "alternating":
@@ -183,12 +185,28 @@ def test_bounds_of_the_ranges(isa, offset, more, pattern):
 
 
 @on_every_isa
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_products_at_their_extremes(isa, bits):
+    """Position (1, 1) has nothing but its largest products, so that a sum that wraps shows."""
+    half = 2 ** (bits - 1)
+    for code in (1, 2, 3, 7, 15, 20, 31, 50, 56):
+        x = torch.full((1, 5, 6, 132), code, dtype=torch.uint8)
+        for weight in (-half, half - 1):
+            q = torch.full((33, 9 * 132), weight, dtype=torch.int8)
+            args = arguments(x, q, bits, 0, torch.zeros(33, dtype=torch.int64), generator(0))
+            actual, kernel = run(isa, args)
+            assert kernel == "winograd"
+            assert torch.equal(actual, reference.packed_conv2d(*args)), (code, weight)
+
+
+@on_every_isa
 @pytest.mark.parametrize("row", range(5))
 @pytest.mark.parametrize("column", range(6))
 def test_one_large_code_is_seen_anywhere(isa, row, column):
-    largest = 56 if isa == "avx2" else LARGEST_CODE
+    largest = 56 if isa in ("avx2", "avx512") else LARGEST_CODE
     g = generator(0)
     q = weight_codes((17, 9 * 68), 4, g)
+    q[-1] = -8  # a U of 72
     offset = torch.zeros(17, dtype=torch.int64)
     for channel in (0, 67):
         x = torch.randint(0, largest + 1, (1, 5, 6, 68), generator=g, dtype=torch.uint8)
@@ -247,5 +265,5 @@ def test_multipliers_without_a_quarter(isa):
     """AVX-512 divides the multipliers by 4, the others the sums."""
     args = sample(multiplier=torch.full((32,), 2.0**-125 * 1.5 + 2.0**-148))
     actual, ran = run(isa, args)
-    assert ran == ("direct" if isa == "avx512vnni" else "winograd")
+    assert ran == ("direct" if isa in LOOKING_ISAS else "winograd")
     assert torch.equal(actual, reference.packed_conv2d(*args))

@@ -1,9 +1,10 @@
-// Packed convolution with vpdpbusd: u8 inputs as they are, weights (code + offset) as s8. The
-// input's zero point enters through the accumulators' start, -x_zero_point * sum of the channel's
-// weights.
+// Packed convolution on AVX-512, compiled with and without VNNI: u8 inputs as they are, weights
+// (code + offset) as s8. The input's zero point enters through the accumulators' start,
+// -x_zero_point * sum of the channel's weights.
 
 #include <immintrin.h>
 
+#include "operand_ranges.h"
 #include "packed_avx512.h"
 #include "packed_driver.h"
 #include "planes_avx512.h"
@@ -13,11 +14,32 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int kWide = 2 * kPanelRows;
-constexpr int kTileRows = 14;   // 14 * 2 sums, 2 weights and an input fit the 32 registers
 constexpr int kFusedRows = 16;  // beyond, weights are better stored than expanded again
 
+// Every third row's next bytes: more pointers than these would not fit the registers.
+template <int ROWS>
+struct RowsApart {
+  const uint8_t* x[(ROWS + 2) / 3];
+  int64_t stride;
+
+  RowsApart(const uint8_t* first, int64_t stride) : stride(stride) {
+#pragma GCC unroll 5
+    for (int r = 0; r < ROWS; r += 3) x[r / 3] = first + r * stride;
+  }
+
+  const uint8_t* operator()(int r) const { return x[r / 3] + r % 3 * stride; }
+
+  void advance(int64_t bytes) {
+#pragma GCC unroll 5
+    for (int r = 0; r < ROWS; r += 3) x[r / 3] += bytes;
+  }
+
+  void next() { advance(kBlockDepth); }
+};
+
 template <int ROWS, int PANELS, class Tile>
-__attribute__((noinline)) void multiply(const Tile& t, int64_t first, int32_t* sums) {
+__attribute__((noinline)) void multiply(const Tile& t, int64_t first, int64_t exact_steps,
+                                        int32_t* sums) {
   __m512i acc[ROWS][PANELS];
 #pragma GCC unroll 2
   for (int p = 0; p < PANELS; ++p) {
@@ -25,33 +47,12 @@ __attribute__((noinline)) void multiply(const Tile& t, int64_t first, int32_t* s
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; ++r) acc[r][p] = start;
   }
-  // Three rows a pointer: more pointers than these would not fit the registers.
-  const uint8_t* x[(ROWS + 2) / 3];
-#pragma GCC unroll 5
-  for (int r = 0; r < ROWS; r += 3) x[r / 3] = t.rows + (first + r) * t.row_stride;
-  const int64_t stride = t.row_stride, panel_size = t.depth_blocks * kPanelBytes;
-  const int8_t* w = t.panels;
+  RowsApart<ROWS> rows(t.rows + first * t.row_stride, t.row_stride);
+  Panels weights{t.panels, t.depth_blocks * kPanelBytes, kPanelBytes};
+  const int64_t skipped = t.segment_step - t.segment_blocks * kBlockDepth;
   for (int64_t left = t.depth_blocks; left > 0; left -= t.segment_blocks) {
-    for (int64_t k = t.segment_blocks; k > 0; --k, w += kPanelBytes) {
-      __m512i b[PANELS];
-#pragma GCC unroll 2
-      for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w + p * panel_size);
-#pragma GCC unroll 14
-      for (int r = 0; r < ROWS; ++r) {
-        int32_t four;
-        memcpy(&four, x[r / 3] + r % 3 * stride, sizeof four);
-        const __m512i a = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
-        for (int p = 0; p < PANELS; ++p) {
-          acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], a, b[p]);
-          asm("" : "+v"(acc[r][p]));  // in this order, else gcc spills
-        }
-      }
-#pragma GCC unroll 5
-      for (int r = 0; r < ROWS; r += 3) x[r / 3] += kBlockDepth;
-    }
-#pragma GCC unroll 5
-    for (int r = 0; r < ROWS; r += 3) x[r / 3] += t.segment_step - t.segment_blocks * kBlockDepth;
+    add_products(acc, rows, weights, t.segment_blocks, exact_steps);
+    rows.advance(skipped);
   }
 #pragma GCC unroll 14
   for (int r = 0; r < ROWS; ++r) {
@@ -133,14 +134,14 @@ void store_rows(const Tile& t, int64_t first, int64_t count, const int32_t* sums
   }
 }
 
-struct Vnni {
+struct U8S8 {
   using Input = uint8_t;
   using Weight = int8_t;
   static constexpr int64_t kMinColumns = kWide, kMaxColumns = 8 * kWide;
   static constexpr bool kReadsInput = true;
   static constexpr bool kUnpacksCheaply = true;
-  static constexpr bool kFuses = true;
   static constexpr bool kReadsLines = true;
+  int64_t exact_steps;
 
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
                      const int8_t* offset, Weight* panel, int32_t* start) {
@@ -148,11 +149,10 @@ struct Vnni {
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset))),
         _mm512_set1_epi32(0x01010101));
     const Planes p{planes, conv.bits, depth};
-    if (has_gfni()) {
-      unpack_bit_matrices(p, spread, conv.x_zero_point, panel, start);
-    } else {
-      unpack_masked_adds(p, spread, conv.x_zero_point, panel, start);
-    }
+#if defined(__AVX512VNNI__)
+    if (has_gfni()) return unpack_bit_matrices(p, spread, conv.x_zero_point, panel, start);
+#endif
+    unpack_masked_adds(p, spread, conv.x_zero_point, panel, start);
   }
 
   static void copy(Input* out, const uint8_t* x, int64_t n, const PackedConv&) {
@@ -169,20 +169,23 @@ struct Vnni {
   }
 
   static int32_t row_sum(const Input* row, int64_t depth, const PackedConv& conv) {
-    const __m512i ones = _mm512_set1_epi8(1);
-    __m512i sums = _mm512_setzero_si512();
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i sums = zero;
     int64_t k = 0;
     for (; k + 64 <= depth; k += 64) {
-      sums = _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(row + k), ones);
+      sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(row + k), zero));
     }
     const __mmask64 rest = (uint64_t{1} << (depth - k)) - 1;
-    sums = _mm512_dpbusd_epi32(sums, _mm512_maskz_loadu_epi8(rest, row + k), ones);
-    return static_cast<int32_t>(_mm512_reduce_add_epi32(sums) - conv.x_zero_point * depth);
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(rest, row + k), zero));
+    return static_cast<int32_t>(_mm512_reduce_add_epi64(sums) - conv.x_zero_point * depth);
   }
+
+#if defined(__AVX512VNNI__)
+  static constexpr bool kFuses = true;
 
   static bool fuses(int64_t rows) { return rows <= kFusedRows && has_gfni(); }
 
-  static void gemm_planes(const Tile<Vnni>& t, const uint8_t* planes, int64_t depth) {
+  static void gemm_planes(const Tile<U8S8>& t, const uint8_t* planes, int64_t depth) {
     alignas(64) int32_t sums[(kFusedRows + 1) * kWide];
     const int64_t panel_bytes = t.depth_blocks * t.conv->bits * kPlaneBytes;
     for (int64_t j = 0; j < t.columns; j += kPanelRows, planes += panel_bytes) {
@@ -200,18 +203,22 @@ struct Vnni {
     store_rows(t, 0, t.num_rows, sums);
   }
 
-  static void gemm(const Tile<Vnni>& t) {
-    alignas(64) int32_t sums[kTileRows * kWide];
+#else
+  static constexpr bool kFuses = false;
+#endif
+
+  void gemm(const Tile<U8S8>& t) const {
+    alignas(64) int32_t sums[kDotRows * kWide];
     const int64_t panel_size = t.depth_blocks * kPanelBytes;
-    for_each_row_tile<kTileRows>(t.num_rows, [&](auto rows, int64_t first) {
+    for_each_row_tile<kDotRows>(t.num_rows, [&](auto rows, int64_t first) {
       constexpr int kRows = decltype(rows)::kCount;
-      Tile<Vnni> part = t;
+      Tile<U8S8> part = t;
       for (int64_t left = t.columns; left > 0; left -= kWide) {
         part.columns = min64(kWide, left);
         if (left > kPanelRows) {
-          multiply<kRows, 2>(part, first, sums);
+          multiply<kRows, 2>(part, first, exact_steps, sums);
         } else {
-          multiply<kRows, 1>(part, first, sums);
+          multiply<kRows, 1>(part, first, exact_steps, sums);
         }
         store_rows(part, first, kRows, sums);
         part.panels += 2 * panel_size;
@@ -229,11 +236,17 @@ const char* packed_conv2d(const PackedConv& conv) {
     depthwise_conv2d(conv);
     return "depthwise";
   }
-  if (winograd_conv2d(conv)) return "winograd";
-  Driver<Vnni>(conv).run();
+#if defined(__AVX512VNNI__)
+  const int64_t code = kLargestCode;  // it looks at them anyway
+#else
+  const int64_t code = largest_code(conv);
+#endif
+  if (winograd_conv2d(conv, code)) return "winograd";
+  Driver<U8S8>(conv, {exact_steps(largest_weight(conv), code)}).run();
   return "direct";
 }
 
+#if defined(__AVX512VNNI__)
 // Inputs are two bytes, each a row of its own; a row of ones gives the weights' sums, which the
 // zero point is multiplied with.
 bool linear_s32_by_bytes(const PackedLinearS32& a) {
@@ -280,6 +293,7 @@ bool linear_s32_by_bytes(const PackedLinearS32& a) {
   }
   return true;
 }
+#endif
 
 }  // namespace FDDA_ISA
 }  // namespace fdda

@@ -17,9 +17,17 @@ struct Product {
   const uint8_t* inputs;  // first tile, first 64 channels
   int64_t line_stride;
   const int8_t* weights;
-  int64_t k4;
+  int64_t k4, exact_steps;
   const int32_t* start;
   int32_t* out;
+};
+
+// Tiles of a line, at constant displacements.
+struct Lines {
+  const uint8_t* x;
+
+  const uint8_t* operator()(int r) const { return x + r * kLine; }
+  void next() { x += kBlockDepth; }
 };
 
 template <int ROWS, int PANELS>
@@ -31,26 +39,11 @@ __attribute__((noinline)) void multiply(const Product& m, int64_t first) {
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; ++r) acc[r][p] = start;
   }
-  const uint8_t* x = m.inputs + first * kLine;
-  const int8_t* w = m.weights;
-  for (int64_t left = m.k4; left > 0; left -= kLine / 4, x += m.line_stride) {
-    const int64_t n = min64(left, kLine / 4);
-    for (int64_t k = 0; k < n; ++k, w += PANELS * kLine) {
-      __m512i b[PANELS];
-#pragma GCC unroll 2
-      for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w + p * kLine);
-#pragma GCC unroll 14
-      for (int r = 0; r < ROWS; ++r) {
-        int32_t four;
-        memcpy(&four, x + r * kLine + k * 4, sizeof four);
-        const __m512i a = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
-        for (int p = 0; p < PANELS; ++p) {
-          acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], a, b[p]);
-          asm("" : "+v"(acc[r][p]));  // in this order, else gcc spills
-        }
-      }
-    }
+  const uint8_t* line = m.inputs + first * kLine;
+  Panels weights{m.weights, kLine, PANELS * kLine};
+  for (int64_t left = m.k4; left > 0; left -= kLine / kBlockDepth, line += m.line_stride) {
+    Lines rows{line};
+    add_products(acc, rows, weights, min64(left, kLine / kBlockDepth), m.exact_steps);
   }
   int32_t* out = m.out + first * PANELS * kPanelRows;
 #pragma GCC unroll 14
@@ -62,10 +55,9 @@ __attribute__((noinline)) void multiply(const Product& m, int64_t first) {
   }
 }
 
-// 14 * 2 accumulators, 2 weights and an input fit the 32 registers.
 template <int PANELS>
 void multiply_all(const Product& m, int64_t count) {
-  for_each_row_tile<14>(
+  for_each_row_tile<kDotRows>(
       count, [&](auto rows, int64_t first) { multiply<decltype(rows)::kCount, PANELS>(m, first); });
 }
 
@@ -153,9 +145,12 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
   Panel panel{};
   panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
   panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * panel.position_stride));
+  panel.code = b.code;
   for (int half = 0; half < PANELS; ++half) {
-    if (!expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel)) return false;
+    expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel);
   }
+  const int64_t steps = exact_steps(panel.largest, 4 * b.code);
+  if (panel.largest > 126 || steps == 0) return false;
   int32_t* products = static_cast<int32_t*>(
       scratch(kLocalRows, kPositions * product_stride(PANELS) * sizeof(int32_t)));
   Output out{conv, channel, min64(kWide, conv.out_channels - channel), products, {}, {}};
@@ -174,7 +169,8 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
       if (first >= last) continue;
       multiply_all<PANELS>(
           {b.inputs + position * b.position_stride + first * kLine, b.line_stride,
-           panel.weights + position * panel.position_stride, k4, panel.starts[starts[position]],
+           panel.weights + position * panel.position_stride, k4, steps,
+           panel.starts[starts[position]],
            products + position * product_stride(PANELS) + (first - begin) * PANELS * kPanelRows},
           last - first);
     }
@@ -189,11 +185,11 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
 }
 
 // Everything that can be told without reading inputs or weights.
-bool applies(const PackedConv& conv) {
+bool applies(const PackedConv& conv, int64_t code) {
   if (conv.kernel_h != 3 || conv.kernel_w != 3 || conv.stride_h != 1 || conv.stride_w != 1 ||
       conv.pad_h != 1 || conv.pad_w != 1 || conv.dilation_h != 1 || conv.dilation_w != 1 ||
       conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 || !conv.weight_fits_s8 ||
-      conv.x_zero_point > kLargestCode) {
+      code > kLargestCode || conv.x_zero_point > code) {
     return false;
   }
   // Below, the transforms cost more than they save.
@@ -217,9 +213,9 @@ class Failure {
 
 // Rows [first_row, last_row) of tiles. Several threads share the rows' inputs, then the panels of
 // outputs, and where these alone would not keep them equally busy, the tiles.
-void run_rows(const PackedConv& conv, int64_t first_row, int64_t last_row, int64_t threads,
-              Failure* failure) {
-  const Block b = plan_block(conv, first_row, last_row - first_row);
+void run_rows(const PackedConv& conv, int64_t code, int64_t first_row, int64_t last_row,
+              int64_t threads, Failure* failure) {
+  const Block b = plan_block(conv, code, first_row, last_row - first_row);
   parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end && !failure->is_set(); ++row) {
       for (int64_t c = 0; c < conv.channels; c += kLine) {
@@ -243,8 +239,8 @@ void run_rows(const PackedConv& conv, int64_t first_row, int64_t last_row, int64
 
 }  // namespace
 
-bool winograd_conv2d(const PackedConv& conv) {
-  if (!applies(conv)) return false;
+bool winograd_conv2d(const PackedConv& conv, int64_t code) {
+  if (!applies(conv, code)) return false;
   const int64_t tiles_x = ceil_div(conv.width, 2), rows = conv.batch * ceil_div(conv.height, 2);
   const int64_t row_bytes = kPositions * tiles_x * ceil_div(conv.channels, kLine) * kLine;
   int64_t parts = ceil_div(rows, max64(1, kInputBytes / row_bytes));
@@ -258,7 +254,7 @@ bool winograd_conv2d(const PackedConv& conv) {
   parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end && !failure.is_set(); ++part) {
       const int64_t first_row = part * rows / parts, last_row = (part + 1) * rows / parts;
-      run_rows(conv, first_row, last_row, parts > 1 ? 1 : threads, &failure);
+      run_rows(conv, code, first_row, last_row, parts > 1 ? 1 : threads, &failure);
     }
   });
   return !failure.is_set();
