@@ -71,10 +71,12 @@ inline __attribute__((always_inline)) void add_products(__m512i (&sums)[ROWS][PA
                                                         Panels& w, int64_t steps,
                                                         int64_t exact_steps) {
 #if defined(__AVX512VNNI__)
-  for (; steps > 0; --steps) {
-    add_step(sums, rows, w,
-             [](__m512i sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); });
+  const auto op = [](__m512i sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); };
+  for (; steps > 1; steps -= 2) {
+    add_step(sums, rows, w, op);
+    add_step(sums, rows, w, op);
   }
+  if (steps) add_step(sums, rows, w, op);
 #else
   if (exact_steps == 0) {
     for (; steps > 0; --steps) {

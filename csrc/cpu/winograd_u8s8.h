@@ -230,20 +230,12 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
   for (uint8_t u : size) panel->largest = max64(panel->largest, u);
 }
 
-#if defined(__AVX512VNNI__)
-FDDA_GFNI void expand_bit_matrices(const PackedConv& conv, const Planes& p, int64_t channel,
-                                   int panels, int half, Panel* panel) {
-  return expand_weights(conv, BitMatrices(p), channel, panels, half, panel);
-}
-#endif
-
 void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
   const int64_t depth = 9 * conv.channels;
   const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
   const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
-#if defined(__AVX512VNNI__)
-  if (has_gfni()) return expand_bit_matrices(conv, p, channel, panels, half, panel);
-#endif
+  // Bit matrices, direct convolutions' way, are slower here: their instructions share a port with
+  // the saturating sums.
   switch (conv.bits) {
     case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, panels, half, panel);
     case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, panels, half, panel);
