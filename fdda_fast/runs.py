@@ -12,7 +12,6 @@ A folder holds:
 from __future__ import annotations
 
 import csv
-import hashlib
 import platform
 import sys
 import time
@@ -39,7 +38,7 @@ from torch import fx, nn
 
 from .checkpoint import load_tensors, save_tensors
 from .config import QuantizeConfig, from_dict, read_toml, to_dict, write_toml
-from .files import written_whole
+from .files import digest, written_whole
 from .models import load_teacher
 from .ops import backend_info
 from .quantization.bits import Bits
@@ -310,15 +309,6 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
             was, now = ("not set" if v is None else repr(v) for v in (a, b))
             parts.append(f"{prefix}{name} was {was}, now {now}")
     return "; ".join(part for part in parts if part)
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    hasher = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def teacher_record(model: str, weights: Path | None, num_classes: int | None) -> dict[str, Any]:

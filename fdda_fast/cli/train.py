@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import digest
 from ..gallery import save_gallery
 from ..generator import Generator
 from ..quantization.finetune import quantize as quantize_stage
-from ..runs import RunFolder, digest, display, save_quantized
+from ..runs import RunFolder, display, save_quantized
 from ..statistics import BNSCenters, collect_centers
 from ..synthesis import train_generator
 from ..writing import synthesize as write_images
