@@ -93,7 +93,8 @@ class RunFolder:
         self._begun = False
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path}: is a file, not a run folder")
-        if path.is_dir() and any(path.iterdir()):
+        # Hidden: what processes that share the folder write beside it.
+        if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             self._check_existing(command, resume, overwrite)
 
     @property
@@ -122,6 +123,8 @@ class RunFolder:
         if self._begun:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        # First, since it makes this a run folder for processes that start a moment later.
+        write_toml(self.path / "config.toml", self.settings)
         environment_file = self.path / "environment.toml"
         if self._resume and environment_file.is_file():
             changes = _differences(read_toml(environment_file), environment())
@@ -129,7 +132,6 @@ class RunFolder:
                 print(f"warning: last bits may differ, {changes}", file=sys.stderr)
         else:
             write_toml(environment_file, environment())
-        write_toml(self.path / "config.toml", self.settings)
         self._begun = True
 
     @contextmanager

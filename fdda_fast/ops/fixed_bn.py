@@ -1,4 +1,4 @@
-"""Batch norm on given statistics, an affine of its own per sample, LeakyReLU: a generator at work."""
+"""Batch norm on given statistics with an affine per sample, LeakyReLU: a generator at work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large synthetic data sets: WebDataset tar files, written by many processes, killed and resumed."""
+"""Large synthetic data sets in WebDataset tar files, written by any number of processes."""
 
 from .dataset import ShardDataset
 from .plan import ShardConfig

@@ -66,6 +66,7 @@ class BlockMaker:
         ValueError: generators, preprocessing, teacher and centers that do not fit one another.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         generators: Sequence[Generator],
@@ -75,23 +76,30 @@ class BlockMaker:
         centers: BNSCenters | None,
     ) -> None:
         check_generators(generators, preprocessing)
+        shape = generators[0].image_shape
         self._plan = LabelPlan([g.num_classes for g in generators], config.class_weights)
         if teacher is None and (centers is not None or config.min_confidence > 0):
             raise ValueError("centers and min_confidence need a teacher, got none")
         if centers is not None and (
-            centers.num_classes != self._plan.num_classes
-            or centers.image_shape != generators[0].image_shape
+            centers.num_classes != self._plan.num_classes or centers.image_shape != shape
         ):
             raise ValueError(
                 f"centers are of {centers.num_classes} classes of {centers.image_shape} images, "
-                f"the generators make {self._plan.num_classes} of {generators[0].image_shape}"
+                f"the generators make {self._plan.num_classes} of {shape}"
             )
+        self._teacher = None
+        if teacher is not None:
+            self._teacher = FrozenTeacher(teacher, shape)
+            known = self._teacher(torch.zeros(1, *shape)).shape[1]
+            if known < self._plan.num_classes:
+                raise ValueError(
+                    f"the teacher knows {known} classes, "
+                    f"the generators make {self._plan.num_classes}"
+                )
         self._generators, self._config, self._preprocessing = generators, config, preprocessing
         self._offsets = np.cumsum([0, *(g.num_classes for g in generators)])
-        self._teacher = teacher and FrozenTeacher(teacher, generators[0].image_shape)
         self._centers = centers
-        _, height, width = generators[0].image_shape
-        self._batch = BLOCK if height * width <= _SMALL_PIXELS else _LARGE_BATCH
+        self._batch = BLOCK if shape[1] * shape[2] <= _SMALL_PIXELS else _LARGE_BATCH
 
     @torch.no_grad()
     def __call__(self, number: int) -> Block:
@@ -140,11 +148,6 @@ class BlockMaker:
             moments = whitened(moments, running)
             distances.append(moment_distance(moments, targets, range(len(moments))))
         logits = torch.cat(all_logits)
-        if logits.shape[1] < self._plan.num_classes:
-            raise ValueError(
-                f"the teacher knows {logits.shape[1]} classes, the generators make "
-                f"{self._plan.num_classes}"
-            )
         confidence = F.softmax(logits, 1).gather(1, labels[:, None])[:, 0]
         result = {
             "logits": logits, "confidence": confidence, "agreeing": logits.argmax(1) == labels
