@@ -47,7 +47,7 @@ def encode_png(image: np.ndarray) -> bytes:
     filtered[:, 0] = _FILTER_UP
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.MAX_MEM_LEVEL, zlib.Z_RLE)
+    deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     compressed = deflate.compress(filtered) + deflate.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOUR_TYPES[channels], 0, 0, 0)
     chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", compressed), _chunk(b"IEND", b""))

@@ -51,7 +51,7 @@ def test_fixed_bn_lrelu(case):
         with on_isa(isa):
             y = ops.fixed_bn_lrelu(x, tables, SLOPE)
         assert y.dtype == x.dtype
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.channels_last) or not len(y)
         tolerance = 4 * torch.finfo(x.dtype).eps
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=8 * tolerance)
 

@@ -1,7 +1,7 @@
-"""Workers forked from one process that has imported everything: python fork_server.py FOLDER.
+"""Workers forked from one process that has imported everything: python fork_server.py.
 
-Reads lines `start POINT` (answers with a process id; the worker kills itself at the POINT-th of the
-points below, 0: never) and `wait PID` (answers with the exit status, negative: a signal).
+Reads lines `start POINT FOLDER` (answers with a process id; the worker kills itself at the POINT-th
+of the points below, 0: never) and `wait PID` (answers with the exit status, negative: a signal).
 """
 
 import os
@@ -60,11 +60,12 @@ def work(folder, generator, point):
     return 0
 
 
-def main(folder):
+def main():
     torch.set_num_threads(1)
+    os.fsync = lambda file: None  # no machine fails here, and a disk can be slow
     generator = tiny_generator()
     for line in sys.stdin:
-        command, number = line.split()
+        command, number, *folder = line.split(maxsplit=2)
         if command == "wait":
             status = os.waitstatus_to_exitcode(os.waitpid(int(number), 0)[1])
             print(status, flush=True)
@@ -73,11 +74,11 @@ def main(folder):
         if pid == 0:
             status = 1
             try:
-                status = work(folder, generator, int(number))
+                status = work(folder[0].rstrip(), generator, int(number))
             finally:
                 os._exit(status)
         print(pid, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

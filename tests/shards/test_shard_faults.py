@@ -3,17 +3,16 @@
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from fork_server import GREY, config, tiny_generator
 
+from fdda_fast.shards import claims as claims_module
 from fdda_fast.shards import synthesize_shards
 from fdda_fast.shards.claims import Claims
 from fdda_fast.shards.dataset import read_shard
@@ -46,72 +45,70 @@ class Workers:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, point=0):
-        return self._ask(f"start {point}")
+    def start(self, folder, point=0):
+        return self._ask(f"start {point} {folder}")
 
     def wait(self, pid):
         return self._ask(f"wait {pid}")
 
 
-@contextmanager
-def workers(folder):
-    arguments = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(folder)]
+@pytest.fixture(scope="module")
+def pool():
+    server = str(Path(__file__).with_name("fork_server.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, server],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         yield Workers(process)
         process.stdin.close()
 
 
-def test_sigkill_at_random_points(tmp_path, undisturbed):
+def test_sigkill_at_random_points(pool, tmp_path, undisturbed):
     """Two ranks and five that are to be killed, ten times."""
-    target = tmp_path / "set"
     killed = 0
-    with workers(target) as pool:
-        for seed in range(10):
-            draw = random.Random(seed)
-            points = [draw.randint(1, LAST_POINT) for _ in range(KILLS)]
-            running = [pool.start(points.pop()) for _ in range(RANKS)]
-            while running:
-                status = pool.wait(running.pop(0))
-                if status == 0:
-                    continue
-                assert status == -signal.SIGKILL
-                killed += 1
-                # Whole files only, and all of them as they should be.
-                found = {n: b for n, b in contents(target).items() if not n.startswith(".")}
-                assert found.items() <= undisturbed.items()
-                running.append(pool.start(points.pop() if points else 0))
-            assert contents(target) == undisturbed
-            keys = [k for p in sorted(target.glob("*.tar")) for k, _ in read_shard(p)]
-            assert keys == [f"{i:010d}" for i in range(20 * 64 - 10)]
-            shutil.rmtree(target)
+    for seed in range(10):
+        target = tmp_path / str(seed)
+        draw = random.Random(seed)
+        points = [draw.randint(1, LAST_POINT) for _ in range(KILLS)]
+        running = [pool.start(target, points.pop()) for _ in range(RANKS)]
+        while running:
+            status = pool.wait(running.pop(0))
+            if status == 0:
+                continue
+            assert status == -signal.SIGKILL
+            killed += 1
+            # Whole files only, and all of them as they should be.
+            found = {n: b for n, b in contents(target).items() if not n.startswith(".")}
+            assert found.items() <= undisturbed.items()
+            running.append(pool.start(target, points.pop() if points else 0))
+        assert contents(target) == undisturbed
+        keys = [k for p in sorted(target.glob("*.tar")) for k, _ in read_shard(p)]
+        assert keys == [f"{i:010d}" for i in range(20 * 64 - 10)]
     assert killed >= 30  # of 50: the set is finished before the others get that far
 
 
-def test_sigterm_ends_at_once_and_cleanly(tmp_path, undisturbed):
+def test_sigterm_ends_at_once_and_cleanly(pool, tmp_path, undisturbed):
     target = tmp_path / "set"
-    with workers(target) as pool:
-        pid = pool.start()
-        while not list(target.glob("*.tar")):
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGTERM)
-        status = pool.wait(pid)
-        assert status in (130, 0)  # 0: it was done already
-        found = contents(target)
-        assert not [name for name in found if name.startswith(".")]
-        assert found.items() <= undisturbed.items()
-        assert pool.wait(pool.start()) == 0
+    pid = pool.start(target)
+    while not list(target.glob("*.tar")):
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGTERM)
+    assert pool.wait(pid) in (130, 0)  # 0: it was done already
+    found = contents(target)
+    assert not [name for name in found if name.startswith(".")]
+    assert found.items() <= undisturbed.items()
+    assert pool.wait(pool.start(target)) == 0
     assert contents(target) == undisturbed
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
     code = """
-import sys, time
-from pathlib import Path
-from fdda_fast.shards.claims import Claims
-claims = Claims(Path(sys.argv[1]))
+import runpy, sys, time
+claims = runpy.run_path(sys.argv[1])["Claims"](sys.argv[2])
 print(claims.take(7), claims.take(8), flush=True)
 claims.drop(8)
 print(flush=True)
@@ -119,7 +116,9 @@ time.sleep(60)
 """
     path = tmp_path / ".claims"
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, claims_module.__file__, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with holder, Claims(path) as claims:
         assert holder.stdout.readline() == "True True\n"

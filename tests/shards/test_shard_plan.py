@@ -41,7 +41,7 @@ def test_classes_are_balanced_in_between():
     labels, _ = labels_of(LabelPlan(counts), counts, 200)
     per_class = np.bincount(labels, minlength=1000)
     assert per_class.min() >= 10
-    assert per_class.max() <= 15  # 12.8 each
+    assert per_class.max() <= 16  # 12.8 each
 
 
 @given(
