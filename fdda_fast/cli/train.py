@@ -120,8 +120,9 @@ def synthesize(
     into.check(len(files))
     inputs = where.open(config.seed)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
+    generators = _fitting_generators(files, inputs)
     if files:
-        record["generators"] = [{"file": str(f.resolve()), "sha256": digest(f)} for f in files]
+        record["generators"] = [_file_record(file) for file in files]
     if into.shards:
         record["shards"] = into.config(num_images, config.seed, inputs.num_classes)
         to = dataclasses.replace(to, resume=True)
@@ -130,8 +131,9 @@ def synthesize(
         raise ValueError(f"{run.path}: no finished set to verify")
     preprocessing = inputs.source.preprocessing
     with _interruptible(run):
-        with _one_at_a_time(run) if into.shards else nullcontext():
-            generators = _generators(run, inputs, config, files, resume=to.resume)
+        if not generators:
+            with _one_at_a_time(run) if into.shards else nullcontext():
+                generators = [_own_generator(run, inputs, config, resume=to.resume)]
         if into.verify:
             _verify_shards(run, inputs, into, generators)
             return
@@ -207,21 +209,13 @@ def _one_at_a_time(run: RunFolder) -> Iterator[None]:
         yield
 
 
-def _generators(
-    run: RunFolder, inputs: Inputs, config: SynthesisConfig, files: Sequence[Path], *, resume: bool
-) -> list[Generator]:
-    """Those of the files, or else the run's own, trained unless it is there.
-
-    Raises:
-        ValueError: other classes or images than the teacher's.
-    """
-    if files:
-        generators = [Generator.load(file) for file in files]
-        _check_fit(files, generators, inputs)
-        return generators
+def _own_generator(
+    run: RunFolder, inputs: Inputs, config: SynthesisConfig, *, resume: bool
+) -> Generator:
+    """The run's, trained unless it is there."""
     own = _generator_file(run)
     if own.is_file():
-        return [Generator.load(own)]
+        return Generator.load(own)
     collected = _collect_centers(inputs)
     with run.following("generator") as progress:
         generator = train_generator(
@@ -234,7 +228,7 @@ def _generators(
         )
     _begin(run, inputs)
     generator.save(own)
-    return [generator]
+    return generator
 
 
 def _rank() -> tuple[int, int]:
@@ -286,8 +280,8 @@ def quantize(
     record = {**inputs.record, "bits": widths, "quantize": config}
     loaded = None
     if generator is not None:
-        loaded = _fitting_generator(generator, inputs)
-        record["generator"] = {"file": str(generator.resolve()), "sha256": digest(generator)}
+        (loaded,) = _fitting_generators([generator], inputs)
+        record["generator"] = _file_record(generator)
     run = _open_run(to, "quantize", record)
     with _interruptible(run), run.following("quantize") as progress:
         student = quantize_stage(
@@ -305,19 +299,19 @@ def quantize(
     print(run.result)
 
 
-def _fitting_generator(path: Path, inputs: Inputs) -> Generator:
-    generator = Generator.load(path)
-    _check_fit([path], [generator], inputs)
-    return generator
+def _file_record(path: Path) -> dict[str, str]:
+    return {"file": str(path.resolve()), "sha256": digest(path)}
 
 
-def _check_fit(files: Sequence[Path], generators: Sequence[Generator], inputs: Inputs) -> None:
+def _fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
     """Raises ValueError unless they make the teacher's classes, and images that it reads."""
+    generators = [Generator.load(file) for file in files]
     shape = tuple(inputs.calibration.images.shape[1:])
     classes = sum(generator.num_classes for generator in generators)
     other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
-    if (classes, other) != (inputs.num_classes, shape):
+    if generators and (classes, other) != (inputs.num_classes, shape):
         raise ValueError(
             f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
             f"the teacher reads {inputs.num_classes} classes of {shape}"
         )
+    return generators

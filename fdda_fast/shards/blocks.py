@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +117,8 @@ class BlockMaker:
         )
         kept = torch.ones(BLOCK, dtype=torch.bool)
         if self._teacher is not None:
-            measured |= self._judge(self._preprocessing.normalize(pixels), labels)
+            with _one_thread():
+                measured |= self._judge(self._preprocessing.normalize(pixels), labels)
             kept = measured["confidence"] >= config.min_confidence
 
         def array(tensor: torch.Tensor | None) -> np.ndarray | None:
@@ -153,6 +155,17 @@ class BlockMaker:
             "logits": logits, "confidence": confidence, "agreeing": logits.argmax(1) == labels
         }  # fmt: skip
         return result | ({"bns_distance": torch.cat(distances)} if distances else {})
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Libraries were seen to split the sums of a teacher's last layer by the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_generators(generators: Sequence[Generator], preprocessing: Preprocessing) -> None:

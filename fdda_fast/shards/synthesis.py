@@ -59,7 +59,7 @@ def synthesize_shards(
             the number of the first one's classes. All with the same image shape.
         preprocessing: of the teacher; its inverse makes pixels of what the generators return.
         teacher: gives soft labels, confidence and agreement, computed on the pixels as they are
-            stored; without one there are none.
+            stored, and in one thread; without one there are none.
         centers: give the distance of the images' BNS from their class's.
         progress: called as progress(images done, num_images, {}), those of others included.
 

@@ -13,7 +13,7 @@ from torch import nn
 from fdda_fast.data import Preprocessing
 from fdda_fast.generator import Generator, sample
 from fdda_fast.shards import ShardConfig, synthesize_shards
-from fdda_fast.shards.blocks import difference_hash
+from fdda_fast.shards.blocks import BlockMaker, difference_hash
 from fdda_fast.shards.dataset import read_shard
 from fdda_fast.shards.writer import near_duplicates
 from fdda_fast.statistics import EPS, collect_centers
@@ -108,6 +108,28 @@ def test_an_image_depends_on_its_index_only(tmp_path, generators, teacher, cente
     assert c.items() <= a.items()
     write(tmp_path / "d", generators, judges=judges, seed=5)
     assert not {p["png"] for p in members(tmp_path / "d").values()} & {p["png"] for p in a.values()}
+
+
+def test_threads_do_not_change_the_bits():
+    """Of images and logits; a long last layer, alone, would."""
+    torch.manual_seed(6)
+    generator = Generator(4, (3, 32, 32)).eval()
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 1280, 8, 8), nn.BatchNorm2d(1280), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(1280, 1000),
+    )  # fmt: skip
+    preprocessing = Preprocessing(32, 32, (0.5,) * 3, (0.5,) * 3)
+    make = BlockMaker([generator], ShardConfig(), preprocessing, teacher, None)
+    blocks = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        blocks.append(make(1))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    for block in blocks[1:]:
+        assert np.array_equal(block.pixels, blocks[0].pixels)
+        assert np.array_equal(block.logits, blocks[0].logits)
 
 
 def test_several_generators(tmp_path, generators):
