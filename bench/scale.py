@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from machine import describe
 from reference_step import PlainGenerator
+from timing import Clock
 from torchvision.utils import save_image
 
 from fdda_fast.data import Preprocessing
@@ -65,7 +66,7 @@ def config_of(case: Case, images: int) -> ShardConfig:
     return ShardConfig(num_images=images, shard_size=BLOCK * max(1, case.images // BLOCK // 16))
 
 
-def plain_seconds(case: Case) -> float:
+def plain_seconds(case: Case, clock: Clock) -> float:
     """Per image."""
     torch.manual_seed(0)
     generator = PlainGenerator(_CLASSES, (3, case.pixels, case.pixels)).eval()
@@ -83,12 +84,12 @@ def plain_seconds(case: Case) -> float:
     images = case.images // 8
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), case.batch)
-        start = time.perf_counter()
+        start = clock()
         run(Path(folder), images)
-        return (time.perf_counter() - start) / images
+        return (clock() - start) / images
 
 
-def stage_seconds(case: Case) -> dict[str, float]:
+def stage_seconds(case: Case, clock: Clock) -> dict[str, float]:
     """Per image, each stage by itself."""
     blocks = case.images // 4 // BLOCK
     config = config_of(case, blocks * BLOCK)
@@ -96,9 +97,9 @@ def stage_seconds(case: Case) -> dict[str, float]:
     seconds = dict.fromkeys(("compute", "encode", "write"), 0.0)
 
     def timed(stage: str, function: Callable, *arguments: object) -> object:
-        start = time.perf_counter()
+        start = clock()
         result = function(*arguments)
-        seconds[stage] += time.perf_counter() - start
+        seconds[stage] += clock() - start
         return result
 
     with resident_memory(), tempfile.TemporaryFile() as file:
@@ -124,10 +125,12 @@ def work(pixels: int, core: int, folder: str) -> None:
         synthesize_shards(generator, warm, config, preprocessing=preprocessing)
     print("ready", flush=True)
     sys.stdin.readline()
+    start = time.process_time()
     synthesize_shards(generator, folder, config_of(case, case.images), preprocessing=preprocessing)
+    print(time.process_time() - start, flush=True)
 
 
-def ranks_seconds(case: Case, cores: Sequence[int]) -> float:
+def ranks_seconds(case: Case, cores: Sequence[int], clock: Clock) -> float:
     """Per image, of a rank on each core."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -142,13 +145,15 @@ def ranks_seconds(case: Case, cores: Sequence[int]) -> float:
         for rank in ranks:
             if rank.stdout.readline() != "ready\n":
                 raise RuntimeError("a rank failed")
-        start = time.perf_counter()
+        start = clock()
         for rank in ranks:
             rank.stdin.write("\n")
             rank.stdin.flush()
+        used = [float(rank.stdout.readline()) for rank in ranks]
+        seconds = max(used) if clock is time.process_time else clock() - start
         if any(rank.wait() for rank in ranks):
             raise RuntimeError("a rank failed")
-        return (time.perf_counter() - start) / case.images
+        return seconds / case.images
 
 
 def main() -> None:
@@ -156,6 +161,9 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cores", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="leaves out what other processes take of a core"
+    )
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -165,18 +173,19 @@ def main() -> None:
         parser.error("--cores: one per rank")
     os.sched_setaffinity(0, {options.cores[0]})
     torch.set_num_threads(1)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     print(*describe(), sep="\n")
     for pixels in options.pixels:
         case = CASES[pixels]
-        plain = plain_seconds(case)
+        plain = plain_seconds(case, clock)
         print(f"{pixels} px: plain loop {1 / plain:.1f} images/s")
-        stages = stage_seconds(case)
+        stages = stage_seconds(case, clock)
         total = sum(stages.values())
         shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in stages.items())
         print(f"  stages {1e3 * total:.2f} ms per image: {shares}")
         one = None
         for count in options.ranks:
-            seconds = ranks_seconds(case, options.cores[:count])
+            seconds = ranks_seconds(case, options.cores[:count], clock)
             one = one or seconds
             print(
                 f"  {count} rank(s): {1 / seconds:.1f} images/s, "
