@@ -85,6 +85,7 @@ def test_shuffled(folder):
     assert indices(ShardDataset(folder, shuffle=True, seed=4)) != orders[0]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_share_the_images(folder, workers):
     loader = DataLoader(ShardDataset(folder), batch_size=32, num_workers=workers)
