@@ -126,7 +126,8 @@ def synthesize(
     if into.shards:
         record["shards"] = into.config(num_images, config.seed, inputs.num_classes)
         to = dataclasses.replace(to, resume=True)
-    run = _open_run(to, "synthesize", record, ends=not into.verify)
+    # Shards that are lost are made again, even those of a finished run.
+    run = _open_run(to, "synthesize", record, ends=not into.shards)
     if into.verify and not run.finished:
         raise ValueError(f"{run.path}: no finished set to verify")
     preprocessing = inputs.source.preprocessing
