@@ -6,6 +6,7 @@ from .deploy import PackedModel, load_packed, pack
 from .generator import Generator, sample
 from .quantization.bits import Bits
 from .quantization.finetune import quantize
+from .shards import ShardConfig, ShardDataset, synthesize_shards, verify_shards
 from .statistics import BNSCenters, collect_centers
 from .synthesis import train_generator
 from .writing import synthesize
@@ -16,6 +17,8 @@ __all__ = [
     "Generator",
     "PackedModel",
     "QuantizeConfig",
+    "ShardConfig",
+    "ShardDataset",
     "SynthesisConfig",
     "collect_centers",
     "load_packed",
@@ -24,5 +27,7 @@ __all__ = [
     "quantize",
     "sample",
     "synthesize",
+    "synthesize_shards",
     "train_generator",
+    "verify_shards",
 ]

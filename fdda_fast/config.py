@@ -26,10 +26,10 @@ DTYPES = ("float32", "bfloat16")
 RANGES = ("mse", "minmax", "reference")
 AUGMENTATIONS = ("shift", "crop")
 _EPOCH = 200  # steps, in the paper's settings
-_Config = TypeVar("_Config", bound="_Section")
+_Config = TypeVar("_Config", bound="Section")
 
 
-class _Section:
+class Section:
     """What all settings share: checks that speak of the field, plain-dict conversion."""
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
@@ -43,7 +43,7 @@ class _Section:
 
 
 @dataclass(frozen=True)
-class SynthesisConfig(_Section):
+class SynthesisConfig(Section):
     """How the generator is trained.
 
     Args:
@@ -119,7 +119,7 @@ class SynthesisConfig(_Section):
 
 
 @dataclass(frozen=True)
-class QuantizeConfig(_Section):
+class QuantizeConfig(Section):
     """How the student is quantised and fine-tuned.
 
     Args:

@@ -16,8 +16,7 @@ from .seeding import stream
 LATENT_DIM = 100
 _FORMAT = "fdda-fast generator 1"
 _SAMPLE_STREAM = 0
-# Samples are always computed in whole chunks of this many, so that the bits of sample i do not
-# depend on how many are asked for (libraries pick their algorithm by batch size).
+# Latents are drawn for whole chunks of this many.
 _SAMPLE_CHUNK = 16
 
 
@@ -36,6 +35,15 @@ def _move_running(norm: nn.BatchNorm2d, count: int, mean: torch.Tensor, var: tor
     norm.num_batches_tracked += 1
 
 
+@torch.no_grad()
+def _tables(
+    norm: nn.BatchNorm2d, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """What `ops.fixed_bn_lrelu` takes for the running statistics: float32 [3, N, C]."""
+    scale = weight[labels] * (norm.running_var + norm.eps).rsqrt()
+    return torch.stack([norm.running_mean.expand_as(scale), scale, bias[labels]])
+
+
 def _normalize(
     x: torch.Tensor,
     norm: nn.BatchNorm2d,
@@ -46,10 +54,7 @@ def _normalize(
 ) -> torch.Tensor:
     """Batch norm with weight and bias [K, C] by label, then LeakyReLU."""
     if not norm.training:
-        scale = weight[labels] * (norm.running_var + norm.eps).rsqrt()
-        shift = bias[labels] - norm.running_mean * scale
-        y = x * scale[:, :, None, None] + shift[:, :, None, None]
-        return F.leaky_relu(y, negative_slope).to(x.dtype)
+        return ops.fixed_bn_lrelu(x, _tables(norm, labels, weight, bias), negative_slope)
     count = _values_per_channel(x)
     y, *moments = ops.conditional_bn_lrelu(
         x, labels, weight, bias, [len(x)], norm.eps, negative_slope
@@ -86,13 +91,16 @@ class ConditionalBatchNorm2d(nn.Module):
         negative_slope: float,
         convolution: nn.Conv2d,
     ) -> torch.Tensor:
-        """`convolution(self(x, labels, negative_slope))`, in one operator in train mode."""
+        """`convolution(self(x, labels, negative_slope))`, in one operator."""
+        weight, bias = self.weight.weight, self.bias.weight
         if not self.training:
-            x = self(x, labels, negative_slope)
-            return ops.conv3x3_few_outputs(x, convolution.weight, convolution.bias)
+            tables = _tables(self.norm, labels, weight, bias)
+            return ops.fixed_bn_lrelu_conv3x3(
+                x, tables, negative_slope, convolution.weight, convolution.bias
+            )
         count = _values_per_channel(x)
         y, *moments = ops.conditional_bn_lrelu_conv3x3(
-            x, labels, self.weight.weight, self.bias.weight, [len(x)], self.norm.eps,
+            x, labels, weight, bias, [len(x)], self.norm.eps,
             negative_slope, convolution.weight, convolution.bias,
         )  # fmt: skip
         _move_running(self.norm, count, *moments)
@@ -182,23 +190,38 @@ def latents(count: int, rng: torch.Generator) -> torch.Tensor:
     return torch.randn(count, LATENT_DIM, generator=rng)
 
 
+def _sample_latents(seed: int, first: int, count: int) -> torch.Tensor:
+    """Those of images first, first + 1, ..., by chunks: float32 [count, 100]."""
+    chunks = range(first // _SAMPLE_CHUNK, (first + count) // _SAMPLE_CHUNK)
+    return torch.cat([latents(_SAMPLE_CHUNK, stream(seed, _SAMPLE_STREAM, c)) for c in chunks])
+
+
 @torch.no_grad()
 def sample(
-    generator: Generator, labels: torch.Tensor, seed: int = 0, *, first: int = 0
+    generator: Generator,
+    labels: torch.Tensor,
+    seed: int = 0,
+    *,
+    first: int = 0,
+    batch: int = _SAMPLE_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws one image per label; image i depends on (generator, seed, first + i, label) only.
+
+    Images are always computed in whole batches, so that the bits of image i do not depend on how
+    many are asked for (libraries pick their algorithm by batch size).
 
     Args:
         generator: run in eval mode, its mode is restored.
         labels: int64 [N] in 0..num_classes-1.
         seed: >= 0.
-        first: index of the first image within the seed's sequence, a multiple of 16.
+        first: index of the first image within the seed's sequence, a multiple of `batch`.
+        batch: images computed at once, a multiple of 16; another one gives other last bits.
 
     Returns:
         images float32 [N, C, H, W] and the labels.
 
     Raises:
-        ValueError: a label out of range, or first not a multiple of 16.
+        ValueError: a label out of range, batch not a multiple of 16, or first not one of batch.
     """
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [N], got {labels.dtype} {list(labels.shape)}")
@@ -207,16 +230,18 @@ def sample(
             f"labels must lie in 0..{generator.num_classes - 1}, "
             f"got {int(labels.min())}..{int(labels.max())}"
         )
-    if first < 0 or first % _SAMPLE_CHUNK:
-        raise ValueError(f"first must be a multiple of {_SAMPLE_CHUNK} and >= 0, got {first}")
+    if batch < 1 or batch % _SAMPLE_CHUNK:
+        raise ValueError(f"batch must be a multiple of {_SAMPLE_CHUNK} and > 0, got {batch}")
+    if first < 0 or first % batch:
+        raise ValueError(f"first must be a multiple of {batch} and >= 0, got {first}")
     was_training = generator.training
     generator.eval()
     images = torch.empty(len(labels), *generator.image_shape)
     try:
-        for chunk, start in enumerate(range(0, len(labels), _SAMPLE_CHUNK)):
-            wanted = labels[start : start + _SAMPLE_CHUNK]
-            padded = F.pad(wanted, (0, _SAMPLE_CHUNK - len(wanted)))
-            z = latents(_SAMPLE_CHUNK, stream(seed, _SAMPLE_STREAM, first // _SAMPLE_CHUNK + chunk))
+        for start in range(0, len(labels), batch):
+            wanted = labels[start : start + batch]
+            padded = F.pad(wanted, (0, batch - len(wanted)))
+            z = _sample_latents(seed, first + start, batch)
             images[start : start + len(wanted)] = generator(z, padded)[: len(wanted)]
     finally:
         generator.train(was_training)

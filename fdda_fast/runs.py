@@ -12,7 +12,6 @@ A folder holds:
 from __future__ import annotations
 
 import csv
-import hashlib
 import platform
 import sys
 import time
@@ -39,7 +38,7 @@ from torch import fx, nn
 
 from .checkpoint import load_tensors, save_tensors
 from .config import QuantizeConfig, from_dict, read_toml, to_dict, write_toml
-from .files import written_whole
+from .files import digest, written_whole
 from .models import load_teacher
 from .ops import backend_info
 from .quantization.bits import Bits
@@ -94,7 +93,8 @@ class RunFolder:
         self._begun = False
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path}: is a file, not a run folder")
-        if path.is_dir() and any(path.iterdir()):
+        # Hidden: what processes that share the folder write beside it.
+        if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
             self._check_existing(command, resume, overwrite)
 
     @property
@@ -123,6 +123,8 @@ class RunFolder:
         if self._begun:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        # First, since it makes this a run folder for processes that start a moment later.
+        write_toml(self.path / "config.toml", self.settings)
         environment_file = self.path / "environment.toml"
         if self._resume and environment_file.is_file():
             changes = _differences(read_toml(environment_file), environment())
@@ -130,7 +132,6 @@ class RunFolder:
                 print(f"warning: last bits may differ, {changes}", file=sys.stderr)
         else:
             write_toml(environment_file, environment())
-        write_toml(self.path / "config.toml", self.settings)
         self._begun = True
 
     @contextmanager
@@ -310,15 +311,6 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
             was, now = ("not set" if v is None else repr(v) for v in (a, b))
             parts.append(f"{prefix}{name} was {was}, now {now}")
     return "; ".join(part for part in parts if part)
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    hasher = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def teacher_record(model: str, weights: Path | None, num_classes: int | None) -> dict[str, Any]:

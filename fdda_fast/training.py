@@ -60,7 +60,7 @@ def below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
+def deferred_interrupt() -> Iterator[threading.Event]:
     """Ctrl-C (and SIGTERM) set a flag, so that a step is never left half done; twice is at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -106,7 +106,7 @@ def run_steps(
     """
     start = _load(checkpoint, state, fingerprint) if resume and checkpoint is not None else 0
     saved = time.monotonic()
-    with _deferred_interrupt() as interrupted, ExitStack() as memory:
+    with deferred_interrupt() as interrupted, ExitStack() as memory:
         for index in range(start, total):
             metrics = step(index)
             if index == start:

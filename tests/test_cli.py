@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from fdda_fast.cli.options import parse_bits
 from fdda_fast.deploy import PackedModel, load_packed
 from fdda_fast.deploy.graph import Node
 from fdda_fast.deploy.integer import Reshape
+from fdda_fast.generator import Generator
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.runs import load_quantized
+from fdda_fast.shards import ShardDataset
 
 FACTORY = """
 import torch
@@ -167,6 +170,101 @@ def test_synthesize_goes_on_with_the_images(results):
     (out / "gallery.png").unlink()
     succeed("synthesize", *OWN, "--steps", 2, "--num-images", 7, "--out", out, "--resume")
     assert lost.read_bytes() == content
+
+
+SHARDS = ["--steps", 2, "--num-images", 150, "--shards", "--shard-size", 64]
+
+
+def shards_of(out):
+    return {p.name: p.read_bytes() for p in (out / "shards").iterdir() if p.name != ".claims"}
+
+
+@pytest.fixture(scope="session")
+def sharded(results):
+    before = os.getcwd()
+    os.chdir(results)
+    try:
+        told = succeed("synthesize", *OWN, *SHARDS, "--out", "sharded")
+    finally:
+        os.chdir(before)
+    assert "images: 150" in told
+    assert "confidence: 0." in told
+    return results / "sharded"
+
+
+def test_synthesize_to_shards(sharded):
+    data = ShardDataset(sharded / "shards")
+    assert [sample["label"] for sample in data] == [i % 3 for i in range(150)]
+    assert next(iter(data))["logits"].shape == (3,)
+    assert (sharded / "gallery.png").is_file()
+    whole = shards_of(sharded)
+    command = ["synthesize", *OWN, *SHARDS, "--out", sharded]
+    assert "images: 150" in succeed(*command)
+    (sharded / "shards" / "shard-000001.tar").unlink()
+    succeed(*command)
+    assert shards_of(sharded) == whole
+
+
+def test_verify(sharded, tmp_path):
+    command = ["synthesize", *OWN, *SHARDS, "--verify", "--out"]
+    assert "as it should be" in succeed(*command, sharded)
+    assert "no finished set" in run(*command, tmp_path / "new").stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(sharded, copy)
+    shard = copy / "shards" / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    told = run(*command, copy)
+    assert told.exit_code == 2
+    assert "shard-000001.tar: its sum is another one" in told.stderr
+
+
+def test_torchrun_gives_the_same_shards(sharded, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "fdda_fast", "synthesize", *OWN, *SHARDS, "--out", tmp_path / "run"]
+    done = subprocess.run(
+        [str(a) for a in launcher + command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert shards_of(tmp_path / "run") == shards_of(sharded)
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_shards_of_several_generators(tmp_path):
+    for seed, classes in enumerate((1, 2)):
+        torch.manual_seed(seed)
+        Generator(classes, (3, 16, 16)).save(tmp_path / f"{classes}.safetensors")
+    (tmp_path / "weights.json").write_text("[0, 3, 1]")
+    options = [
+        "--num-images", 128, "--shards", "--generator", tmp_path / "1.safetensors",
+        "--generator", tmp_path / "2.safetensors", "--distribution", tmp_path / "weights.json",
+        "--format", "raw", "--no-logits",
+    ]  # fmt: skip
+    told = succeed("synthesize", *OWN, *options, "--out", tmp_path / "run")
+    assert "confidence" not in told
+    assert not (tmp_path / "run" / "generator.safetensors").exists()
+    samples = list(ShardDataset(tmp_path / "run" / "shards"))
+    counts = torch.tensor([s["label"] for s in samples]).bincount(minlength=3)
+    assert counts[0] == 0
+    assert abs(counts[1] - 96) <= 3
+    assert "logits" not in samples[0]
+
+
+def test_synthesize_refuses(results, tmp_path):
+    (results / "weights.json").write_text("[1, 2]")
+    generator = ["--generator", "synthetic/generator.safetensors"]
+    for options, message in [
+        (["--shard-size", 64], "--shard-size needs --shards"),
+        (["--no-logits"], "--logits needs --shards"),
+        (["--verify"], "--verify needs --shards"),
+        (2 * generator, "several --generator need --shards"),
+        (["--shards", "--shard-size", 65], "multiple of 64"),
+        (["--shards", "--format", "jpg"], "image_format must be one of"),
+        (["--shards", "--distribution", "even"], "'balanced' or a file"),
+        (["--shards", "--distribution", "bad.toml"], "not a list of numbers"),
+        (["--shards", "--distribution", "weights.json"], "has 2 weights for 3 classes"),
+        (["--shards", *generator, *generator], "makes 6 classes"),
+    ]:
+        assert message in refused(results, "synthesize", *OWN, *options, "--out", "new")
 
 
 def test_quantize(results):
@@ -441,7 +539,6 @@ def test_bad_input_of_other_commands(results, arguments, message):
 
 
 def test_run_whose_files_were_changed(results, tmp_path):
-    import shutil
 
     copy = shutil.copytree(results / "quantized", tmp_path / "copy")
     config = (copy / "config.toml").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -20,6 +21,7 @@ from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from ..models import SHIPPED
 from ..quantization.bits import Bits
 from ..runs import load_recorded_teacher, teacher_record
+from ..shards.plan import IMAGE_FORMATS, ShardConfig
 
 _MEAN, _STD = (",".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
@@ -202,6 +204,67 @@ class SettingsOptions:
         if seed is not None:
             settings = settings.replace(seed=seed, synthesis=settings.synthesis.replace(seed=seed))
         return settings, bits
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Whether and how images go to tar files."""
+
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Tar files (WebDataset), not a tree of PNG files.")
+    ] = False
+    shard_size: Annotated[
+        int, typer.Option(help="With --shards: indices per file, a multiple of 64.")
+    ] = 1024
+    format: Annotated[str, typer.Option(help=f"With --shards: {' or '.join(IMAGE_FORMATS)}.")] = (
+        IMAGE_FORMATS[0]
+    )
+    distribution: Annotated[
+        str,
+        typer.Option(help="With --shards: balanced, or a JSON file, a list of weights by class."),
+    ] = "balanced"
+    min_confidence: Annotated[
+        float, typer.Option(help="With --shards: leave out images below this probability.")
+    ] = 0.0
+    logits: Annotated[
+        bool, typer.Option("--logits/--no-logits", help="With --shards: soft labels, quality.")
+    ] = True
+    verify: Annotated[
+        bool, typer.Option("--verify", help="With --shards: check those that are there.")
+    ] = False
+
+    def check(self, generators: int) -> None:
+        """Raises ValueError for options that need --shards without it."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if given and not self.shards:
+            raise ValueError(f"--{min(given).replace('_', '-')} needs --shards")
+        if generators > 1 and not self.shards:
+            raise ValueError("several --generator need --shards")
+
+    def config(self, num_images: int, seed: int, num_classes: int) -> ShardConfig:
+        """Raises ValueError for a value out of range, FileNotFoundError for a missing file."""
+        return ShardConfig(
+            num_images=num_images,
+            shard_size=self.shard_size,
+            image_format=self.format,
+            seed=seed,
+            class_weights=self._weights(num_classes),
+            min_confidence=self.min_confidence,
+        )
+
+    def _weights(self, num_classes: int) -> tuple[float, ...]:
+        if self.distribution == "balanced":
+            return ()
+        path = Path(self.distribution)
+        if not path.is_file():
+            raise FileNotFoundError(f"--distribution: 'balanced' or a file, got {path}")
+        try:
+            weights = tuple(float(weight) for weight in json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a list of numbers ({error})") from error
+        if len(weights) != num_classes:
+            raise ValueError(f"{path}: has {len(weights)} weights for {num_classes} classes")
+        return weights
 
 
 def parse_bits(text: str) -> Bits:

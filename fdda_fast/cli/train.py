@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..config import SynthesisConfig
+from ..files import digest
 from ..gallery import save_gallery
 from ..generator import Generator
 from ..quantization.finetune import quantize as quantize_stage
-from ..runs import RunFolder, digest, display, save_quantized
+from ..runs import RunFolder, display, save_quantized
+from ..shards import ShardConfig, synthesize_shards, verify_shards
+from ..shards.claims import Claims
 from ..statistics import BNSCenters, collect_centers
 from ..synthesis import train_generator
+from ..training import Progress
 from ..writing import synthesize as write_images
 from .app import app
 from .options import (
@@ -23,10 +30,13 @@ from .options import (
     Inputs,
     RunOptions,
     SettingsOptions,
+    ShardOptions,
     grouped,
     parse_bits,
     use_threads,
 )
+
+_SHARDS = "shards"  # folder of a run
 
 
 @contextmanager
@@ -42,10 +52,12 @@ def _interruptible(run: RunFolder) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _open_run(to: RunOptions, stage: str, record: dict[str, Any]) -> RunFolder:
-    """The folder of the run; ends the command where it is finished already."""
+def _open_run(
+    to: RunOptions, stage: str, record: dict[str, Any], *, ends: bool = True
+) -> RunFolder:
+    """The folder of the run; `ends` the command where it is finished already."""
     run = RunFolder(to.out, stage, record, resume=to.resume)
-    if run.finished:
+    if run.finished and ends:
         print(f"{run.path} is finished already")
         raise typer.Exit
     return run
@@ -87,46 +99,152 @@ def synthesize(
     where: InputOptions,
     to: RunOptions,
     settings: SettingsOptions,
+    into: ShardOptions,
     num_images: Annotated[int, typer.Option(min=1, help="Synthetic images to write.")] = 1000,
+    generator: Annotated[
+        list[Path] | None,
+        typer.Option(help="Finished generator, in place of training; several share the classes."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Training steps.")] = None,
 ) -> None:
-    """Train the generator and write a synthetic data set."""
+    """Train the generator and write a synthetic data set.
+
+    With --shards, the same command can run in many processes at once, by torchrun or by hand, and
+    again after whatever ended it: they share the work.
+    """
     use_threads(to.threads)
     config = settings.load(to.seed)[0].synthesis
     if steps is not None:
         config = config.replace(steps=steps)
+    files = generator or []
+    into.check(len(files))
     inputs = where.open(config.seed)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
-    run = _open_run(to, "synthesize", record)
-    generator_file = run.path / "generator.safetensors"
+    generators = _fitting_generators(files, inputs)
+    if files:
+        record["generators"] = [_file_record(file) for file in files]
+    if into.shards:
+        record["shards"] = into.config(num_images, config.seed, inputs.num_classes)
+        to = dataclasses.replace(to, resume=True)
+    # Shards that are lost are made again, even those of a finished run.
+    run = _open_run(to, "synthesize", record, ends=not into.shards)
+    if into.verify and not run.finished:
+        raise ValueError(f"{run.path}: no finished set to verify")
+    preprocessing = inputs.source.preprocessing
     with _interruptible(run):
-        if generator_file.is_file():
-            generator = Generator.load(generator_file)
+        if not generators:
+            with _one_at_a_time(run) if into.shards else nullcontext():
+                generators = [_own_generator(run, inputs, config, resume=to.resume)]
+        if into.verify:
+            _verify_shards(run, inputs, into, generators)
+            return
+        _begin(run, inputs)
+        if into.shards:
+            images = _write_shards(run, inputs, into, generators, record["shards"])
         else:
-            collected = _collect_centers(inputs)
-            with run.following("generator") as progress:
-                generator = train_generator(
-                    inputs.teacher,
-                    collected,
-                    config,
-                    checkpoint=run.checkpoint,
-                    resume=to.resume,
+            images = run.path / "images"
+            with display("images") as progress:
+                write_images(
+                    generators[0],
+                    images,
+                    num_images=num_images,
+                    preprocessing=preprocessing,
+                    seed=config.seed,
                     progress=progress,
                 )
-            _begin(run, inputs)
-            generator.save(generator_file)
-        preprocessing = inputs.source.preprocessing
-        with display("images") as progress:
-            write_images(
-                generator,
-                run.path / "images",
-                num_images=num_images,
-                preprocessing=preprocessing,
-                seed=config.seed,
-                progress=progress,
-            )
-        save_gallery(run.result, generator, preprocessing, inputs.class_names, seed=config.seed)
-    print(generator_file, run.path / "images", run.result, sep="\n")
+        names = inputs.class_names and inputs.class_names[: generators[0].num_classes]
+        save_gallery(run.result, generators[0], preprocessing, names, seed=config.seed)
+    own = _generator_file(run)
+    print(*([] if files else [own]), images, run.result, sep="\n")
+
+
+def _judges(inputs: Inputs, into: ShardOptions) -> dict[str, Any]:
+    """The teacher and the centers that measure the images, where they are to be measured."""
+    if not into.logits:
+        return {}
+    return {"teacher": inputs.teacher, "centers": _collect_centers(inputs)}
+
+
+def _write_shards(
+    run: RunFolder,
+    inputs: Inputs,
+    into: ShardOptions,
+    generators: Sequence[Generator],
+    config: ShardConfig,
+) -> Path:
+    """The folder of the shards; prints what was measured on them."""
+    folder = run.path / _SHARDS
+    with _shown("images") as progress:
+        index = synthesize_shards(
+            generators,
+            folder,
+            config,
+            preprocessing=inputs.source.preprocessing,
+            progress=progress,
+            **_judges(inputs, into),
+        )
+    for name, value in index["summary"].items():
+        print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.4f}")
+    return folder
+
+
+def _verify_shards(
+    run: RunFolder, inputs: Inputs, into: ShardOptions, generators: Sequence[Generator]
+) -> None:
+    folder = run.path / _SHARDS
+    with _shown("verified shards") as progress:
+        judges = _judges(inputs, into)
+        verify_shards(folder, generators, part=_rank(), progress=progress, **judges)
+    print(f"{folder}: as it should be")
+
+
+def _generator_file(run: RunFolder) -> Path:
+    return run.path / "generator.safetensors"
+
+
+@contextmanager
+def _one_at_a_time(run: RunFolder) -> Iterator[None]:
+    """Of the processes that share the folder, one trains and the others find what it made."""
+    run.begin()
+    with Claims(run.path / ".claims") as claims, claims.held(0):
+        yield
+
+
+def _own_generator(
+    run: RunFolder, inputs: Inputs, config: SynthesisConfig, *, resume: bool
+) -> Generator:
+    """The run's, trained unless it is there."""
+    own = _generator_file(run)
+    if own.is_file():
+        return Generator.load(own)
+    collected = _collect_centers(inputs)
+    with run.following("generator") as progress:
+        generator = train_generator(
+            inputs.teacher,
+            collected,
+            config,
+            checkpoint=run.checkpoint,
+            resume=resume,
+            progress=progress,
+        )
+    _begin(run, inputs)
+    generator.save(own)
+    return generator
+
+
+def _rank() -> tuple[int, int]:
+    """Of how many processes that torchrun has started."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def _shown(title: str) -> Iterator[Progress | None]:
+    """Progress, by one of the processes that torchrun has started."""
+    if _rank()[0]:
+        yield None
+    else:
+        with display(title) as progress:
+            yield progress
 
 
 @app.command()
@@ -163,8 +281,8 @@ def quantize(
     record = {**inputs.record, "bits": widths, "quantize": config}
     loaded = None
     if generator is not None:
-        loaded = _fitting_generator(generator, inputs)
-        record["generator"] = {"file": str(generator.resolve()), "sha256": digest(generator)}
+        (loaded,) = _fitting_generators([generator], inputs)
+        record["generator"] = _file_record(generator)
     run = _open_run(to, "quantize", record)
     with _interruptible(run), run.following("quantize") as progress:
         student = quantize_stage(
@@ -182,12 +300,19 @@ def quantize(
     print(run.result)
 
 
-def _fitting_generator(path: Path, inputs: Inputs) -> Generator:
-    generator = Generator.load(path)
+def _file_record(path: Path) -> dict[str, str]:
+    return {"file": str(path.resolve()), "sha256": digest(path)}
+
+
+def _fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
+    """Raises ValueError unless they make the teacher's classes, and images that it reads."""
+    generators = [Generator.load(file) for file in files]
     shape = tuple(inputs.calibration.images.shape[1:])
-    if (generator.num_classes, generator.image_shape) != (inputs.num_classes, shape):
+    classes = sum(generator.num_classes for generator in generators)
+    other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
+    if generators and (classes, other) != (inputs.num_classes, shape):
         raise ValueError(
-            f"{path}: makes {generator.num_classes} classes of {generator.image_shape} images, "
+            f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
             f"the teacher reads {inputs.num_classes} classes of {shape}"
         )
-    return generator
+    return generators

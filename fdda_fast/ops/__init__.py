@@ -17,6 +17,7 @@ from fdda_fast.ops.fake_quantize import (
     fake_quantize_range,
     observe_range,
 )
+from fdda_fast.ops.fixed_bn import fixed_bn_lrelu, fixed_bn_lrelu_conv3x3
 from fdda_fast.ops.max_pool import max_pool2d
 from fdda_fast.ops.packed import (
     max_pool2d_codes,
@@ -42,6 +43,8 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_minmax",
     "fake_quantize_range",
+    "fixed_bn_lrelu",
+    "fixed_bn_lrelu_conv3x3",
     "max_pool2d",
     "max_pool2d_codes",
     "observe_range",

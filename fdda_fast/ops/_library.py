@@ -104,6 +104,8 @@ def _register_compositions() -> None:
             LIBRARY.impl(operator, getattr(module, operator), "CPU")
     for operator in ("conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"):
         LIBRARY.impl(operator, getattr(_winograd, operator), "CPU")
+    for operator in ("fixed_bn_lrelu", "fixed_bn_lrelu_conv3x3"):
+        LIBRARY.impl(operator, getattr(_norm_few_outputs, operator), "CPU")
 
 
 def _load_cuda() -> None:

@@ -1,6 +1,7 @@
-"""CPU implementation of conditional_bn_lrelu_conv3x3: the normalised tensor lives in strips.
+"""CPU implementation of conditional_bn_lrelu_conv3x3 and of its likes on given statistics.
 
-Forward: the statistics, then every strip is normalised just before its matrix product. Backward:
+Forward: the statistics, then every strip is normalised just before its matrix product; the
+normalised tensor lives in strips. Backward:
 the gradient of the normalised tensor is a matrix product of 9 * Cout terms, cheaper to compute
 twice than to store: once for the sums that batch norm needs of it, once for the gradient of x.
 """
@@ -37,8 +38,16 @@ def conditional_bn_lrelu_conv3x3(
         return y.half(), *moments
     group = _group_of(groups)
     mean, var, _ = torch.ops.fdda.class_moments(x, group, len(groups))
-    x = nhwc(x)
     tables = _tables(group, *norm, mean, var, eps)
+    return fixed_bn_lrelu_conv3x3(x, tables, negative_slope, weight, bias), mean, var
+
+
+def fixed_bn_lrelu_conv3x3(
+    x: Tensor, tables: Tensor, negative_slope: float, weight: Tensor, bias: Tensor
+) -> Tensor:
+    if x.dtype == torch.float16:
+        return fixed_bn_lrelu_conv3x3(x.float(), tables, negative_slope, weight, bias).half()
+    x, tables = nhwc(x), tables.contiguous()
     memory = StripMemory(x)
 
     def normalized(strip: Strip) -> Tensor:
@@ -46,7 +55,18 @@ def conditional_bn_lrelu_conv3x3(
         torch.ops.fdda._norm_strip(x, tables, negative_slope, values, *strip.place())
         return values
 
-    return _few_outputs.forward(x, weight, bias, normalized), mean, var
+    return _few_outputs.forward(x, weight, bias, normalized)
+
+
+def fixed_bn_lrelu(x: Tensor, tables: Tensor, negative_slope: float) -> Tensor:
+    if x.dtype == torch.float16:
+        return fixed_bn_lrelu(x.float(), tables, negative_slope).half()
+    x = nhwc(x)
+    y = torch.empty_like(x)
+    if x.numel():
+        whole = Strip(0, len(x), 0, x.shape[1])
+        torch.ops.fdda._norm_strip(x, tables.contiguous(), negative_slope, y, *whole.place())
+    return y.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
