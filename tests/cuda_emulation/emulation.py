@@ -32,8 +32,16 @@ KERNELS = ["-O1", "-fsanitize=thread", "-ffp-contract=off", "-include", "cuda_ru
 NAMES = ("allocate", "initialise", "written", "reset", "error", "bank_conflicts")
 
 
+KERNEL_SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def build_operators() -> "Emulation":
+    """All kernels of csrc/cuda, behind the entries of operators.cu."""
+    return build(*KERNEL_SOURCES, HERE / "operators.cu")
 
 
 def build(*sources: Path) -> "Emulation":
