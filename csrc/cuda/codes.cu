@@ -25,28 +25,26 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(Quantize a, int64_t 
   });
 }
 
-// Every block makes its table of all codes: a division a thread. kBytes: to an access.
-template <int kBytes>
-__global__ void __launch_bounds__(kThreads) requantize_kernel(RequantizeCodes a, int64_t accesses) {
+// Every block makes its table of all codes: a division a thread. `wide` accesses of 16 bytes, and
+// the bytes behind them.
+__global__ void __launch_bounds__(kThreads) requantize_kernel(RequantizeCodes a, int64_t wide) {
   __shared__ uint8_t table[kCodes];
   const float value = (static_cast<float>(threadIdx.x) - a.x_zero_point) / a.x_scale;
   const float half = static_cast<float>(1 << (a.bits - 1));
   table[threadIdx.x] = quantize_code(value, a.scale, a.zero_point, half);
   __syncthreads();
-  for_each(accesses, [&](int64_t i) {
-    if constexpr (kBytes == 1) {
-      a.out[i] = table[a.x[i]];
-    } else {
-      const uint4 v = ptx::load_16(a.x + i * kBytes);
-      uint32_t words[4] = {v.x, v.y, v.z, v.w};
-      for (uint32_t& word : words) {
-        uint32_t codes = 0;
-        for (int j = 0; j < 32; j += 8) codes |= uint32_t{table[word >> j & 255]} << j;
-        word = codes;
-      }
-      ptx::store_16(a.out + i * kBytes, {words[0], words[1], words[2], words[3]});
+  for_each(wide, [&](int64_t i) {
+    const uint4 v = ptx::load_16(a.x + i * 16);
+    uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    for (uint32_t& word : words) {
+      uint32_t codes = 0;
+      for (int j = 0; j < 32; j += 8) codes |= uint32_t{table[word >> j & 255]} << j;
+      word = codes;
     }
+    ptx::store_16(a.out + i * 16, {words[0], words[1], words[2], words[3]});
   });
+  for_each(a.count - wide * 16,
+           [&](int64_t i) { a.out[wide * 16 + i] = table[a.x[wide * 16 + i]]; });
 }
 
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(DequantizeCodes a) {
@@ -72,12 +70,8 @@ void quantize(const Quantize& a, cudaStream_t stream) {
 void requantize_codes(const RequantizeCodes& a, cudaStream_t stream) {
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.out);
   const int64_t wide = addresses % 16 ? 0 : a.count / 16;
-  launch_for_each(requantize_kernel<16>, wide, stream, a, wide);
-  RequantizeCodes tail = a;
-  tail.x += wide * 16;
-  tail.out += wide * 16;
-  tail.count -= wide * 16;
-  launch_for_each(requantize_kernel<1>, tail.count, stream, tail, tail.count);
+  const int64_t narrow = a.count - wide * 16;
+  launch_for_each(requantize_kernel, wide > narrow ? wide : narrow, stream, a, wide);
 }
 
 void dequantize_codes(const DequantizeCodes& a, cudaStream_t stream) {

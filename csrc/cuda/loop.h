@@ -7,7 +7,7 @@
 namespace fdda {
 namespace cuda {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kLanes = 32;
 constexpr int64_t kMaxBlocks = 1 << 20;  // the threads step over what is left
 
 template <typename... Parameters>
@@ -19,7 +19,7 @@ void launch_for_each(void (*kernel)(Parameters...), int64_t count, cudaStream_t 
          stream, arguments...);
 }
 
-// body(i) for all i below count, by all threads of the grid.
+// body(i) for all i below count, by all threads of the grid; those of a warp have adjacent i.
 template <typename Body>
 __device__ void for_each(int64_t count, Body body) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) max_pool_kernel(MaxPool a, int64_t c
 }
 
 // A block has 32 channels of an image; its warps share the pixels.
-constexpr int kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kWarps = kThreads / kLanes;
 
 __global__ void __launch_bounds__(kThreads) sum_pool_kernel(SumPool a, int64_t channel_blocks) {
   __shared__ int32_t sums[kWarps][kLanes];

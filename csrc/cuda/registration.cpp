@@ -81,6 +81,8 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t
     check_dtype(weight_in, ScalarType::Byte, "weight");
     STD_TORCH_CHECK(groups == 1 || depthwise, "groups: expected 1 or one a channel, got ", groups);
     check_numel(weight_in, cuda::reordered_bytes(p.bits, out_channels, depth, depthwise), "weight");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight_in.const_data_ptr<uint8_t>()) % 16 == 0,
+                    "weight: expected at a multiple of 16 bytes");
     STD_TORCH_CHECK(takes || p.batch == 0,
                     "x: expected fewer than 2^30 elements with their padding, and as few weights "
                     "and output pixels, got ",

@@ -311,7 +311,8 @@ class PackedLinear(_Packed):
             # Sums of codes are the codes of the mean, `count` times finer.
             x, count = x
             zero_point *= count
-            multiplier = multiplier / count
+            # Not by a number: GPUs multiply by its inverse.
+            multiplier = multiplier / torch.full_like(multiplier, count)
             self._check_sums(count)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"expected [N, {self.in_features}] codes, got shape {tuple(x.shape)}")

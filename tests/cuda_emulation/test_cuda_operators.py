@@ -10,7 +10,15 @@ from code_arguments import (
     run_requantize_codes,
     run_sum_pool,
 )
-from emulation import build_operators, generator, needs_compiler
+from emulation import (
+    HERE,
+    KERNEL_SOURCES,
+    build,
+    build_operators,
+    copy_sources,
+    generator,
+    needs_compiler,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_arguments import BITS, convolutions, linears_s32, run_conv, run_linear, run_reorder
@@ -209,3 +217,77 @@ def test_sum_pool(emulation, shape, seed):
     emulation.reset(seed)
     x = torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
     assert_same_bits(run_sum_pool(emulation, x), torch.ops.fdda.sum_pool_codes(x))
+
+
+# file, what it has, and what a mutation has for it
+MUTATIONS = {
+    "table without a barrier": ("codes", "half);\n  __syncthreads();", "half);"),
+    "table of values without a barrier": ("codes", "a.scale;\n  __syncthreads();", "a.scale;"),
+    "codes in another order": ("codes", "} << j;", "} << (24 - j);"),
+    "strides of x": ("codes", "y * a.stride_h", "y * a.stride_w"),
+    "sums in float32": ("codes", "static_cast<double>(a.x[i])", "static_cast<float>(a.x[i])"),
+    "sums without a barrier": ("pools", "[lane] = sum;\n  __syncthreads();", "[lane] = sum;"),
+    "tail of the channels": ("pools", "warp > 0 || c >= a.channels", "warp > 0 || c > a.channels"),
+    "tail of the image": ("pools", "x >= s.width", "x > s.width"),
+    "padding": ("pools", "y < 0 || y >= s.height", "y >= s.height"),
+    "tail of the taps": ("depthwise", "if (tap < taps)", "if (tap <= taps)"),
+    "sign of the weights": (
+        "depthwise",
+        "static_cast<int8_t>(weights",
+        "static_cast<uint8_t>(weights",
+    ),
+    "sums of x": ("depthwise", "inputs[j] += value", "inputs[j] += value + 1"),
+    "tail of k": ("packed", "if (k >= linear.depth) break;", ""),
+    "a part of the warp": ("packed", "lanes = kLanes / 2", "lanes = kLanes / 4"),
+    "tail of the loop": ("loop", "threadIdx.x; i < count;", "threadIdx.x; i <= count;"),
+}
+
+
+def codes(*shape):
+    return torch.randint(0, 256, shape, generator=generator(0), dtype=torch.uint8)
+
+
+def is_right(emulation, seed):
+    """Whether one case of every operator is."""
+    emulation.reset(seed)
+    g = generator(0)
+    x, numbers = codes(2, 5, 5, 12), (3.3, 128, 0.7, 1.5, 4)
+    image = torch.randn(2, 3, 4, 5, generator=g)
+    sums = torch.randint(-(2**31), 2**31, (900,), generator=g).to(torch.int32)
+    fdda, pool = torch.ops.fdda, ([3, 3], [2, 2], [1, 1], [1, 1], True)
+    epilogue = (torch.tensor([3] * 12), torch.rand(12, generator=g), torch.rand(12, generator=g))
+    weight = ops.pack_weight(torch.randint(-8, 8, (12, 9), generator=g, dtype=torch.int8), 4)
+    conv = (4, 12, [3, 3], [1, 1], [1, 1], [1, 1], 12, 7, *epilogue, None, 0.0, [0, 255])
+    deep = ops.pack_weight(torch.randint(-8, 8, (12, 90), generator=g, dtype=torch.int8), 4)
+    linear = (sums.reshape(10, 90), deep, 4, 12, 5, *epilogue, None, 0.0, None)
+    reordered = run_reorder(emulation, weight, 4, 12, 9, True)
+    cases = [
+        (run_quantize(emulation, image, 9.0, 0.5, 4), fdda.quantize(image, 9.0, 0.5, 4)),
+        (run_requantize_codes(emulation, x, *numbers), fdda.requantize_codes(x, *numbers)),
+        (run_dequantize_codes(emulation, x, 3.3, 9), fdda.dequantize_codes(x, 3.3, 9)),
+        (run_dequantize_sums(emulation, sums, 49, 3.3, 9), fdda.dequantize_sums(sums, 49, 3.3, 9)),
+        (run_max_pool(emulation, x, *pool), fdda.max_pool2d_codes(x, *pool)),
+        (run_sum_pool(emulation, x), fdda.sum_pool_codes(x)),
+        (reordered, ops.reorder_weight(weight, 4, 12, 9, True)),
+        (
+            run_conv(emulation, "reordered_conv2d", (x, reordered, *conv)),
+            fdda.packed_conv2d(x, weight, *conv),
+        ),
+        (run_linear(emulation, linear), fdda.packed_linear(*linear)),
+    ]
+    return all(torch.equal(actual, expected) for actual, expected in cases)
+
+
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS])
+def test_mutations_are_caught(tmp_path, mutation):
+    file, *change = MUTATIONS.get(mutation, ("",))
+    mutated = {path.stem: path for path in copy_sources(tmp_path, *change)}
+    changed = [file] if file in mutated else ["codes", "pools", "depthwise", "packed"]
+    sources = [mutated[p.stem] if p.stem in changed else p for p in KERNEL_SOURCES]
+    emulation = build(*sources, HERE / "operators.cu")
+    for seed in range(2):
+        try:
+            right = is_right(emulation, seed)
+        except RuntimeError:
+            right = False
+        assert right == (mutation is None)

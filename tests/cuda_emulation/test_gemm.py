@@ -2,11 +2,18 @@
 
 import ctypes
 import re
-import shutil
 
 import pytest
 import torch
-from emulation import HERE, KERNEL_SOURCES, ROOT, build, build_operators, generator, needs_compiler
+from emulation import (
+    HERE,
+    KERNEL_SOURCES,
+    build,
+    build_operators,
+    copy_sources,
+    generator,
+    needs_compiler,
+)
 from packed_arguments import PackedConv, run_conv
 
 from fdda_fast import ops
@@ -161,17 +168,9 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", [None, *MUTATIONS])
 def test_mutations_are_caught(tmp_path, mutation):
-    shutil.copytree(ROOT / "csrc/common", tmp_path / "common")
-    shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
-    gemm = tmp_path / "cuda/gemm"
-    if mutation:
-        old, new = MUTATIONS[mutation]
-        texts = {path: path.read_text() for path in gemm.glob("*.h")}
-        assert sum(text.count(old) for text in texts.values()) == 1
-        for path, text in texts.items():
-            path.write_text(text.replace(old, new))
+    copy_sources(tmp_path, *MUTATIONS.get(mutation, ()))
     # Compiles faster without the kernels that the case below does not need.
-    source = gemm / "gemm.cu"
+    source = tmp_path / "cuda/gemm/gemm.cu"
     others = r".*run<Tile, (kOperands, [841]|Operands::kU8S[84])>\(.*\n"
     source.write_text(re.sub(others, "", source.read_text()))
     others = [path for path in KERNEL_SOURCES if path.name != "gemm.cu"]
