@@ -52,6 +52,10 @@ class PackedModel(nn.Module):
 
     Made by `pack` and `load_packed`. It does inference only: no gradients, no parameters.
 
+    `to("cuda")` has the integers computed by CUDA kernels, from a second copy of the weights in
+    their order. A call starts kernels on the current stream and waits for nothing, so that CUDA
+    graphs can capture it.
+
     Args:
         graph: what to compute.
         tensors: exactly those that the graph names.
@@ -170,9 +174,11 @@ class PackedModel(nn.Module):
 
         Raises:
             RuntimeError: the compiled operators are not loaded.
-            ValueError: as `forward`.
+            ValueError: as `forward`, or images elsewhere than on the CPU.
         """
         self._check_images(images)
+        if images.device.type != "cpu":
+            raise ValueError(f"profile: expected images on the CPU, got {images.device}")
         if active_isa() is None:
             raise RuntimeError("profile: the compiled operators are not loaded")
         program = self._trace(images)[0]

@@ -5,17 +5,9 @@ import torch
 from networks import NETWORKS, images, packed_network, trace
 
 from fdda_fast.deploy.integer import Sums, domain
-from fdda_fast.ops import backend_info
 from fdda_fast.quantization.bits import Bits
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and not backend_info()["cuda_loaded"],
-        reason="built without CUDA kernels",
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 
 def on_cpu(value):
