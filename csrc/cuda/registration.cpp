@@ -64,14 +64,14 @@ Tensor reorder_weight(const Tensor& packed_in, int64_t bits, int64_t num_rows, i
 }
 
 // The offsets are on the device: their range is the caller's to keep, see packed_conv2d in Python.
-// `x_bits` null: the weight is in the order of files. It is reordered at every call then.
+// Without x_bits the weight is in the order of files and reordered at every call then.
 Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t out_channels,
               const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
               int64_t groups, int64_t x_zero_point, const Tensor& weight_offset_in,
               const Tensor& multiplier, const Tensor& bias, const std::optional<Tensor>& residual,
               double residual_scale, const std::optional<std::vector<int64_t>>& output_range,
-              const int64_t* x_bits) {
+              std::optional<int64_t> x_bits) {
   check_bits(bits);
   PackedConv p = conv_shape(x_in, bits, out_channels, kernel_size, stride, padding, dilation,
                             groups, x_zero_point);
@@ -83,10 +83,10 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t
     check_numel(weight_in, cuda::reordered_bytes(p.bits, out_channels, depth, depthwise), "weight");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight_in.const_data_ptr<uint8_t>()) % 16 == 0,
                     "weight: expected at a multiple of 16 bytes");
-    STD_TORCH_CHECK(takes || p.batch == 0,
-                    "x: expected fewer than 2^30 elements with their padding, and as few weights "
-                    "and output pixels, got ",
-                    x_in.numel());
+    STD_TORCH_CHECK(takes || x_in.numel() == 0,
+                    "x: expected fewer than 2^30 elements in an image with its padding, and as few "
+                    "weights and output pixels, got ",
+                    x_in.numel(), " elements");
   } else {
     check_packed(weight_in, bits, out_channels, depth);
   }
@@ -115,7 +115,7 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t
       x_bits ? weight : reorder_weight(weight, bits, out_channels, depth, depthwise);
   on_stream(x, [&](cudaStream_t stream) {
     cuda::reordered_conv2d(p, reordered.const_data_ptr<uint8_t>(),
-                           x_bits ? static_cast<int>(*x_bits) : 8, compute_capability(x), stream);
+                           static_cast<int>(x_bits.value_or(8)), compute_capability(x), stream);
   });
   return e.out;
 }
@@ -128,7 +128,7 @@ Tensor packed_conv2d(const Tensor& x, const Tensor& weight, int64_t bits, int64_
                      std::optional<std::vector<int64_t>> output_range) {
   return conv2d(x, weight, bits, out_channels, kernel_size, stride, padding, dilation, groups,
                 x_zero_point, weight_offset, multiplier, bias, residual, residual_scale,
-                output_range, nullptr);
+                output_range, std::nullopt);
 }
 
 Tensor reordered_conv2d(const Tensor& x, const Tensor& weight, int64_t bits, int64_t out_channels,
@@ -139,7 +139,7 @@ Tensor reordered_conv2d(const Tensor& x, const Tensor& weight, int64_t bits, int
                         std::optional<std::vector<int64_t>> output_range, int64_t x_bits) {
   return conv2d(x, weight, bits, out_channels, kernel_size, stride, padding, dilation, groups,
                 x_zero_point, weight_offset, multiplier, bias, residual, residual_scale,
-                output_range, &x_bits);
+                output_range, x_bits);
 }
 
 Tensor packed_linear(const Tensor& x_in, const Tensor& weight_in, int64_t bits,

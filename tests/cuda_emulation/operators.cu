@@ -50,6 +50,17 @@ void reordered_conv2d(const fdda::PackedConv* conv, int x_bits, int compute_capa
   fdda::cuda::reordered_conv2d(*conv, conv->weight, x_bits, compute_capability, nullptr);
 }
 
+// The same, some images at a time.
+void conv_gemm_of_images(const fdda::PackedConv* conv, int x_bits, int compute_capability,
+                         int64_t at_once) {
+  const int64_t depth = conv->kernel_h * conv->kernel_w * conv->channels;
+  const auto weights = fdda::cuda::gemm_weights(conv->bits, conv->out_channels, depth,
+                                                const_cast<uint8_t*>(conv->weight));
+  fdda::cuda::conv_gemm_of_images(*conv, weights, x_bits, compute_capability, at_once, nullptr);
+}
+
+int64_t images_at_once(const fdda::PackedConv* conv) { return fdda::cuda::images_at_once(*conv); }
+
 void conv_gemm_128x128(const fdda::PackedConv* conv, void* memory, int x_bits,
                        int compute_capability) {
   conv_gemm(*conv, memory, fdda::cuda::GemmTile::k128x128, x_bits, compute_capability);

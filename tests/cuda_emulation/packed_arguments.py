@@ -79,7 +79,7 @@ def run_reorder(emulation, packed, bits, channels, depth, depthwise=False):
     return emulation.take(memory, (size,), torch.uint8)
 
 
-def run_conv(emulation, entry, args, x_offset=0, x_bits=8, capability=80):
+def run_conv(emulation, entry, args, x_offset=0, x_bits=8, capability=80, at_once=None):
     """`entry(const PackedConv*, ...)` on the arguments of torch.ops.fdda.packed_conv2d.
 
     x lies `x_offset` bytes behind an aligned address.
@@ -104,6 +104,8 @@ def run_conv(emulation, entry, args, x_offset=0, x_bits=8, capability=80):
         arguments = (c_void_p(memory), x_bits, capability)
     elif entry == "reordered_conv2d":
         arguments = (x_bits, capability)
+    elif entry == "conv_gemm_of_images":
+        arguments = (x_bits, capability, c_int64(at_once))
     emulation.run(entry, ctypes.byref(conv), *arguments)
     return emulation.take(out, shape, dtype)
 

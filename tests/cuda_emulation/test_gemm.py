@@ -14,7 +14,7 @@ from emulation import (
     generator,
     needs_compiler,
 )
-from packed_arguments import PackedConv, run_conv
+from packed_arguments import PackedConv, run_conv, run_reorder
 
 from fdda_fast import ops
 
@@ -88,6 +88,32 @@ def test_choice_of_the_kernel(emulation, shape, taken, large):
     assert takes(ctypes.byref(conv)) == taken
     if taken:
         assert is_large(ctypes.byref(conv)) == large
+
+
+@pytest.mark.parametrize("residual", [None, torch.uint8, torch.float32])
+@pytest.mark.parametrize("output_range", [None, [0, 15]])
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_some_images_at_once(emulation, residual, output_range, at_once):
+    emulation.reset(0)
+    args = list(arguments(4, (5, 6, 5, 24), 20, 3, 4))
+    if residual is not None:
+        args[13:15] = [(torch.rand(5, 6, 5, 20, generator=generator(1)) * 9).to(residual), 0.7]
+    args[15] = output_range
+    expected = torch.ops.fdda.packed_conv2d(*args)
+    args[1] = run_reorder(emulation, args[1], 4, 20, 9 * 24)
+    actual = run_conv(emulation, "conv_gemm_of_images", args, x_bits=4, at_once=at_once)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "out_channels", "at_once"), [(0, 1, 0), (7, 1, 7), (64, 1, 32), (2, 65535 * 64, 0)]
+)
+def test_images_at_once(emulation, batch, out_channels, at_once):
+    conv = PackedConv(None, batch, 1 << 12, 1 << 12, 1, None, 4, out_channels, 1 << 12, 1 << 12)
+    conv.kernel_h = conv.kernel_w = conv.stride_h = conv.stride_w = conv.groups = 1
+    count = emulation.library.images_at_once
+    count.restype = ctypes.c_int64
+    assert count(ctypes.byref(conv)) == at_once
 
 
 U8S8, U8S4, U4S4 = range(3)
