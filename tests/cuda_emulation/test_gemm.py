@@ -65,6 +65,16 @@ def test_inputs_of_any_alignment(emulation, x_offset, x_bits):
     assert is_right(emulation, "conv_gemm_32x64", args, x_offset=x_offset, x_bits=x_bits)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_padding_codes_do_not_matter(emulation, bits):
+    args = list(arguments(bits, (2, 5, 5, 63), 20, 1))
+    expected = torch.ops.fdda.packed_conv2d(*args)
+    q = ops.unpack_weight(args[1], bits, 20, 63)
+    args[1] = ops.pack_weight(torch.cat([q, torch.full_like(q[:, :1], 5)], 1), bits)
+    emulation.reset(0)
+    assert torch.equal(run_conv(emulation, "conv_gemm_32x64", args), expected)
+
+
 # batch, height, width, channels, out_channels, groups
 @pytest.mark.parametrize(
     ("shape", "taken", "large"),
