@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10
+CUDA_KERNELS = ("packed.cu", "depthwise.cu", "codes.cu", "pools.cu", "gemm/gemm.cu")
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100")
 
 # Contracting a*b+c into one instruction would change results between instruction sets.
@@ -96,7 +97,7 @@ def cuda_extension(CUDAExtension) -> Extension:
     code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     return CUDAExtension(
         "fdda_fast._C_cuda",
-        [f"csrc/cuda/{name}" for name in ("registration.cpp", "packed.cu", "gemm/gemm.cu")],
+        [f"csrc/cuda/{name}" for name in ("registration.cpp", *CUDA_KERNELS)],
         py_limited_api=True,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("USE_CUDA", None)],
         extra_compile_args={

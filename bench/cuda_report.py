@@ -1,8 +1,8 @@
 """What nvcc makes of the CUDA kernels, without a GPU: `python bench/cuda_report.py`.
 
 A row is a kernel on an architecture: registers, bytes of spills, and static shared memory of a
-thread or block, and how many instructions it has of the tensor cores (IMMA), of copies past the
-registers (LDGSTS), of loads of matrices (LDSM) and of loads of 16 bytes.
+thread or block, and how many instructions it has of the tensor cores (imma, of those on 4 bits
+imma4), of copies past the registers (LDGSTS), of loads of matrices (LDSM) and of loads of 16 bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "csrc/cuda" / name for name in ("packed.cu", "gemm/gemm.cu")]
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Werror=all-warnings", "-Xcompiler=-Wall"]
+OPERANDS = ("kU8S8", "kU8S4", "kU4S4")  # as in gemm/tile.h
 INSTRUCTIONS = {
     "imma": r"\bIMMA\.",
+    "imma4": r"\bIMMA\.16864\.",
     "ldgsts": r"\bLDGSTS\.",
     "ldsm": r"\bLDSM\.",
     "load16": r"\b(LDG|LDS)\.\S*128",
@@ -45,6 +47,7 @@ def demangled(name: str) -> str:
     if filter_:
         name = subprocess.run([filter_, name], capture_output=True, text=True).stdout.strip()
     name = re.sub(r"fdda::(cuda::)?|\(anonymous namespace\)::|^void ", "", name)
+    name = re.sub(r"\(Operands\)(\d)", lambda m: OPERANDS[int(m[1])], name)
     return name.partition("(")[0]
 
 

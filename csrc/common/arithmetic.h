@@ -68,6 +68,13 @@ FDDA_HOST_DEVICE static inline float dequantize(int64_t acc, float multiplier, f
   return v * multiplier + bias;
 }
 
+// The code of a real number, see Quantize in codes.h; half = 2^(bits - 1).
+FDDA_HOST_DEVICE static inline uint8_t quantize_code(float x, float scale, float zero_point,
+                                                     float half) {
+  const float q = round_half_even(clamp(scale * x - zero_point, -half, half - 1.0f));
+  return static_cast<uint8_t>(static_cast<int32_t>(q + half));
+}
+
 // NaN becomes lo.
 FDDA_HOST_DEVICE static inline uint8_t requantize(float v, float lo, float hi) {
   v = v > lo ? v : lo;

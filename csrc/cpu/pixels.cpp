@@ -17,10 +17,7 @@ namespace {
 
 struct Quantizer {
   float scale, zero_point, half;
-  uint8_t operator()(float x) const {
-    const float q = round_half_even(clamp(scale * x - zero_point, -half, half - 1.0f));
-    return static_cast<uint8_t>(static_cast<int32_t>(q + half));
-  }
+  uint8_t operator()(float x) const { return quantize_code(x, scale, zero_point, half); }
 };
 
 void quantize_line(const float* __restrict x, uint8_t* __restrict out, int64_t n, Quantizer code) {

@@ -83,6 +83,13 @@ __device__ inline void load_matrices(uint32_t (&registers)[kCount], const void* 
 #undef FDDA_LDMATRIX
 }
 
+// Whether the processor multiplies 4 bits, which those before and after sm_8x do by other means.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 != 8
+constexpr bool kHasMmaOf4Bits = false;
+#else
+constexpr bool kHasMmaOf4Bits = true;
+#endif
+
 // mma: c += a b, a 16 x K, b K x 8, c 16 x 8; K = 32 for 8 bits, 64 for 4. With E = K / 8 elements
 // to a register, group g = lane / 4 and t = lane % 4:
 //   a[i]  row g + 8 (i % 2), columns E (t + 4 (i / 2)) and on
@@ -100,6 +107,9 @@ FDDA_MMA(mma_s8_s8, "m16n8k32.row.col.s32.s8.s8")
 FDDA_MMA(mma_u4_s4, "m16n8k64.row.col.s32.u4.s4")
 FDDA_MMA(mma_s4_s4, "m16n8k64.row.col.s32.s4.s4")
 #undef FDDA_MMA
+
+// vmaxu4: of each of the four bytes.
+__device__ inline uint32_t max_bytes(uint32_t a, uint32_t b) { return __vmaxu4(a, b); }
 
 // dp4a: sum + the four bytes.
 __device__ inline uint32_t add_bytes(uint32_t bytes, uint32_t sum) {

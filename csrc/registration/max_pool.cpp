@@ -1,6 +1,6 @@
 // CPU passes of max_pool2d: checks and pointers, nothing numerical. Dense NHWC tensors.
+#include "../common/pool_shape.h"
 #include "layout.h"
-#include "pool_shape.h"
 
 namespace fdda {
 namespace {

@@ -2,9 +2,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../common/checks.h"
+#include "../common/code_operators.h"
 #include "../cpu/kernels.h"
-#include "pool_shape.h"
 
 namespace fdda {
 namespace {
@@ -12,58 +11,23 @@ namespace {
 thread_local const char* conv_kernel = "";
 
 Tensor quantize(const Tensor& x, double scale, double zero_point, int64_t bits) {
-  check_bits(bits);
-  check_dtype(x, ScalarType::Float, "x");
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "x: expected [N, C] or [N, C, H, W], got ", x.dim(),
-                  " dimensions");
-  const bool image = x.dim() == 4;
-  Quantize a{};
-  a.x = x.const_data_ptr<float>();
-  a.batch = x.size(0);
-  a.channels = x.size(1);
-  a.height = image ? x.size(2) : 1;
-  a.width = image ? x.size(3) : 1;
-  a.stride_n = x.stride(0);
-  a.stride_c = x.stride(1);
-  a.stride_h = image ? x.stride(2) : 0;
-  a.stride_w = image ? x.stride(3) : 0;
-  a.scale = static_cast<float>(scale);
-  a.zero_point = static_cast<float>(zero_point);
-  a.bits = static_cast<int>(bits);
-  const std::vector<int64_t> size =
-      image ? std::vector<int64_t>{a.batch, a.height, a.width, a.channels}
-            : std::vector<int64_t>{a.batch, a.channels};
-  Tensor out = torch::stable::new_empty(x, size, ScalarType::Byte);
-  a.out = out.mutable_data_ptr<uint8_t>();
-  active_kernels().quantize(a);
-  return out;
+  return quantize_with(x, scale, zero_point, bits, active_kernels().quantize);
 }
 
-Tensor requantize_codes(const Tensor& x_in, double x_scale, int64_t x_zero_point, double scale,
+Tensor requantize_codes(const Tensor& x, double x_scale, int64_t x_zero_point, double scale,
                         double zero_point, int64_t bits) {
-  check_bits(bits);
-  check_dtype(x_in, ScalarType::Byte, "x");
-  const Tensor x = torch::stable::contiguous(x_in);
-  Tensor out = torch::stable::empty_like(x);
-  active_kernels().requantize_codes({x.const_data_ptr<uint8_t>(), x.numel(),
-                                     static_cast<float>(x_scale), static_cast<float>(x_zero_point),
-                                     static_cast<float>(scale), static_cast<float>(zero_point),
-                                     static_cast<int>(bits), out.mutable_data_ptr<uint8_t>()});
-  return out;
+  return requantize_codes_with(x, x_scale, x_zero_point, scale, zero_point, bits,
+                               active_kernels().requantize_codes);
 }
 
-Tensor max_pool2d_codes(const Tensor& x_in, std::vector<int64_t> kernel_size,
+Tensor max_pool2d_codes(const Tensor& x, std::vector<int64_t> kernel_size,
                         std::vector<int64_t> stride, std::vector<int64_t> padding,
                         std::vector<int64_t> dilation, bool ceil_mode) {
-  check_dtype(x_in, ScalarType::Byte, "x");
-  STD_TORCH_CHECK(x_in.dim() == 4, "x: expected [N, H, W, C], got ", x_in.dim(), " dimensions");
-  const Tensor x = torch::stable::contiguous(x_in);
-  const PoolShape shape = pool_shape(x, kernel_size, stride, padding, dilation, ceil_mode);
-  Tensor out =
-      torch::stable::new_empty(x, {shape.batch, shape.out_height, shape.out_width, shape.channels});
-  active_kernels().max_pool({shape, x.const_data_ptr<uint8_t>(), out.mutable_data_ptr<uint8_t>()});
-  return out;
+  return max_pool2d_codes_with(x, kernel_size, stride, padding, dilation, ceil_mode,
+                               active_kernels().max_pool);
 }
+
+Tensor sum_pool_codes(const Tensor& x) { return sum_pool_codes_with(x, active_kernels().sum_pool); }
 
 Tensor pack_weight(const Tensor& q, int64_t bits) {
   check_bits(bits);
@@ -177,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("quantize", TORCH_BOX(&fdda::quantize));
   m.impl("requantize_codes", TORCH_BOX(&fdda::requantize_codes));
   m.impl("max_pool2d_codes", TORCH_BOX(&fdda::max_pool2d_codes));
+  m.impl("sum_pool_codes", TORCH_BOX(&fdda::sum_pool_codes));
   m.impl("pack_weight", TORCH_BOX(&fdda::pack_weight));
   m.impl("unpack_weight", TORCH_BOX(&fdda::unpack_weight));
   m.impl("packed_conv2d", TORCH_BOX(&fdda::packed_conv2d));

@@ -93,7 +93,9 @@ class WithScalar(Op):
 
     def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         if self.reversed:
-            return BINARY[self.function](torch.tensor(self.value, device=x.device), x)
+            # Filled on the device: a copy to it could not be captured in a CUDA graph.
+            value = torch.full((), self.value, dtype=torch.float32, device=x.device)
+            return BINARY[self.function](value, x)
         return BINARY[self.function](x, self.value)
 
 

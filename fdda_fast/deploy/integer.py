@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ class Dequantize(Op):
     zero_point: int = whole(0, MAX_CODE)
 
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return (to_nchw(x).float() - self.zero_point) / self.scale
+        return to_nchw(ops.dequantize_codes(x, self.scale, self.zero_point))
 
 
 @record
@@ -124,7 +124,7 @@ class SumPool(Op):
         count = x.shape[1] * x.shape[2]
         if count * MAX_CODE >= 2**31:
             raise ValueError(f"pooling over {x.shape[1]} x {x.shape[2]} pixels overflows int32")
-        return Sums(x.sum(dim=(1, 2), dtype=torch.int32), count)
+        return Sums(ops.sum_pool_codes(x), count)
 
 
 @record
@@ -137,8 +137,7 @@ class DequantizeSums(Op):
     spatial: bool = flag()
 
     def run(self, tensors: dict[str, torch.Tensor], x: Sums) -> torch.Tensor:
-        centred = x.total.double() - self.zero_point * x.count
-        mean = (centred / (self.scale * x.count)).float()
+        mean = ops.dequantize_sums(x.total, x.count, self.scale, self.zero_point)
         return mean[:, :, None, None] if self.spatial else mean
 
 
@@ -200,6 +199,8 @@ class _Packed(Op):
 
     Tensors: weight, packed bit planes; weight_offset [O], added to the codes of a channel's
     weights; multiplier, bias, float32 [O].
+
+    `run` may be given another operator on codes than that of packed weights, see `reordered`.
     """
 
     weight_bits: int = whole(MIN_BITS, MAX_BITS)
@@ -256,6 +257,7 @@ class PackedConv2d(Conv2dOp, _Packed):
         tensors: dict[str, torch.Tensor],
         x: torch.Tensor,
         residual: torch.Tensor | None = None,
+        operator: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if x.ndim != 4 or x.shape[3] != self.in_channels:
             raise ValueError(
@@ -264,7 +266,7 @@ class PackedConv2d(Conv2dOp, _Packed):
             )
         if residual is not None and residual.dtype != torch.uint8:
             residual = to_nhwc(residual).contiguous()
-        y = ops.packed_conv2d(
+        y = (operator or ops.packed_conv2d)(
             x,
             tensors["weight"],
             self.weight_bits,
@@ -302,17 +304,19 @@ class PackedLinear(_Packed):
         tensors: dict[str, torch.Tensor],
         x: torch.Tensor | Sums,
         residual: torch.Tensor | None = None,
+        operator: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         zero_point, multiplier = self.x_zero_point, tensors["multiplier"]
         if isinstance(x, Sums):
             # Sums of codes are the codes of the mean, `count` times finer.
             x, count = x
             zero_point *= count
-            multiplier = multiplier / count
+            # Not by a number: GPUs multiply by its inverse.
+            multiplier = multiplier / torch.full_like(multiplier, count)
             self._check_sums(count)
         if x.ndim != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"expected [N, {self.in_features}] codes, got shape {tuple(x.shape)}")
-        return ops.packed_linear(
+        return (operator or ops.packed_linear)(
             x,
             tensors["weight"],
             self.weight_bits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from ..data.preprocessing import Preprocessing
-from ..ops._library import active_isa
+from ..ops._library import active_isa, has_cuda_kernels
 from .graph import Graph, Node
 from .integer import PackedConv2d, PackedLinear, domain, weight_bits
 from .program import Program, Step, logical_shape
+from .reordered import reordered_runner
 
 _PROGRAMS = 2  # kept for images of as many shapes: those of full and of last batches
 
@@ -49,6 +51,10 @@ class PackedModel(nn.Module):
     """A network of packed low-bit layers: float32 images [N, C, H, W] -> float32 logits [N, K].
 
     Made by `pack` and `load_packed`. It does inference only: no gradients, no parameters.
+
+    `to("cuda")` has the integers computed by CUDA kernels, from a second copy of the weights in
+    their order. A call starts kernels on the current stream and waits for nothing, so that CUDA
+    graphs can capture it.
 
     Args:
         graph: what to compute.
@@ -105,6 +111,23 @@ class PackedModel(nn.Module):
             if "weight_offset" in bound:
                 bound["weight_offset"] = bound["weight_offset"].long()
             self._bound.append(bound)
+        self._runners = [
+            partial(node.op.run, bound)
+            for node, bound in zip(self.graph.nodes, self._bound, strict=True)
+        ]
+        if has_cuda_kernels(self._device()):
+            self._reorder()
+
+    def _device(self) -> torch.device:
+        return next((t.device for t in self.tensors.values()), torch.device("cpu"))
+
+    def _reorder(self) -> None:
+        """Has packed layers run on weights in the order of the CUDA kernels."""
+        types = self.graph.types()
+        self._runners = [
+            reordered_runner(node.op, bound, [types[i] for i in node.inputs])
+            for node, bound in zip(self.graph.nodes, self._bound, strict=True)
+        ]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         tensors = {name: fn(tensor) for name, tensor in self.tensors.items()}
@@ -151,9 +174,11 @@ class PackedModel(nn.Module):
 
         Raises:
             RuntimeError: the compiled operators are not loaded.
-            ValueError: as `forward`.
+            ValueError: as `forward`, or images elsewhere than on the CPU.
         """
         self._check_images(images)
+        if images.device.type != "cpu":
+            raise ValueError(f"profile: expected images on the CPU, got {images.device}")
         if active_isa() is None:
             raise RuntimeError("profile: the compiled operators are not loaded")
         program = self._trace(images)[0]
@@ -177,7 +202,7 @@ class PackedModel(nn.Module):
         for i, node in enumerate(self.graph.nodes):
             inputs = [values[source] for source in node.inputs]
             try:
-                output = node.op.run(self._bound[i], *inputs)
+                output = self._runners[i](*inputs)
             except (ValueError, TypeError, IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{node.name} ({type(node.op).__name__}) cannot run on images of shape "
@@ -236,8 +261,8 @@ class PackedModel(nn.Module):
             )
 
         # Without memory of its own: a file may claim any size, and `execute` says what fails.
-        blank = torch.zeros(()).expand(1, self.graph.in_channels, *self.graph.image_size)
-        self.execute(blank, add)
+        blank = torch.zeros((), device=self._device())
+        self.execute(blank.expand(1, self.graph.in_channels, *self.graph.image_size), add)
         return rows
 
     def _bytes(self, node: Node) -> int:

@@ -8,6 +8,7 @@ from fdda_fast.ops._library import backend_info
 from fdda_fast.ops.bn_relu_class_moments import bn_relu_class_moments
 from fdda_fast.ops.bn_relu_fake_quantize import bn_relu_fake_quantize
 from fdda_fast.ops.class_moments import class_moments
+from fdda_fast.ops.codes import dequantize_codes, dequantize_sums, sum_pool_codes
 from fdda_fast.ops.conditional_bn import conditional_bn_lrelu
 from fdda_fast.ops.conditional_bn_conv import conditional_bn_lrelu_conv3x3
 from fdda_fast.ops.convolutions import conv3x3, conv3x3_few_outputs, upsample_conv3x3
@@ -28,6 +29,7 @@ from fdda_fast.ops.packed import (
     requantize_codes,
     unpack_weight,
 )
+from fdda_fast.ops.reordered import reorder_weight, reordered_conv2d, reordered_linear
 
 _library.load_extension()
 
@@ -40,6 +42,8 @@ __all__ = [
     "conditional_bn_lrelu_conv3x3",
     "conv3x3",
     "conv3x3_few_outputs",
+    "dequantize_codes",
+    "dequantize_sums",
     "fake_quantize",
     "fake_quantize_minmax",
     "fake_quantize_range",
@@ -53,7 +57,11 @@ __all__ = [
     "packed_linear",
     "quantize",
     "reference",
+    "reorder_weight",
+    "reordered_conv2d",
+    "reordered_linear",
     "requantize_codes",
+    "sum_pool_codes",
     "unpack_weight",
     "upsample_conv3x3",
 ]

@@ -172,6 +172,11 @@ def active_isa() -> str | None:
     return _extension.isa() if _extension else None
 
 
+def has_cuda_kernels(device: torch.device) -> bool:
+    """Whether the packed operators on the device are the CUDA library's."""
+    return _cuda_loaded and device.type == "cuda"
+
+
 def backend_info() -> dict:
     """Which implementations are in use.
 

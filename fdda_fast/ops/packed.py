@@ -61,7 +61,7 @@ def unpack_weight(packed: Tensor, bits: int, num_rows: int, num_cols: int) -> Te
     """
     check_int(num_rows, "num_rows", 0, 2**31 - 1)
     check_int(num_cols, "num_cols", 0, 2**31 - 1)
-    _check_packed(packed, "packed", bits, num_rows, num_cols)
+    check_packed(packed, "packed", bits, num_rows, num_cols)
     return torch.ops.fdda.unpack_weight(packed, bits, num_rows, num_cols)
 
 
@@ -128,11 +128,11 @@ def packed_conv2d(
     check(fits, "groups", f"a divisor of {channels} and {out_channels}", groups)
     check_int(x_zero_point, "x_zero_point", 0, 255)
     depth = kernel_size[0] * kernel_size[1] * channels // groups
-    _check_depth(depth)
-    _check_packed(weight, "weight", bits, out_channels, depth)
+    check_depth(depth)
+    check_packed(weight, "weight", bits, out_channels, depth)
     height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
     out_shape = (x.shape[0], height, width, out_channels)
-    _check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
+    check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
     return torch.ops.fdda.packed_conv2d(
         x,
         weight,
@@ -192,12 +192,12 @@ def packed_linear(
     check_int(out_features, "out_features", 1, 2**31 - 1)
     if x.dtype == torch.uint8:
         check_int(x_zero_point, "x_zero_point", 0, 255)
-        _check_depth(x.shape[1])
+        check_depth(x.shape[1])
     else:
         check_int(x_zero_point, "x_zero_point", -(2**31), 2**31 - 1)
-    _check_packed(weight, "weight", bits, out_features, x.shape[1])
+    check_packed(weight, "weight", bits, out_features, x.shape[1])
     out_shape = (x.shape[0], out_features)
-    _check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
+    check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
     return torch.ops.fdda.packed_linear(
         x,
         weight,
@@ -296,16 +296,16 @@ def max_pool2d_codes(
     return torch.ops.fdda.max_pool2d_codes(x, *windows, ceil_mode)
 
 
-def _check_packed(packed: Tensor, argument: str, bits: int, rows: int, cols: int) -> None:
+def check_packed(packed: Tensor, argument: str, bits: int, rows: int, cols: int) -> None:
     check_int(bits, "bits", 2, 8)
     check_tensor(packed, argument, (torch.uint8,), (-(-rows // 16), -(-cols // 4), bits, 8))
 
 
-def _check_depth(depth: int) -> None:
+def check_depth(depth: int) -> None:
     check(depth <= _MAX_DEPTH, "weight", f"at most {_MAX_DEPTH} inputs per output", depth)
 
 
-def _check_epilogue(
+def check_epilogue(
     weight_offset: Tensor,
     multiplier: Tensor,
     bias: Tensor,
@@ -336,7 +336,7 @@ def _out_dtype(output_range: Sequence[int] | None) -> torch.dtype:
     return torch.float32 if output_range is None else torch.uint8
 
 
-def _fake_conv2d(
+def fake_conv2d(
     x,
     weight,
     bits,
@@ -385,7 +385,7 @@ def _fake_max_pool(x, kernel_size, stride, padding, dilation, ceil_mode) -> Tens
     return x.new_empty((x.shape[0], height, width, x.shape[3]))
 
 
-_EPILOGUE = (
+EPILOGUE_SCHEMA = (
     "Tensor weight_offset, Tensor multiplier, Tensor bias, Tensor? residual=None, "
     "float residual_scale=0.0, int[]? output_range=None"
 )
@@ -399,13 +399,13 @@ define(
 define(
     "packed_conv2d(Tensor x, Tensor weight, int bits, int out_channels, int[] kernel_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, int x_zero_point, "
-    f"{_EPILOGUE}) -> Tensor",
+    f"{EPILOGUE_SCHEMA}) -> Tensor",
     reference.packed_conv2d,
-    _fake_conv2d,
+    fake_conv2d,
 )
 define(
     "packed_linear(Tensor x, Tensor weight, int bits, int out_features, int x_zero_point, "
-    f"{_EPILOGUE}) -> Tensor",
+    f"{EPILOGUE_SCHEMA}) -> Tensor",
     reference.packed_linear,
     _fake_linear,
 )

@@ -32,8 +32,29 @@ KERNELS = ["-O1", "-fsanitize=thread", "-ffp-contract=off", "-include", "cuda_ru
 NAMES = ("allocate", "initialise", "written", "reset", "error", "bank_conflicts")
 
 
+KERNEL_SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def build_operators() -> "Emulation":
+    """All kernels of csrc/cuda, behind the entries of operators.cu."""
+    return build(*KERNEL_SOURCES, HERE / "operators.cu")
+
+
+def copy_sources(folder: Path, old: str | None = None, new: str = "") -> list[Path]:
+    """A copy of the kernels in which `new` stands for `old`, which they have once."""
+    for name in ("common", "cuda"):
+        shutil.copytree(ROOT / "csrc" / name, folder / name)
+    if old is not None:
+        texts = {path: path.read_text() for path in (folder / "cuda").rglob("*.*")}
+        assert sum(text.count(old) for text in texts.values()) == 1
+        for path, text in texts.items():
+            if old in text:
+                path.write_text(text.replace(old, new))
+    return sorted((folder / "cuda").rglob("*.cu"))
 
 
 def build(*sources: Path) -> "Emulation":

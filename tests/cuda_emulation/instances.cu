@@ -1,11 +1,15 @@
-// One kernel a format of weights, for the compiler's report in test_compiled.py.
+// One kernel a kind of operands, for the compiler's report in test_compiled.py.
 #include "../../csrc/cuda/gemm/kernel.h"
 
 namespace fdda {
 namespace cuda {
 
-template __global__ void conv_gemm_kernel<LargeTile, false, 16>(PackedConv, GemmWeights);
-template __global__ void conv_gemm_kernel<LargeTile, true, 16>(PackedConv, GemmWeights);
+#define FDDA_INSTANCE(operands) \
+  template __global__ void conv_gemm_kernel<LargeTile, operands, 16>(PackedConv, GemmWeights);
+FDDA_INSTANCE(Operands::kU8S8)
+FDDA_INSTANCE(Operands::kU8S4)
+FDDA_INSTANCE(Operands::kU4S4)
+#undef FDDA_INSTANCE
 
 }  // namespace cuda
 }  // namespace fdda

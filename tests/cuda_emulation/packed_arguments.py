@@ -63,15 +63,23 @@ def epilogue(emulation, out, multiplier, bias, residual, residual_scale, output_
     return e
 
 
-def gemm_weights(emulation, bits, channels, depth):
+def reordered_memory(emulation, bits, channels, depth, depthwise=False):
     """The address and size of the memory for reordered weights."""
-    size = emulation.library.gemm_weight_bytes
+    size = emulation.library.reordered_bytes
     size.restype = c_int64
-    size = size(bits, c_int64(channels), c_int64(depth))
+    size = size(bits, c_int64(channels), c_int64(depth), depthwise)
     return emulation.empty(size), size
 
 
-def run_conv(emulation, entry, args, x_offset=0):
+def run_reorder(emulation, packed, bits, channels, depth, depthwise=False):
+    memory, size = reordered_memory(emulation, bits, channels, depth, depthwise)
+    sizes = (c_int64(channels), c_int64(depth))
+    planes = c_void_p(emulation.put(packed))
+    emulation.run("reorder_weight", planes, bits, *sizes, depthwise, c_void_p(memory))
+    return emulation.take(memory, (size,), torch.uint8)
+
+
+def run_conv(emulation, entry, args, x_offset=0, x_bits=8, capability=80, at_once=None):
     """`entry(const PackedConv*, ...)` on the arguments of torch.ops.fdda.packed_conv2d.
 
     x lies `x_offset` bytes behind an aligned address.
@@ -89,11 +97,16 @@ def run_conv(emulation, entry, args, x_offset=0):
     conv.x_zero_point = zero_point
     conv.weight_offset = emulation.put(args[10])
     conv.epilogue = epilogue(emulation, out, *args[11:])
-    memory = ()
+    arguments = ()
     if entry.startswith("conv_gemm"):
         depth = kernel[0] * kernel[1] * x.shape[3]
-        memory = (c_void_p(gemm_weights(emulation, bits, out_channels, depth)[0]),)
-    emulation.run(entry, ctypes.byref(conv), *memory)
+        memory = reordered_memory(emulation, bits, out_channels, depth)[0]
+        arguments = (c_void_p(memory), x_bits, capability)
+    elif entry == "reordered_conv2d":
+        arguments = (x_bits, capability)
+    elif entry == "conv_gemm_of_images":
+        arguments = (x_bits, capability, c_int64(at_once))
+    emulation.run(entry, ctypes.byref(conv), *arguments)
     return emulation.take(out, shape, dtype)
 
 
@@ -128,11 +141,14 @@ def epilogues(draw, shape, limit, g):
     return multiplier, bias, residual, draw(st.floats(-1, 1)), output_range
 
 
+BITS = st.integers(2, 8)
+
+
 @st.composite
-def convolutions(draw, groups, channels, outputs, kernels, sizes, bits=None):
+def convolutions(draw, groups, channels, outputs, kernels, sizes, bits=BITS, x_bits=8):
     """Arguments of torch.ops.fdda.packed_conv2d; channels and outputs to a group."""
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    bits = bits or draw(st.integers(2, 8))
+    bits = draw(bits)
     groups, depth, outputs = draw(groups), draw(channels), draw(outputs)
     kernel = [draw(kernels) for _ in range(2)]
     stride, dilation = ([draw(st.integers(1, 2)) for _ in range(2)] for _ in range(2))
@@ -142,14 +158,15 @@ def convolutions(draw, groups, channels, outputs, kernels, sizes, bits=None):
         for k, p, d in zip(kernel, padding, dilation, strict=True)
     ]
     shape = (draw(st.integers(1, 2)), *size, groups * depth)
-    x = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    most = 2**x_bits - 1
+    x = torch.randint(0, most + 1, shape, generator=g, dtype=torch.uint8)
     if draw(st.booleans()):
-        x = torch.where(x < 128, 0, 255).to(torch.uint8)
+        x = torch.where(x < most / 2, 0, most).to(torch.uint8)
     out_channels, depth = groups * outputs, kernel[0] * kernel[1] * depth
     weight = weights(draw, out_channels, depth, bits, g)
     limit = draw(st.sampled_from([0, 3, 200, 2**40]))
     offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
-    zero_point = draw(st.sampled_from([0, 1, 128, 255]))
+    zero_point = draw(st.sampled_from([0, 1, most // 2, most]))
     args = (x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point)
     shape = (shape[0], *output_size(size, kernel, stride, padding, dilation), out_channels)
     return (*args, offset, *epilogues(draw, shape, depth * 255 * (2 ** (bits - 1) + limit), g))
@@ -158,7 +175,7 @@ def convolutions(draw, groups, channels, outputs, kernels, sizes, bits=None):
 @st.composite
 def linears_s32(draw):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    bits, rows = draw(st.integers(2, 8)), draw(st.integers(1, 9))
+    bits, rows = draw(BITS), draw(st.integers(1, 9))
     depth, features = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     x = torch.randint(-(2**31), 2**31, (rows, depth), generator=g).to(torch.int32)
     offset = torch.randint(-(2**20), 2**20, (features,), generator=g)

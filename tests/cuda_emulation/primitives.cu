@@ -13,6 +13,15 @@ __global__ void index_kernel(int* out) {
   out[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
 }
 
+__global__ void shuffle_of_8_bytes_kernel(int64_t* out) {
+  const int lane = threadIdx.x;
+  out[lane] = __shfl_xor_sync(0xffffffff, (int64_t{1} << 40) * lane - lane, 5);
+}
+
+__global__ void max_bytes_kernel(const uint32_t* words, uint32_t* out) {
+  out[threadIdx.x] = ptx::max_bytes(words[threadIdx.x], words[31 - threadIdx.x]);
+}
+
 __global__ void shuffle_kernel(int* out) {
   const int lane = threadIdx.x;
   const unsigned all = 0xffffffff;
@@ -82,6 +91,12 @@ void index(int* out) {
 }
 
 void shuffle(int* out) { launch(shuffle_kernel, 1, 32, 0, nullptr, out); }
+
+void shuffle_of_8_bytes(int64_t* out) { launch(shuffle_of_8_bytes_kernel, 1, 32, 0, nullptr, out); }
+
+void max_bytes(const uint32_t* words, uint32_t* out) {
+  launch(max_bytes_kernel, 1, 32, 0, nullptr, words, out);
+}
 
 void add_bytes(const uint32_t* words, uint32_t* out) {
   launch(add_bytes_kernel, 1, 32, 0, nullptr, words, out);

@@ -2,67 +2,36 @@
 
 import ctypes
 import re
-import shutil
 
 import pytest
 import torch
-from emulation import HERE, ROOT, build, generator, needs_compiler
-from packed_arguments import PackedConv, gemm_weights, run_conv
+from emulation import (
+    HERE,
+    KERNEL_SOURCES,
+    build,
+    build_operators,
+    copy_sources,
+    generator,
+    needs_compiler,
+)
+from packed_arguments import PackedConv, run_conv, run_reorder
 
 from fdda_fast import ops
 
 pytestmark = needs_compiler
-GEMM = ROOT / "csrc/cuda/gemm/gemm.cu"
-PACKED = ROOT / "csrc/cuda/packed.cu"
 ENTRIES = ["conv_gemm_128x128", "conv_gemm_32x64"]
 
 
 @pytest.fixture(scope="module")
 def emulation():
-    return build(PACKED, GEMM, HERE / "operators.cu")
+    return build_operators()
 
 
-def documented_weights(q, bits):
-    """Tiles and sums as the comment in weights.h has them."""
-    channels, depth = q.shape
-    panels, steps = -(-channels // 16), -(-depth // 64)
-    codes = torch.zeros(panels * 16, steps * 64, dtype=torch.int64)
-    codes[:channels, :depth] = q
-    tiles = torch.empty(panels, steps, 2 if bits > 4 else 1, 32, 4, 4, dtype=torch.int64)
-    for vector, lane, i, j in torch.cartesian_prod(*map(torch.arange, tiles.shape[2:])).tolist():
-        channel = lane // 4 + 8 * (i // 2)
-        if bits > 4:
-            k = 32 * vector + 16 * (i % 2) + 4 * (lane % 4) + j
-            tiles[:, :, vector, lane, i, j] = codes[channel::16, k::64] & 255
-        else:
-            k = 32 * (i % 2) + 4 * (lane % 4) + j
-            low, high = codes[channel::16, k::64] + 8, codes[channel::16, k + 16 :: 64] + 8
-            tiles[:, :, vector, lane, i, j] = low | high << 4
-    return tiles.to(torch.uint8).flatten(), codes.sum(1).int()
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("channels", "depth"), [(1, 1), (16, 64), (17, 65), (40, 190)])
-def test_weights_are_reordered_as_documented(emulation, bits, channels, depth):
-    emulation.reset(bits)
-    half = 2 ** (bits - 1)
-    shape = (channels, depth)
-    q = torch.randint(-half, half, shape, generator=generator(bits), dtype=torch.int8)
-    memory, size = gemm_weights(emulation, bits, *shape)
-    sizes = map(ctypes.c_int64, shape)
-    packed = ctypes.c_void_p(emulation.put(ops.pack_weight(q, bits)))
-    emulation.run("reorder_weights", packed, bits, *sizes, ctypes.c_void_p(memory))
-    tiles, sums = documented_weights(q, bits)
-    actual = emulation.take(memory, (size,), torch.uint8)
-    assert torch.equal(actual[: len(tiles)], tiles)
-    assert torch.equal(actual[len(tiles) :].view(torch.int32), sums)
-
-
-def arguments(bits, x_shape, out_channels, kernel):
+def arguments(bits, x_shape, out_channels, kernel, x_bits=8):
     """A convolution of torch.ops.fdda.packed_conv2d with everything a kernel could leave out."""
     g = generator(bits)
     half = 2 ** (bits - 1)
-    x = torch.randint(0, 256, x_shape, generator=g, dtype=torch.uint8)
+    x = torch.randint(0, 2**x_bits, x_shape, generator=g, dtype=torch.uint8)
     shape = (out_channels, kernel * kernel * x_shape[3])
     q = torch.randint(-half, half, shape, generator=g, dtype=torch.int8)
     offset = torch.randint(-9, 9, (out_channels,), generator=g)
@@ -70,28 +39,40 @@ def arguments(bits, x_shape, out_channels, kernel):
     bias = torch.randn(out_channels, generator=g)
     geometry = ([kernel] * 2, [1, 1], [kernel // 2] * 2, [1, 1], 1)
     epilogue = (offset, multiplier, bias, None, 0.0, None)
-    return (x, ops.pack_weight(q, bits), bits, out_channels, *geometry, 77, *epilogue)
+    return (x, ops.pack_weight(q, bits), bits, out_channels, *geometry, 77 % 2**x_bits, *epilogue)
 
 
-def is_right(emulation, entry, args, seed=0, x_offset=0):
+def is_right(emulation, entry, args, seed=0, x_offset=0, x_bits=8):
     """Whether the kernel neither has a fault nor waits for banks, and gives the CPU's bits."""
     emulation.reset(seed)
-    actual = run_conv(emulation, entry, args, x_offset)
+    actual = run_conv(emulation, entry, args, x_offset, x_bits)
     return torch.equal(actual, torch.ops.fdda.packed_conv2d(*args)) and not emulation.bank_conflicts
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "x_bits"), [(4, 4), (4, 8), (8, 8)])
 @pytest.mark.parametrize("rows", [1, 31, 129, 256])
 @pytest.mark.parametrize(("depth", "features"), [(64, 128), (16, 1), (208, 129), (1040, 10)])
-def test_linear_layers(emulation, entry, bits, rows, depth, features):
-    assert is_right(emulation, entry, arguments(bits, (rows, 1, 1, depth), features, 1))
+def test_linear_layers(emulation, entry, bits, x_bits, rows, depth, features):
+    args = arguments(bits, (rows, 1, 1, depth), features, 1, x_bits)
+    assert is_right(emulation, entry, args, x_bits=x_bits)
 
 
+@pytest.mark.parametrize("x_bits", [4, 8])
 @pytest.mark.parametrize("x_offset", [0, 1, 4, 8])
-def test_inputs_of_any_alignment(emulation, x_offset):
-    args = arguments(4, (2, 6, 5, 48), 20, 3)
-    assert is_right(emulation, "conv_gemm_32x64", args, x_offset=x_offset)
+def test_inputs_of_any_alignment(emulation, x_offset, x_bits):
+    args = arguments(4, (2, 6, 5, 48), 20, 3, x_bits)
+    assert is_right(emulation, "conv_gemm_32x64", args, x_offset=x_offset, x_bits=x_bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_padding_codes_do_not_matter(emulation, bits):
+    args = list(arguments(bits, (2, 5, 5, 63), 20, 1))
+    expected = torch.ops.fdda.packed_conv2d(*args)
+    q = ops.unpack_weight(args[1], bits, 20, 63)
+    args[1] = ops.pack_weight(torch.cat([q, torch.full_like(q[:, :1], 5)], 1), bits)
+    emulation.reset(0)
+    assert torch.equal(run_conv(emulation, "conv_gemm_32x64", args), expected)
 
 
 # batch, height, width, channels, out_channels, groups
@@ -117,6 +98,56 @@ def test_choice_of_the_kernel(emulation, shape, taken, large):
     assert takes(ctypes.byref(conv)) == taken
     if taken:
         assert is_large(ctypes.byref(conv)) == large
+
+
+@pytest.mark.parametrize("residual", [None, torch.uint8, torch.float32])
+@pytest.mark.parametrize("output_range", [None, [0, 15]])
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_some_images_at_once(emulation, residual, output_range, at_once):
+    emulation.reset(0)
+    args = list(arguments(4, (5, 6, 5, 24), 20, 3, 4))
+    if residual is not None:
+        args[13:15] = [(torch.rand(5, 6, 5, 20, generator=generator(1)) * 9).to(residual), 0.7]
+    args[15] = output_range
+    expected = torch.ops.fdda.packed_conv2d(*args)
+    args[1] = run_reorder(emulation, args[1], 4, 20, 9 * 24)
+    actual = run_conv(emulation, "conv_gemm_of_images", args, x_bits=4, at_once=at_once)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "out_channels", "at_once"), [(0, 1, 0), (7, 1, 7), (64, 1, 32), (2, 65535 * 64, 0)]
+)
+def test_images_at_once(emulation, batch, out_channels, at_once):
+    conv = PackedConv(None, batch, 1 << 12, 1 << 12, 1, None, 4, out_channels, 1 << 12, 1 << 12)
+    conv.kernel_h = conv.kernel_w = conv.stride_h = conv.stride_w = conv.groups = 1
+    count = emulation.library.images_at_once
+    count.restype = ctypes.c_int64
+    assert count(ctypes.byref(conv)) == at_once
+
+
+U8S8, U8S4, U4S4 = range(3)
+
+
+@pytest.mark.parametrize(
+    ("bits", "x_bits", "zero_point", "channels", "capability", "operands"),
+    [
+        (4, 4, 15, 64, 80, U4S4),
+        (2, 3, 0, 24, 89, U4S4),
+        (4, 4, 15, 64, 90, U8S4),
+        (4, 4, 15, 64, 100, U8S4),
+        (4, 4, 15, 64, 120, U8S4),
+        (4, 5, 15, 64, 80, U8S4),  # inputs of too many bits
+        (4, 4, 16, 64, 80, U8S4),  # as padding has
+        (4, 4, 15, 20, 80, U8S4),  # copied by 4 bytes
+        (5, 4, 15, 64, 80, U8S8),
+    ],
+)
+def test_choice_of_the_product(emulation, bits, x_bits, zero_point, channels, capability, operands):
+    conv = PackedConv(None, 1, 1, 1, channels, None, bits, 16, 1, 1)
+    conv.x_zero_point = zero_point
+    choice = emulation.library.gemm_operands(ctypes.byref(conv), x_bits, capability)
+    assert choice == operands
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -162,6 +193,8 @@ MUTATIONS = {
     "tail of the image": ("(y_[i] + dy) <", "(y_[i] + dy) <="),
     "uninitialised padding": ("ptx::store_16(shared, {fill, fill, fill, fill});", ";"),
     "sums of a part of the row": ("sum += __shfl_xor_sync(0xffffffff, sum, 2);", ""),
+    "halves in another order": ("a[1] | a[3] << 4", "a[3] | a[1] << 4"),
+    "halves of another row": ("packed[depth * 2] = a[0]", "packed[depth * 2] = a[1]"),
     "divergent shuffle": (
         "sum += __shfl_xor_sync(0xffffffff, sum, 1);",
         "if (threadIdx.x == 7) continue;",
@@ -171,25 +204,18 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", [None, *MUTATIONS])
 def test_mutations_are_caught(tmp_path, mutation):
-    shutil.copytree(ROOT / "csrc/common", tmp_path / "common")
-    shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
-    gemm = tmp_path / "cuda/gemm"
-    if mutation:
-        old, new = MUTATIONS[mutation]
-        texts = {path: path.read_text() for path in gemm.glob("*.h")}
-        assert sum(text.count(old) for text in texts.values()) == 1
-        for path, text in texts.items():
-            path.write_text(text.replace(old, new))
+    copy_sources(tmp_path, *MUTATIONS.get(mutation, ()))
     # Compiles faster without the kernels that the case below does not need.
-    source = gemm / "gemm.cu"
-    others = r".*run<Tile, (kHalves, [841]|false)>\(.*\n"
+    source = tmp_path / "cuda/gemm/gemm.cu"
+    others = r".*run<Tile, (kOperands, [841]|Operands::kU8S[84])>\(.*\n"
     source.write_text(re.sub(others, "", source.read_text()))
-    emulation = build(PACKED, source, HERE / "operators.cu")
-    args = arguments(4, (1, 7, 7, 48), 24, 3)
+    others = [path for path in KERNEL_SOURCES if path.name != "gemm.cu"]
+    emulation = build(*others, source, HERE / "operators.cu")
+    args = arguments(4, (1, 7, 7, 48), 24, 3, 4)
     for seed in range(2):
         for entry in ENTRIES:
             try:
-                right = is_right(emulation, entry, args, seed)
+                right = is_right(emulation, entry, args, seed, x_bits=4)
             except RuntimeError:
                 right = False
             assert right == (mutation is None)

@@ -44,6 +44,21 @@ def test_shuffles(emulation):
     assert emulation.take(out, (4, 32), torch.int32).tolist() == expected
 
 
+def test_shuffles_of_8_bytes(emulation):
+    out = emulation.empty(32 * 8)
+    emulation.run("shuffle_of_8_bytes", *pointers(out))
+    expected = [2**40 * (i ^ 5) - (i ^ 5) for i in range(32)]
+    assert emulation.take(out, (32,), torch.int64).tolist() == expected
+
+
+def test_largest_bytes(emulation):
+    words = torch.randint(0, 256, (32, 4), generator=generator(0), dtype=torch.uint8)
+    out = emulation.empty(32 * 4)
+    emulation.run("max_bytes", *pointers(emulation.put(words), out))
+    expected = torch.maximum(words, words.flip(0))
+    assert torch.equal(emulation.take(out, (32, 4), torch.uint8), expected)
+
+
 def test_sums_of_bytes(emulation):
     words = torch.randint(0, 256, (32, 4), generator=generator(0), dtype=torch.uint8)
     words[0] = 255

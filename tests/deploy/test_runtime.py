@@ -71,6 +71,11 @@ def test_moves_but_keeps_its_dtypes(packed):
     assert packed(images(1)).dtype == torch.float32
 
 
+def test_profiles_on_the_cpu_only(packed):
+    with pytest.raises(ValueError, match="profile: expected images on the CPU, got meta"):
+        packed.profile(images(1).to("meta"))
+
+
 def test_summary(packed):
     rows = {row.name: row for row in packed.summary()}
     assert len(rows) == len(packed.graph.nodes)

@@ -9,12 +9,12 @@ namespace cuda {
 
 // A thread has one channel and many pixels: it keeps what belongs to the channel, and a warp stores
 // adjacent channels. The sums go through shared memory in slices, which replace the stages there.
-template <typename Tile, bool kHalves>
+template <typename Tile, Operands kOperands>
 __device__ void store_products(const PackedConv& conv, const GemmWeights& weights,
-                               Products<Tile, kHalves>& products, int first_pixel,
+                               Products<Tile, kOperands>& products, int first_pixel,
                                int first_channel, int pixels) {
-  using P = Products<Tile, kHalves>;
-  constexpr uint32_t bias = kHalves ? kHalfBias : 0;
+  using P = Products<Tile, kOperands>;
+  constexpr uint32_t bias = P::kBias;
   const uint32_t zero_points = conv.x_zero_point * static_cast<int>(weights.steps) * kTileDepth;
   products.finish_input_sums(zero_points);
 

@@ -43,28 +43,42 @@ dim3 grid(const PackedConv& conv) {
               static_cast<unsigned>(ceil_div(conv.out_channels, Tile::kChannels)));
 }
 
-template <typename Tile, bool kHalves, int kCopy>
+template <typename Tile, Operands kOperands, int kCopy>
 void run(const PackedConv& conv, const GemmWeights& weights, cudaStream_t stream) {
-  using S = Stages<Tile, kHalves>;
-  launch(conv_gemm_kernel<Tile, kHalves, kCopy>, grid<Tile>(conv), Tile::kThreads,
+  using S = Stages<Tile, kOperands>;
+  launch(conv_gemm_kernel<Tile, kOperands, kCopy>, grid<Tile>(conv), Tile::kThreads,
          S::kCount * S::kBytes, stream, conv, weights);
 }
 
-template <typename Tile, bool kHalves>
+// Bytes that a copy of inputs may have.
+int copy_bytes(const PackedConv& conv) {
+  for (const int bytes : {16, 8, 4}) {
+    if (conv.channels % bytes == 0 && reinterpret_cast<uintptr_t>(conv.x) % bytes == 0) {
+      return bytes;
+    }
+  }
+  return 1;
+}
+
+template <typename Tile, Operands kOperands>
 void run(const PackedConv& conv, const GemmWeights& weights, cudaStream_t stream) {
-  const auto divides = [&](int bytes) {
-    return conv.channels % bytes == 0 && reinterpret_cast<uintptr_t>(conv.x) % bytes == 0;
-  };
-  if (divides(16)) return run<Tile, kHalves, 16>(conv, weights, stream);
-  if (divides(8)) return run<Tile, kHalves, 8>(conv, weights, stream);
-  if (divides(4)) return run<Tile, kHalves, 4>(conv, weights, stream);
-  run<Tile, kHalves, 1>(conv, weights, stream);
+  const int bytes = copy_bytes(conv);
+  if (bytes == 16) return run<Tile, kOperands, 16>(conv, weights, stream);
+  if (bytes == 8) return run<Tile, kOperands, 8>(conv, weights, stream);
+  if constexpr (kOperands != Operands::kU4S4) {
+    if (bytes == 4) return run<Tile, kOperands, 4>(conv, weights, stream);
+    run<Tile, kOperands, 1>(conv, weights, stream);
+  }
 }
 
 template <typename Tile>
-void run(const PackedConv& conv, const GemmWeights& weights, cudaStream_t stream) {
-  if (in_halves(conv.bits)) return run<Tile, true>(conv, weights, stream);
-  run<Tile, false>(conv, weights, stream);
+void run(const PackedConv& conv, const GemmWeights& weights, Operands operands,
+         cudaStream_t stream) {
+  switch (operands) {
+    case Operands::kU8S8: return run<Tile, Operands::kU8S8>(conv, weights, stream);
+    case Operands::kU8S4: return run<Tile, Operands::kU8S4>(conv, weights, stream);
+    case Operands::kU4S4: return run<Tile, Operands::kU4S4>(conv, weights, stream);
+  }
 }
 
 }  // namespace
@@ -89,16 +103,24 @@ GemmTile gemm_tile(const PackedConv& conv) {
   return blocks.x * blocks.y < enough ? GemmTile::k32x64 : GemmTile::k128x128;
 }
 
+// Inputs that are copied in small pieces wait for those, not for the products.
+Operands gemm_operands(const PackedConv& conv, int x_bits, int compute_capability) {
+  if (!in_halves(conv.bits)) return Operands::kU8S8;
+  const bool small = x_bits <= 4 && conv.x_zero_point < 16;
+  const bool has_4_bits = compute_capability / 10 == 8;
+  return small && has_4_bits && copy_bytes(conv) >= 8 ? Operands::kU4S4 : Operands::kU8S4;
+}
+
 void reorder_weights(const uint8_t* packed, int bits, int64_t depth, const GemmWeights& weights,
                      cudaStream_t stream) {
   launch(reorder_kernel, static_cast<unsigned>(weights.panels), kReorderThreads, 0, stream, packed,
          bits, ceil_div(depth, kBlockDepth), weights);
 }
 
-void conv_gemm(const PackedConv& conv, const GemmWeights& weights, GemmTile tile,
+void conv_gemm(const PackedConv& conv, const GemmWeights& weights, GemmTile tile, Operands operands,
                cudaStream_t stream) {
-  if (tile == GemmTile::k128x128) return run<LargeTile>(conv, weights, stream);
-  run<SmallTile>(conv, weights, stream);
+  if (tile == GemmTile::k128x128) return run<LargeTile>(conv, weights, operands, stream);
+  run<SmallTile>(conv, weights, operands, stream);
 }
 
 }  // namespace cuda

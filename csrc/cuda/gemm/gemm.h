@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../../common/packed.h"
-#include "weights.h"
+#include "tile.h"
 
 namespace fdda {
 namespace cuda {
@@ -17,12 +17,15 @@ bool gemm_takes(const PackedConv& conv);
 
 GemmTile gemm_tile(const PackedConv& conv);
 
+// What to multiply, given that inputs are below 2^x_bits; compute_capability: 80, 86, ...
+Operands gemm_operands(const PackedConv& conv, int x_bits, int compute_capability);
+
 // The weights of a convolution in the order of weights.h.
 void reorder_weights(const uint8_t* packed, int bits, int64_t depth, const GemmWeights& weights,
                      cudaStream_t stream);
 
 // conv.weight is not read: `weights` stands for it.
-void conv_gemm(const PackedConv& conv, const GemmWeights& weights, GemmTile tile,
+void conv_gemm(const PackedConv& conv, const GemmWeights& weights, GemmTile tile, Operands operands,
                cudaStream_t stream);
 
 }  // namespace cuda

@@ -15,24 +15,23 @@
 namespace fdda {
 namespace cuda {
 
-template <typename Tile, bool kHalves, int kCopy>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    conv_gemm_kernel(PackedConv conv, GemmWeights weights) {
-  using S = Stages<Tile, kHalves>;
+template <typename Tile, Operands kOperands, int kCopy>
+__device__ void multiply_and_store(const PackedConv& conv, const GemmWeights& weights) {
+  using S = Stages<Tile, kOperands>;
   const int pixels = static_cast<int>(conv.batch * conv.out_height * conv.out_width);
   const int first_pixel = blockIdx.x * Tile::kRows;
   const int first_channel = blockIdx.y * Tile::kChannels;
   const int steps = static_cast<int>(weights.steps);
   Inputs<Tile, kCopy> inputs(conv, first_pixel, pixels);
-  Products<Tile, kHalves> products;
+  Products<Tile, kOperands> products;
 
   // A group of copies a step, empty behind the last: the wait below counts groups.
   const auto load = [&](int step, int stage) {
     if (step < steps) {
       uint8_t* shared = ptx::dynamic_shared() + stage * S::kBytes;
       inputs.load(shared);
-      load_weights<Tile, kHalves>(weights, first_channel / kPanelRows, step,
-                                  shared + S::kInputBytes);
+      load_weights<Tile, kOperands>(weights, first_channel / kPanelRows, step,
+                                    shared + S::kInputBytes);
     }
     ptx::commit_copies();
   };
@@ -47,6 +46,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     stage = stage + 1 == S::kCount ? 0 : stage + 1;
   }
   store_products(conv, weights, products, first_pixel, first_channel, pixels);
+}
+
+// Empty where the processor has no such product: gemm_operands does not choose it there.
+template <typename Tile, Operands kOperands, int kCopy>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+    conv_gemm_kernel(PackedConv conv, GemmWeights weights) {
+  if constexpr (kOperands != Operands::kU4S4 || ptx::kHasMmaOf4Bits) {
+    multiply_and_store<Tile, kOperands, kCopy>(conv, weights);
+  }
 }
 
 }  // namespace cuda

@@ -98,10 +98,10 @@ class Inputs {
   int tap_row_ = 0, tap_column_ = 0, channel_ = 0;
 };
 
-template <typename Tile, bool kHalves>
+template <typename Tile, Operands kOperands>
 __device__ void load_weights(const GemmWeights& weights, int first_panel, int step,
                              uint8_t* stage) {
-  constexpr int bytes = tile_bytes(kHalves);
+  constexpr int bytes = tile_bytes(in_halves(kOperands));
   constexpr int copies = Tile::kChannels / kPanelRows * bytes / (kChunk * Tile::kThreads);
 #pragma unroll
   for (int i = 0; i < copies; ++i) {

@@ -8,40 +8,19 @@ namespace fdda {
 namespace cuda {
 
 // A warp's products.
-template <typename Tile, bool kHalves>
+template <typename Tile, Operands kOperands>
 class Products {
  public:
+  // The products of a stage.
   __device__ void add(const uint8_t* inputs, const uint8_t* tiles) {
-    const int lane = threadIdx.x % 32;
-    uint32_t words[kPanels][4];
+    if constexpr (kOperands == Operands::kU4S4) {
+      add_halves(inputs, tiles);
+    } else {
+      add_bytes(inputs, tiles);
+    }
+    // All warps of a row need the sums of its inputs, so that each makes them of 16 rows only.
 #pragma unroll
-    for (int depth = 0; depth < kTileDepth / kMmaDepth; ++depth) {
-      if (!kHalves || depth == 0) {
-#pragma unroll
-        for (int p = 0; p < kPanels; ++p) {
-          const int panel = first_channel() / kPanelRows + p;
-          const uint4 v =
-              ptx::load_16(tiles + panel * tile_bytes(kHalves) + depth * 512 + lane * 16);
-          words[p][0] = v.x;
-          words[p][1] = v.y;
-          words[p][2] = v.z;
-          words[p][3] = v.w;
-        }
-      }
-      uint32_t b[kChannels][2];
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const uint32_t* pair = words[c / 2] + c % 2 * 2;
-        b[c][0] = kHalves ? pair[depth] & 0x0f0f0f0f : pair[0];
-        b[c][1] = kHalves ? pair[depth] >> 4 & 0x0f0f0f0f : pair[1];
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t a[4];
-        load_inputs(a, inputs, r, depth);
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) ptx::mma_u8_s8(sums_[r][c], a, b[c]);
-      }
+    for (int depth = 0; depth < kDepths; ++depth) {
       uint32_t a[4];
       load_inputs(a, inputs, warp_column() % kRows, depth);
       input_sums_[0] = ptx::add_bytes(a[2], ptx::add_bytes(a[0], input_sums_[0]));
@@ -79,15 +58,80 @@ class Products {
   static constexpr int kSliceRows = Tile::kRows / kRows;
   // 8 more, so that the lanes of half a warp store to different banks.
   static constexpr int kSliceStride = Tile::kChannels + 8;
+  // What the weights' codes are too large by: halves are unpacked to bytes without a sign.
+  static constexpr uint32_t kBias = kOperands == Operands::kU8S4 ? 8 : 0;
 
  private:
   static constexpr int kChannels = Tile::kWarpChannels / kMmaChannels;
   static constexpr int kPanels = Tile::kWarpChannels / kPanelRows;
   static constexpr int kWarpsAlongRows = Tile::kRows / Tile::kWarpRows;
+  static constexpr int kDepths = kTileDepth / kMmaDepth;
+  static constexpr int kTileBytes = tile_bytes(in_halves(kOperands));
 
   __device__ static int warp_row() { return threadIdx.x / 32 % kWarpsAlongRows; }
   __device__ static int warp_column() { return threadIdx.x / 32 / kWarpsAlongRows; }
   __device__ static int first_channel() { return warp_column() * Tile::kWarpChannels; }
+
+  // The vector of a lane in the tile of the warp's panel p.
+  __device__ static void load_words(uint32_t (&words)[4], const uint8_t* tiles, int p, int vector) {
+    const int panel = first_channel() / kPanelRows + p;
+    const uint4 v =
+        ptx::load_16(tiles + panel * kTileBytes + vector * 512 + threadIdx.x % 32 * kChunk);
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+  }
+
+  __device__ void add_bytes(const uint8_t* inputs, const uint8_t* tiles) {
+    constexpr bool halves = kOperands == Operands::kU8S4;
+    uint32_t words[kPanels][4];
+#pragma unroll
+    for (int depth = 0; depth < kDepths; ++depth) {
+      if (!halves || depth == 0) {
+#pragma unroll
+        for (int p = 0; p < kPanels; ++p) load_words(words[p], tiles, p, depth);
+      }
+      uint32_t b[kChannels][2];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const uint32_t* pair = words[c / 2] + c % 2 * 2;
+        b[c][0] = halves ? (pair[depth] & 0x0f0f0f0f) ^ kBias * 0x01010101 : pair[0];
+        b[c][1] = halves ? (pair[depth] >> 4 & 0x0f0f0f0f) ^ kBias * 0x01010101 : pair[1];
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        uint32_t a[4];
+        load_inputs(a, inputs, r, depth);
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) ptx::mma_u8_s8(sums_[r][c], a, b[c]);
+      }
+    }
+  }
+
+  // The weights' halves hold k and k + 16 beside each other, and so do the inputs' when packed: the
+  // products' order along k is another one for both.
+  __device__ void add_halves(const uint8_t* inputs, const uint8_t* tiles) {
+    uint32_t words[kPanels][4];
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) load_words(words[p], tiles, p, 0);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int depth = 0; depth < kDepths; ++depth) {
+        uint32_t a[4];
+        load_inputs(a, inputs, r, depth);
+        packed[depth * 2] = a[0] | a[2] << 4;
+        packed[depth * 2 + 1] = a[1] | a[3] << 4;
+      }
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const uint32_t b[2] = {words[c / 2][c % 2 * 2], words[c / 2][c % 2 * 2 + 1]};
+        ptx::mma_u4_s4(sums_[r][c], packed, b);
+      }
+    }
+  }
 
   // Of 16 rows and 32 k.
   __device__ static void load_inputs(uint32_t (&a)[4], const uint8_t* inputs, int r, int depth) {
@@ -97,7 +141,6 @@ class Products {
   }
 
   int32_t sums_[kRows][kChannels][4] = {};
-  // All warps of a row need these sums, so that each makes them of 16 rows only.
   static_assert(kRows <= Tile::kChannels / Tile::kWarpChannels, "no warp for some rows");
   uint32_t input_sums_[2] = {};
 };

@@ -21,11 +21,20 @@ struct BlockTile {
 using LargeTile = BlockTile<128, 128, 64, 32, 2>;
 using SmallTile = BlockTile<32, 64, 32, 16, 4>;
 
+// What the tensor cores multiply: inputs, and weights as bytes or as halves. kU8S4: unpacked to
+// bytes on the way. kU4S4: as they are, inputs below 16 packed to halves on the way.
+enum class Operands { kU8S8, kU8S4, kU4S4 };
+
+FDDA_HOST_DEVICE static inline constexpr bool in_halves(Operands operands) {
+  return operands != Operands::kU8S8;
+}
+
 // Within 48 KiB, which every kernel may have.
-template <typename Tile, bool kHalves>
+template <typename Tile, Operands kOperands>
 struct Stages {
   static constexpr int kInputBytes = Tile::kRows * kTileDepth;
-  static constexpr int kBytes = kInputBytes + Tile::kChannels / kPanelRows * tile_bytes(kHalves);
+  static constexpr int kBytes =
+      kInputBytes + Tile::kChannels / kPanelRows * tile_bytes(in_halves(kOperands));
   static constexpr int kCount = 4 * kBytes <= 48 * 1024 ? 4 : 3;
 };
 

@@ -3,7 +3,7 @@
 //
 //   tiles  [ceil(N/16)][ceil(K/64)] of 16 channels x 64 k, 32 lanes x 16 bytes each
 //          5 to 8 bits: two of those, 32 k each. A byte is a code.
-//          2 to 4 bits: one. A byte is two codes + 8: k in the low half, k + 16 in the high one.
+//          2 to 4 bits: one. A byte is two codes: k in the low half, k + 16 in the high one.
 //   sums   [ceil(N/16) * 16] int32: of every channel's codes
 //
 // Word i of a lane has the codes of channel lane / 4 + 8 (i / 2), see mma in ptx.h. Its byte j:
@@ -11,16 +11,16 @@
 //   bytes    k = 16 (i % 2) + 4 (lane % 4) + j
 //   halves   k = 32 (i % 2) + 4 (lane % 4) + j, and k + 16
 //
-// Padding codes are 0.
+// Padding codes are 0. Halves are as s4 wants them, if the inputs' halves are in the same order;
+// the same tiles, unpacked, serve s8.
 #pragma once
 
-#include "../../common/arithmetic.h"
+#include "../block_codes.h"
 
 namespace fdda {
 namespace cuda {
 
 constexpr int kTileDepth = 64;
-constexpr int kHalfBias = 8;  // makes the codes of 2 to 4 bits unsigned, to unpack them with a mask
 
 FDDA_HOST_DEVICE static inline bool in_halves(int bits) { return bits <= 4; }
 FDDA_HOST_DEVICE static inline constexpr int tile_bytes(bool halves) { return halves ? 512 : 1024; }
@@ -44,21 +44,6 @@ static inline int64_t gemm_weight_bytes(int bits, int64_t channels, int64_t dept
   return w.panels * (w.steps * tile_bytes(in_halves(bits)) + kPanelRows * sizeof(int32_t));
 }
 
-// The codes of a channel of a packed panel in one block, as bytes; 0 behind the last block.
-FDDA_HOST_DEVICE static inline uint32_t block_codes(const uint8_t* panel, int bits,
-                                                    int64_t depth_blocks, int channel,
-                                                    int64_t block) {
-  if (block >= depth_blocks) return 0;
-  const uint8_t* plane = panel + block * bits * kPlaneBytes + channel / 2;
-  uint32_t codes = 0;
-  for (int b = 0; b < bits; ++b) {
-    const uint32_t four = plane[b * kPlaneBytes] >> channel % 2 * 4 & 15;
-    codes |= (four * 0x00204081 & 0x01010101) << b;  // bit j to byte j
-  }
-  const uint32_t negative = codes >> (bits - 1) & 0x01010101;
-  return codes | negative * (0xff << bits & 0xff);
-}
-
 // Word of a tile, see above.
 FDDA_HOST_DEVICE static inline uint32_t tile_word(const uint8_t* panel, int bits,
                                                   int64_t depth_blocks, int64_t step, int word) {
@@ -69,8 +54,7 @@ FDDA_HOST_DEVICE static inline uint32_t tile_word(const uint8_t* panel, int bits
   }
   const uint32_t low = block_codes(panel, bits, depth_blocks, channel, first + i % 2 * 8);
   const uint32_t high = block_codes(panel, bits, depth_blocks, channel, first + i % 2 * 8 + 4);
-  constexpr uint32_t bias = kHalfBias * 0x01010101, mask = 0x0f0f0f0f;
-  return ((low ^ bias) & mask) | ((high ^ bias) & mask) << 4;
+  return (low & 0x0f0f0f0f) | (high & 0x0f0f0f0f) << 4;
 }
 
 }  // namespace cuda

@@ -14,6 +14,7 @@ from fdda_fast.ops.reference.class_moments import (
     class_moments,
     class_moments_backward,
 )
+from fdda_fast.ops.reference.codes import dequantize_codes, dequantize_sums, sum_pool_codes
 from fdda_fast.ops.reference.conditional_bn import (
     conditional_bn_lrelu,
     conditional_bn_lrelu_backward,
@@ -47,6 +48,7 @@ from fdda_fast.ops.reference.packed import (
     requantize_codes,
     unpack_weight,
 )
+from fdda_fast.ops.reference.reordered import file_weight, reorder_weight, reordered_conv2d
 
 __all__ = [
     "BLOCK_DEPTH",
@@ -64,11 +66,14 @@ __all__ = [
     "conv3x3_few_outputs_backward",
     "conv3x3_input_gradient",
     "conv3x3_weight_gradient",
+    "dequantize_codes",
+    "dequantize_sums",
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_minmax",
     "fake_quantize_range",
     "fake_quantize_range_backward",
+    "file_weight",
     "max_pool2d",
     "max_pool2d_backward",
     "max_pool2d_codes",
@@ -77,7 +82,10 @@ __all__ = [
     "packed_conv2d",
     "packed_linear",
     "quantize",
+    "reorder_weight",
+    "reordered_conv2d",
     "requantize_codes",
+    "sum_pool_codes",
     "unpack_weight",
     "upsample_conv3x3",
     "upsample_conv3x3_backward",

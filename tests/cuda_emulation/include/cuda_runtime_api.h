@@ -54,12 +54,12 @@ inline int emulated_lane() { return emulation::current_thread() % 32; }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  static_assert(sizeof(T) == 4);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
   if (mask != 0xffffffff) emulation::fail("__shfl_sync: the emulation knows whole warps only");
-  uint32_t word;
-  __builtin_memcpy(&word, &value, 4);
-  word = emulation::shuffle(word, lane % 32);
-  __builtin_memcpy(&value, &word, 4);
+  uint32_t words[sizeof(T) / 4];
+  __builtin_memcpy(words, &value, sizeof(T));
+  for (uint32_t& word : words) word = emulation::shuffle(word, lane % 32);
+  __builtin_memcpy(&value, words, sizeof(T));
   return value;
 }
 

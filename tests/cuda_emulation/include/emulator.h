@@ -13,6 +13,7 @@
 // library: the compiler calls a function (__tsan_read4, ...) at every access to memory, and those
 // calls are where the accesses are checked. Barriers order, shuffles and mma do not.
 // Variables of static shared memory lie side by side: an access from one into the next is not seen.
+// In templates GCC puts them elsewhere, where no access is seen: use dynamic_shared there.
 #pragma once
 
 #include <stddef.h>

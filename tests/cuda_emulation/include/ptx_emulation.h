@@ -40,6 +40,8 @@ void load_matrices(uint32_t (&registers)[kCount], const void* row) {
   emulation::load_matrices(registers, kCount, kTransposed, row);
 }
 
+constexpr bool kHasMmaOf4Bits = true;
+
 inline void mma_u8_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::multiply(c, a, {8, false}, b, {8, true});
 }
@@ -54,6 +56,15 @@ inline void mma_u4_s4(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&
 
 inline void mma_s4_s4(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::multiply(c, a, {4, true}, b, {4, true});
+}
+
+inline uint32_t max_bytes(uint32_t a, uint32_t b) {
+  uint32_t most = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const uint32_t x = a >> i & 0xff, y = b >> i & 0xff;
+    most |= (x > y ? x : y) << i;
+  }
+  return most;
 }
 
 inline uint32_t add_bytes(uint32_t bytes, uint32_t sum) {

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../common/checks.h"
-#include "../cpu/kernels.h"
+#include "checks.h"
+#include "codes.h"
 
 namespace fdda {
 

@@ -1,0 +1,191 @@
+"""Packed layers whose weights are in the order of the CUDA kernels.
+
+`pack_weight` makes the order of files and of the CPU; `reorder_weight` makes this one of it, once a
+model. Every device has the operators, but only the CUDA kernels gain from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fdda_fast.ops import reference
+from fdda_fast.ops._checks import check, check_int, check_tensor, pair
+from fdda_fast.ops._library import define
+from fdda_fast.ops._windows import output_size
+from fdda_fast.ops.packed import (
+    EPILOGUE_SCHEMA,
+    check_depth,
+    check_epilogue,
+    check_packed,
+    fake_conv2d,
+)
+
+
+def reorder_weight(
+    packed: Tensor, bits: int, num_rows: int, num_cols: int, depthwise: bool = False
+) -> Tensor:
+    """Weights in the order in which the CUDA kernels read them.
+
+    One buffer of bytes. Depthwise: int8 codes [K, ceil(N / 16) * 16]. Else tiles, and behind them
+    the int32 sums of every channel's codes, [ceil(N / 16) * 16]. A tile has 16 channels x 64 k in
+    the order of the tensor cores' registers, tiles are [ceil(N / 16), ceil(K / 64)]. With lane
+    l = 4 g + t, word w and byte j of a tile's 16-byte vectors, channel 8 (w // 2) + g of the panel,
+
+        5 to 8 bits, [2 vectors, 32 lanes, 4 words, 4 bytes]:
+            vector v, byte j is the code of k = 32 v + 16 (w % 2) + 4 t + j
+        2 to 4 bits, [32 lanes, 4 words, 4 bytes]:
+            byte j has the code of k = 32 (w % 2) + 4 t + j in its low half, k + 16 in its high one
+
+    Padding codes are 0.
+
+    Args:
+        packed: `pack_weight` of [N, K].
+        bits: 2 to 8.
+        num_rows: N.
+        num_cols: K.
+        depthwise: for a convolution of one group a channel.
+
+    Returns:
+        uint8 [bytes].
+
+    Raises:
+        TypeError: packed has another dtype.
+        ValueError: shapes or bits do not fit.
+    """
+    check_int(num_rows, "num_rows", 0, 2**31 - 1)
+    check_int(num_cols, "num_cols", 0, 2**31 - 1)
+    check_packed(packed, "packed", bits, num_rows, num_cols)
+    return torch.ops.fdda.reorder_weight(packed, bits, num_rows, num_cols, depthwise)
+
+
+def reordered_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bits: int,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    x_zero_point: int,
+    weight_offset: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: float = 0.0,
+    output_range: tuple[int, int] | None = None,
+    x_bits: int = 8,
+) -> Tensor:
+    """`packed_conv2d` on reordered weights.
+
+    Args:
+        weight: `reorder_weight` of what `packed_conv2d` takes; depthwise if groups > 1.
+        groups: 1, or as many as there are channels of x and of the output.
+        x_bits: 1 to 8; codes of x are below 2^x_bits, which is not checked. Up to 4 bits of inputs
+            and weights are multiplied as such by processors that can (sm_80 to sm_89).
+
+    The other arguments, the result and the errors are those of `packed_conv2d`.
+    """
+    check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
+    kernel_size = pair(kernel_size, "kernel_size", 1)
+    stride = pair(stride, "stride", 1)
+    padding = pair(padding, "padding", 0)
+    dilation = pair(dilation, "dilation", 1)
+    check_int(out_channels, "out_channels", 1, 2**31 - 1)
+    check_int(bits, "bits", 2, 8)
+    check_int(x_bits, "x_bits", 1, 8)
+    channels = x.shape[3]
+    fits = groups == 1 or groups == channels == out_channels
+    check(fits, "groups", "1, or one of each channel", groups)
+    check_int(x_zero_point, "x_zero_point", 0, 255)
+    depth = kernel_size[0] * kernel_size[1] * channels // groups
+    check_depth(depth)
+    size = _reordered_bytes(bits, out_channels, depth, groups > 1)
+    check_tensor(weight, "weight", (torch.uint8,), (size,))
+    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
+    out_shape = (x.shape[0], height, width, out_channels)
+    check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
+    return torch.ops.fdda.reordered_conv2d(
+        x,
+        weight,
+        bits,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        x_zero_point,
+        weight_offset,
+        multiplier,
+        bias,
+        residual,
+        residual_scale,
+        output_range,
+        x_bits,
+    )
+
+
+def reordered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bits: int,
+    out_features: int,
+    x_zero_point: int,
+    weight_offset: Tensor,
+    multiplier: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: float = 0.0,
+    output_range: tuple[int, int] | None = None,
+    x_bits: int = 8,
+) -> Tensor:
+    """`packed_linear` of uint8 x on reordered weights, see `reordered_conv2d`."""
+    check_tensor(x, "x", (torch.uint8,), (None, None))
+    if residual is not None:
+        residual = residual[:, None, None]
+    y = reordered_conv2d(
+        x[:, None, None],
+        weight,
+        bits,
+        out_features,
+        *(1, 1, 0, 1, 1),
+        x_zero_point,
+        weight_offset,
+        multiplier,
+        bias,
+        residual,
+        residual_scale,
+        output_range,
+        x_bits,
+    )
+    return y[:, 0, 0]
+
+
+def _reordered_bytes(bits: int, num_rows: int, num_cols: int, depthwise: bool) -> int:
+    panels, steps = -(-num_rows // 16), -(-num_cols // 64)
+    if depthwise:
+        return panels * 16 * num_cols
+    return panels * (steps * (1024 if bits > 4 else 512) + 64)
+
+
+def _fake_reorder(packed, bits, num_rows, num_cols, depthwise) -> Tensor:
+    return packed.new_empty(_reordered_bytes(bits, num_rows, num_cols, depthwise))
+
+
+define(
+    "reorder_weight(Tensor packed, int bits, int num_rows, int num_cols, bool depthwise) -> Tensor",
+    reference.reorder_weight,
+    _fake_reorder,
+)
+define(
+    "reordered_conv2d(Tensor x, Tensor weight, int bits, int out_channels, int[] kernel_size, "
+    "int[] stride, int[] padding, int[] dilation, int groups, int x_zero_point, "
+    f"{EPILOGUE_SCHEMA}, int x_bits=8) -> Tensor",
+    reference.reordered_conv2d,
+    lambda *arguments: fake_conv2d(*arguments[:16]),
+)
