@@ -220,8 +220,8 @@ void winograd_upsample_gradient(const WinogradTiles& a) {
   });
 }
 
-// Adds lines [begin, end) of the pixels of tiles [first, last), counted in the group. The first tile
-// to have a pixel writes it.
+// Adds lines [begin, end) of the pixels of tiles [first, last), counted in the group. The first
+// tile to have a pixel writes it.
 void add_input_gradient(const WinogradTiles& a, int64_t first, int64_t last, int begin, int end) {
   float* zeros = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
   float* unused = zeros + a.channels;
