@@ -37,13 +37,15 @@ bool applies(const PackedConv& conv) {
          (conv.groups == 1 || conv.out_channels / conv.groups % kPanelRows == 0);
 }
 
-int64_t largest_weight(const PackedConv& conv) {
+// Bound of |sum (x - x_zero_point) * (code + offset)|.
+int64_t largest_sum(const PackedConv& conv) {
   int64_t largest = 0;
   for (int64_t o = 0; o < conv.out_channels; ++o) {
     const int64_t offset = conv.weight_offset[o];
     largest = max64(largest, offset < 0 ? -offset : offset);
   }
-  return largest + (int64_t{1} << (conv.bits - 1));
+  largest = min64(largest, int64_t{1} << 31) + (int64_t{1} << (conv.bits - 1));
+  return 255 * largest * (conv.kernel_h * conv.kernel_w * (conv.channels / conv.groups));
 }
 
 class Convolution {
@@ -54,9 +56,7 @@ class Convolution {
         group_inputs_(conv.channels / conv.groups),
         group_outputs_(conv.out_channels / conv.groups),
         blocks_(ceil_div(group_outputs_, kWide)),
-        wide_sums_(!conv.weight_fits_s8 &&
-                   largest_weight(conv) >
-                       INT32_MAX / 255 / (conv.kernel_h * conv.kernel_w * group_inputs_)) {}
+        largest_sum_(largest_sum(conv)) {}
 
   void run() const {
     const int64_t rows = conv_.batch * conv_.out_height, threads = num_threads();
@@ -107,10 +107,18 @@ class Convolution {
       const TileConfig config(depth_.step);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t group = i / blocks_, column = i % blocks_ * kWide;
-        if (conv_.epilogue.out_u8) {
-          run_block<false>(part, group, column);
+        Channels channels;
+        channels.first = group * group_outputs_ + column;
+        channels.count = min64(kWide, group_outputs_ - column);
+        channels.largest_sum = largest_sum_;
+        if (StoreCodes<false>::applies(conv_, channels)) {
+          run_block<StoreCodes<false>>(part, group, channels);
+        } else if (StoreCodes<true>::applies(conv_, channels)) {
+          run_block<StoreCodes<true>>(part, group, channels);
+        } else if (conv_.epilogue.out_u8) {
+          run_block<Store<false>>(part, group, channels);
         } else {
-          run_block<true>(part, group, column);
+          run_block<Store<true>>(part, group, channels);
         }
       }
     });
@@ -146,13 +154,9 @@ class Convolution {
     return piece.inputs + group * group_inputs_ + output * part.rows.stride();
   }
 
-  // All outputs of up to kWide channels of a group.
-  template <bool FLOAT>
-  void run_block(const Part& part, int64_t group, int64_t column) const {
-    Channels channels;
-    channels.first = group * group_outputs_ + column;
-    channels.count = min64(kWide, group_outputs_ - column);
-    channels.wide_sums = wide_sums_;
+  // All outputs of some channels of a group.
+  template <class Store>
+  void run_block(const Part& part, int64_t group, Channels& channels) const {
     const int64_t pieces = part.rows.pieces(), width = part.rows.width();
     const bool few =
         pieces == 1 && part.rows.piece(0).outputs <= kTall && Expanding::applies(depth_);
@@ -160,7 +164,7 @@ class Convolution {
     const bool tall = few || channels.count <= kPanelRows;
     const int64_t height = tall ? kTall : 2 * kTileRows;
     const int64_t pairs = ceil_div(height / 2, part.steps.count);
-    Store<FLOAT> store(conv_, channels);
+    Store store(conv_, channels);
     alignas(kLineBytes) int32_t buffers[2][(kTall + 1) * kWide];
     int turn = 0;
     for (int64_t i = 0; i < pieces; ++i) {
@@ -236,7 +240,7 @@ class Convolution {
   const PackedConv conv_;
   const Depth depth_;
   const int64_t group_inputs_, group_outputs_, blocks_;
-  const bool wide_sums_;
+  const int64_t largest_sum_;
 };
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 // Up to kWide channels.
 struct Channels {
   int64_t first, count;
-  bool wide_sums;  // sums with the offsets' share may leave int32
+  int64_t largest_sum;  // bound of its absolute value; with the offsets' share it may leave int32
   alignas(kLineBytes) int32_t weight_sums[kWide];
 };
 
@@ -27,9 +27,11 @@ struct Outputs {
 // Whether no value of the epilogue reaches int32's limits, which rounding would wrap.
 inline bool fits_s32(const PackedConv& conv, const Channels& channels) {
   const Epilogue& e = conv.epilogue;
+  const float largest_sum = static_cast<float>(channels.largest_sum);
   bool fits = !e.residual_f32 && __builtin_fabsf(e.residual_scale) < 0x1p20f;
   for (int64_t o = channels.first; o < channels.first + channels.count; ++o) {
-    fits = fits && __builtin_fabsf(e.multiplier[o]) < 0.25f && __builtin_fabsf(e.bias[o]) < 0x1p28f;
+    fits = fits && __builtin_fabsf(e.multiplier[o]) * largest_sum < 0x1p28f &&
+           __builtin_fabsf(e.bias[o]) < 0x1p28f;
   }
   return fits;
 }
@@ -75,7 +77,7 @@ class Store {
   // Up to so many pairs of the outputs.
   void some(int64_t pairs) {
     if (left_ <= 0 || pairs <= 0) return;
-    if (o_.row_sums && channels_.wide_sums) {
+    if (o_.row_sums && channels_.largest_sum > INT32_MAX) {
       while (left_ > 0) next_wide();
     } else if (e_.residual_u8 || e_.residual_f32) {
       store_pairs<true>(pairs);
@@ -177,6 +179,100 @@ class Store {
   __m512i start_[2], offset_[2];
   Outputs o_{};
   int64_t left_ = 0, index_ = 0;
+};
+
+// What Store does, where all kWide channels exist, outputs are codes, offsets are in the weights
+// and values fit int32. Its constants stay in registers while tiles multiply: the processor does
+// both at once, which it does not around a call.
+template <bool RESIDUAL>
+class StoreCodes {
+ public:
+  static bool applies(const PackedConv& conv, const Channels& channels) {
+    return channels.count == kWide && conv.epilogue.out_u8 && conv.weight_fits_s8 &&
+           fits_s32(conv, channels) && (conv.epilogue.residual_u8 != nullptr) == RESIDUAL;
+  }
+
+  StoreCodes(const PackedConv& conv, const Channels& channels)
+      : channels_(channels),
+        out_(conv.epilogue.out_u8 + channels.first),
+        residual_(conv.epilogue.residual_u8 + (RESIDUAL ? channels.first : 0)),
+        out_width_(conv.out_width),
+        out_channels_(conv.out_channels),
+        x_zero_point_(conv.x_zero_point),
+        scale_(_mm512_set1_ps(conv.epilogue.residual_scale)),
+        lo_(_mm512_set1_epi8(static_cast<char>(static_cast<int>(conv.epilogue.lo)))),
+        hi_(_mm512_set1_epi8(static_cast<char>(static_cast<int>(conv.epilogue.hi)))) {
+    for (int p = 0; p < 2; ++p) {
+      multiplier_[p] = _mm512_loadu_ps(conv.epilogue.multiplier + channels.first + p * kPanelRows);
+      bias_[p] = _mm512_loadu_ps(conv.epilogue.bias + channels.first + p * kPanelRows);
+    }
+  }
+
+  void start(const Outputs& outputs) {
+    finish();
+    sums_ = outputs.sums;
+    left_ = outputs.count;
+    width_ = outputs.width;
+    column_ = outputs.column;
+    index_ = (outputs.row * out_width_ + min64(column_, out_width_)) * out_channels_;
+    for (int p = 0; p < 2; ++p) {
+      start_[p] = _mm512_mullo_epi32(_mm512_load_si512(channels_.weight_sums + p * kPanelRows),
+                                     _mm512_set1_epi32(-x_zero_point_));
+    }
+  }
+
+  void finish() { some(left_); }
+
+  inline __attribute__((always_inline)) void some(int64_t pairs) {
+    for (; pairs > 0 && left_ > 0; --pairs, left_ -= 2, sums_ += 2 * kWide) {
+      const bool first = next(), second = next() && left_ > 1;
+      const int64_t above = index_;
+      index_ += first ? out_channels_ : 0;
+      const int64_t below = second ? index_ : above;  // an output that exists
+      index_ += second ? out_channels_ : 0;
+      __m512 values[2][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        __m512i sum = _mm512_load_si512(sums_ + k * kPanelRows);
+        sum = _mm512_add_epi32(sum, start_[k % 2]);
+        __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), multiplier_[k % 2]);
+        v = _mm512_add_ps(v, bias_[k % 2]);
+        if (RESIDUAL) {
+          const void* from = residual_ + (k < 2 ? above : below) + k % 2 * kPanelRows;
+          const __m128i r = _mm_loadu_si128(static_cast<const __m128i*>(from));
+          v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), scale_));
+        }
+        values[k / 2][k % 2] = v;
+      }
+      const __m512i codes = _mm512_min_epu8(round_codes(values, lo_), hi_);
+      if (first) store_codes(above, _mm512_castsi512_si256(codes));
+      if (second) store_codes(below, _mm512_extracti64x4_epi64(codes, 1));
+    }
+  }
+
+ private:
+  // Whether the output exists; goes on to the next one.
+  bool next() {
+    const bool exists = column_ < out_width_;
+    column_ = column_ + 1 < width_ ? column_ + 1 : 0;
+    return exists;
+  }
+
+  void store_codes(int64_t index, __m256i codes) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out_ + index), codes);
+  }
+
+  const Channels& channels_;
+  uint8_t* const out_;
+  const uint8_t* const residual_;
+  const int64_t out_width_, out_channels_;
+  const int32_t x_zero_point_;
+  const __m512 scale_;
+  const __m512i lo_, hi_;
+  __m512 multiplier_[2], bias_[2];
+  __m512i start_[2] = {};
+  const int32_t* sums_ = nullptr;
+  int64_t left_ = 0, width_ = 1, column_ = 0, index_ = 0;
 };
 
 }  // namespace
