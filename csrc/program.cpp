@@ -7,10 +7,14 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cpu/parallel.h"
+
 namespace fdda {
 namespace {
 
-enum Kind : int64_t { kQuantize, kRequantize, kMaxPool, kSumPool, kConv, kLinearSums };
+// kPair: of the two convolutions that follow, without taps, the second one alone adds the float
+// outputs of the first.
+enum Kind : int64_t { kQuantize, kRequantize, kMaxPool, kSumPool, kConv, kLinearSums, kPair };
 
 class Reader {
  public:
@@ -150,6 +154,41 @@ const char* run_step(const PackedLinearS32& a) {
   return active_kernels().packed_linear_s32(a), "linear_s32";
 }
 
+constexpr int64_t kBlockBytes = int64_t{1} << 18;  // of a pair's float outputs: they stay in L2
+
+// Lines [begin, end) of outputs of one image, of a convolution without taps.
+PackedConv lines_of(PackedConv a, int64_t image, int64_t begin, int64_t end) {
+  const int64_t pixel = (image * a.height + begin * a.stride_h) * a.width;
+  const int64_t output = (image * a.out_height + begin) * a.out_width * a.out_channels;
+  a.x += pixel * a.channels;
+  a.batch = 1;
+  a.height = (end - begin - 1) * a.stride_h + 1;
+  a.out_height = end - begin;
+  Epilogue& e = a.epilogue;
+  if (e.residual_u8) e.residual_u8 += output;
+  if (e.residual_f32) e.residual_f32 += output;
+  if (e.out_u8) e.out_u8 += output;
+  if (e.out_f32) e.out_f32 += output;
+  return a;
+}
+
+// body(part of a, the same part of b) for parts whose float outputs stay in cache: all of them are
+// in the same place, the first one's.
+template <class Body>
+void for_each_block(const PackedConv& a, const PackedConv& b, Body body) {
+  const int64_t line_bytes = a.out_width * a.out_channels * 4;
+  const int64_t lines = std::max<int64_t>(1, num_threads() * kBlockBytes / line_bytes);
+  for (int64_t image = 0; image < a.batch; ++image) {
+    for (int64_t line = 0; line < a.out_height; line += lines) {
+      const int64_t end = std::min(line + lines, a.out_height);
+      PackedConv first = lines_of(a, image, line, end), second = lines_of(b, image, line, end);
+      first.epilogue.out_f32 = a.epilogue.out_f32;
+      second.epilogue.residual_f32 = a.epilogue.out_f32;
+      body(first, second);
+    }
+  }
+}
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -166,7 +205,15 @@ Program::Program(const std::vector<int64_t>& words) {
       case kSumPool: steps_.push_back(decode_sum_pool(r)); break;
       case kConv: steps_.push_back(decode_conv(r)); break;
       case kLinearSums: steps_.push_back(decode_linear(r)); break;
+      case kPair: pairs_.insert(steps_.size()); break;
       default: throw std::invalid_argument("program: unknown instruction");
+    }
+  }
+  for (size_t first : pairs_) {
+    for (size_t i : {first, first + 1}) {
+      if (i >= steps_.size() || !std::holds_alternative<PackedConv>(steps_[i])) {
+        throw std::invalid_argument("program: a pair is two convolutions");
+      }
     }
   }
   for (Step& step : steps_) {
@@ -184,20 +231,41 @@ Program::Program(const std::vector<int64_t>& words) {
 void Program::run(const std::vector<const void*>& inputs, double* seconds,
                   std::vector<const char*>* kernels) const {
   if (inputs.size() < inputs_) throw std::invalid_argument("program: inputs are missing");
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    Step step = steps_[i];
-    const double start = seconds ? now() : 0.0;
-    const char* kernel = std::visit(
+  auto resolved = [&](Step step) {
+    std::visit(
         [&](auto& a) {
           visit_sources(a, [&](auto& source) {
             const intptr_t at = reinterpret_cast<intptr_t>(source);
             if (at < 0) source = static_cast<std::decay_t<decltype(source)>>(inputs[-1 - at]);
           });
-          return run_step(a);
         },
         step);
-    if (seconds) seconds[i] = now() - start;
-    if (kernels) kernels->push_back(kernel);
+    return step;
+  };
+  auto timed = [&](size_t i, auto body) {
+    const double start = seconds ? now() : 0.0;
+    const char* kernel = body();
+    if (seconds) seconds[i] += now() - start;
+    return kernel;
+  };
+  if (seconds) std::fill_n(seconds, steps_.size(), 0.0);
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Step step = resolved(steps_[i]);
+    const char *kernel = nullptr, *second = nullptr;
+    if (pairs_.count(i)) {
+      for_each_block(std::get<PackedConv>(step), std::get<PackedConv>(resolved(steps_[i + 1])),
+                     [&](const PackedConv& a, const PackedConv& b) {
+                       kernel = timed(i, [&] { return run_step(a); });
+                       second = timed(i + 1, [&] { return run_step(b); });
+                     });
+      ++i;
+    } else {
+      kernel =
+          timed(i, [&] { return std::visit([](const auto& a) { return run_step(a); }, step); });
+    }
+    if (!kernels) continue;
+    kernels->push_back(kernel);
+    if (second) kernels->push_back(second);
   }
 }
 

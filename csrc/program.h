@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <variant>
 #include <vector>
@@ -30,6 +31,7 @@ class Program {
       std::variant<Quantize, RequantizeCodes, MaxPool, SumPool, PackedConv, PackedLinearS32>;
 
   std::vector<Step> steps_;
+  std::set<size_t> pairs_;  // the first steps of pairs
   size_t inputs_ = 0;
 };
 

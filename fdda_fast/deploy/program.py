@@ -32,7 +32,10 @@ from .integer import (
 )
 
 _ALIGNMENT = 64
-_QUANTIZE, _REQUANTIZE, _MAX_POOL, _SUM_POOL, _CONV, _LINEAR_SUMS = range(6)  # as in program.cpp
+# As in program.cpp.
+_QUANTIZE, _REQUANTIZE, _MAX_POOL, _SUM_POOL, _CONV, _LINEAR_SUMS, _PAIR = range(7)
+
+_LARGE = 2**20  # bytes of an image's float outputs that do not stay in cache for their reader
 
 Tensors = dict[str, torch.Tensor]
 
@@ -153,8 +156,8 @@ class Program:
         ends = list(range(-1, len(nodes)))
         ends[self._graph.output] = len(nodes)
         for n in reversed(range(len(nodes))):
-            # What another node makes may be a view of what it read.
-            end = n if native[n] else ends[n + 1]
+            # What another node makes may be a view of what it read; a pair's nodes take turns.
+            end = n + self._adds_up(n) if native[n] else ends[n + 1]
             for i in nodes[n].inputs:
                 ends[i] = max(ends[i], end)
         sizes = {
@@ -184,6 +187,24 @@ class Program:
             made[value] = _view(arena[place:], self._values[value])
         return arena, made
 
+    def _adds_up(self, n: int) -> bool:
+        """Whether the next node alone adds the many float outputs of this one to its own."""
+        if n + 1 == len(self._graph.nodes):
+            return False
+        node, reader = self._graph.nodes[n], self._graph.nodes[n + 1]
+        users = sum(node.inputs.count(n + 1) for node in self._graph.nodes)
+        if reader.inputs[1:] != (n + 1,) or users > 1 or self._graph.output == n + 1:
+            return False
+        output = self._values[n + 1]
+        return (
+            all(
+                isinstance(op, PackedConv2d) and op.kernel_size == (1, 1) and op.padding == (0, 0)
+                for op in (node.op, reader.op)
+            )
+            and output.dtype == torch.float32
+            and output.numel() * 4 >= _LARGE * len(output)
+        )
+
     def _segment(self, start: int, end: int) -> _Segment:
         inputs: dict[tuple[int, str], int] = {}
 
@@ -196,6 +217,8 @@ class Program:
         words: list[int] = []
         for n in range(start, end):
             node = self._graph.nodes[n]
+            if self._adds_up(n):
+                words.append(_PAIR)
             sources = _Sources(node.inputs, [self._values[i] for i in node.inputs], address)
             words += _encode(node.op, self._bound[n], sources, self._made[n + 1], self._kept)
         return _Segment(start, _library._extension.program(words), tuple(inputs))

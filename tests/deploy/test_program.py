@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from networks import CLASSES, NETWORKS, conv_bn, images, packed_network, quantized, randomize
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from fdda_fast.deploy import pack
 from fdda_fast.deploy.program import Program
@@ -50,6 +52,26 @@ def test_every_instruction_set(isa):
     with use_isa(isa):
         assert_same(packed, images(2))
     assert any(key[2] == isa for key in packed._programs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_of_two_convolutions_in_blocks(isa, threads, monkeypatch):
+    """Bottlenecks: several blocks of lines in the first layer, whose steps are timed as ever."""
+    monkeypatch.setattr("fdda_fast.deploy.program._LARGE", 0)
+    model = torchvision.models.resnet.ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES)
+    packed = pack(quantized(randomize(model), Bits(4, 4), 96), images(1, 96))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with use_isa(isa):
+            assert_same(packed, images(2, 96))
+            made = program_of(packed)
+            assert any(made._adds_up(n) for n in range(len(packed.graph.nodes) - 1))
+            steps = made.profile(images(2, 96))
+            assert [s.node.name for s in steps] == [n.name for n in packed.graph.nodes]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_extreme_images():
@@ -216,7 +238,7 @@ def test_profile_names_what_ran():
     assert kernels & {"direct", "tiles"}
 
 
-@pytest.mark.parametrize("words", [[99], [0, 1], [4] + [0] * 10, ["a"], [1 << 70]])
+@pytest.mark.parametrize("words", [[99], [0, 1], [4] + [0] * 10, [6], ["a"], [1 << 70]])
 def test_nonsense_is_refused(words):
     from fdda_fast.ops._library import _extension
 
