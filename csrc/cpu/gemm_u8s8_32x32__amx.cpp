@@ -111,10 +111,18 @@ class Convolution {
         channels.first = group * group_outputs_ + column;
         channels.count = min64(kWide, group_outputs_ - column);
         channels.largest_sum = largest_sum_;
-        if (StoreCodes<false>::applies(conv_, channels)) {
-          run_block<StoreCodes<false>>(part, group, channels);
-        } else if (StoreCodes<true>::applies(conv_, channels)) {
-          run_block<StoreCodes<true>>(part, group, channels);
+        using Codes = StoreAll<false, Residual::kNone>;
+        using CodesOfCodes = StoreAll<false, Residual::kCodes>;
+        using CodesOfFloats = StoreAll<false, Residual::kFloats>;
+        using Floats = StoreAll<true, Residual::kNone>;
+        if (Codes::applies(conv_, channels)) {
+          run_block<Codes>(part, group, channels);
+        } else if (CodesOfCodes::applies(conv_, channels)) {
+          run_block<CodesOfCodes>(part, group, channels);
+        } else if (CodesOfFloats::applies(conv_, channels)) {
+          run_block<CodesOfFloats>(part, group, channels);
+        } else if (Floats::applies(conv_, channels)) {
+          run_block<Floats>(part, group, channels);
         } else if (conv_.epilogue.out_u8) {
           run_block<Store<false>>(part, group, channels);
         } else {

@@ -181,30 +181,35 @@ class Store {
   int64_t left_ = 0, index_ = 0;
 };
 
-// What Store does, where all kWide channels exist, outputs are codes, offsets are in the weights
-// and values fit int32. Its constants stay in registers while tiles multiply: the processor does
-// both at once, which it does not around a call.
-template <bool RESIDUAL>
-class StoreCodes {
+enum class Residual { kNone, kCodes, kFloats };
+
+// What Store does, where all kWide channels exist and offsets are in the weights; codes must fit
+// int32 before they are rounded, unless the residual is in floats. Its constants stay in registers
+// while tiles multiply: the processor does both at once, which it does not around a call.
+template <bool FLOAT, Residual RESIDUAL>
+class StoreAll {
  public:
   static bool applies(const PackedConv& conv, const Channels& channels) {
-    return channels.count == kWide && conv.epilogue.out_u8 && conv.weight_fits_s8 &&
-           fits_s32(conv, channels) && (conv.epilogue.residual_u8 != nullptr) == RESIDUAL;
+    const Epilogue& e = conv.epilogue;
+    return channels.count == kWide && conv.weight_fits_s8 && (e.out_u8 == nullptr) == FLOAT &&
+           (e.residual_u8 != nullptr) == (RESIDUAL == Residual::kCodes) &&
+           (e.residual_f32 != nullptr) == (RESIDUAL == Residual::kFloats) &&
+           (FLOAT || RESIDUAL == Residual::kFloats || fits_s32(conv, channels));
   }
 
-  StoreCodes(const PackedConv& conv, const Channels& channels)
+  StoreAll(const PackedConv& conv, const Channels& channels)
       : channels_(channels),
-        out_(conv.epilogue.out_u8 + channels.first),
-        residual_(conv.epilogue.residual_u8 + (RESIDUAL ? channels.first : 0)),
+        e_(conv.epilogue),
         out_width_(conv.out_width),
         out_channels_(conv.out_channels),
         x_zero_point_(conv.x_zero_point),
-        scale_(_mm512_set1_ps(conv.epilogue.residual_scale)),
-        lo_(_mm512_set1_epi8(static_cast<char>(static_cast<int>(conv.epilogue.lo)))),
-        hi_(_mm512_set1_epi8(static_cast<char>(static_cast<int>(conv.epilogue.hi)))) {
+        scale_(_mm512_set1_ps(e_.residual_scale)),
+        top_(_mm512_set1_ps(e_.hi)),
+        lo_(_mm512_set1_epi8(static_cast<char>(static_cast<int>(e_.lo)))),
+        hi_(_mm512_set1_epi8(static_cast<char>(static_cast<int>(e_.hi)))) {
     for (int p = 0; p < 2; ++p) {
-      multiplier_[p] = _mm512_loadu_ps(conv.epilogue.multiplier + channels.first + p * kPanelRows);
-      bias_[p] = _mm512_loadu_ps(conv.epilogue.bias + channels.first + p * kPanelRows);
+      multiplier_[p] = _mm512_loadu_ps(e_.multiplier + channels.first + p * kPanelRows);
+      bias_[p] = _mm512_loadu_ps(e_.bias + channels.first + p * kPanelRows);
     }
   }
 
@@ -214,7 +219,8 @@ class StoreCodes {
     left_ = outputs.count;
     width_ = outputs.width;
     column_ = outputs.column;
-    index_ = (outputs.row * out_width_ + min64(column_, out_width_)) * out_channels_;
+    index_ =
+        (outputs.row * out_width_ + min64(column_, out_width_)) * out_channels_ + channels_.first;
     for (int p = 0; p < 2; ++p) {
       start_[p] = _mm512_mullo_epi32(_mm512_load_si512(channels_.weight_sums + p * kPanelRows),
                                      _mm512_set1_epi32(-x_zero_point_));
@@ -237,14 +243,21 @@ class StoreCodes {
         sum = _mm512_add_epi32(sum, start_[k % 2]);
         __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), multiplier_[k % 2]);
         v = _mm512_add_ps(v, bias_[k % 2]);
-        if (RESIDUAL) {
-          const void* from = residual_ + (k < 2 ? above : below) + k % 2 * kPanelRows;
-          const __m128i r = _mm_loadu_si128(static_cast<const __m128i*>(from));
+        const int64_t at = (k < 2 ? above : below) + k % 2 * kPanelRows;
+        if (RESIDUAL == Residual::kCodes) {
+          const __m128i r = _mm_loadu_si128(reinterpret_cast<const __m128i*>(e_.residual_u8 + at));
           v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), scale_));
         }
+        if (RESIDUAL == Residual::kFloats) {
+          v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_loadu_ps(e_.residual_f32 + at), scale_));
+        }
+        if (FLOAT && (k < 2 ? first : second)) _mm512_storeu_ps(e_.out_f32 + at, v);
         values[k / 2][k % 2] = v;
       }
-      const __m512i codes = _mm512_min_epu8(round_codes(values, lo_), hi_);
+      if (FLOAT) continue;
+      const __m512i codes = RESIDUAL == Residual::kFloats
+                                ? pack_codes(values, top_, lo_)
+                                : _mm512_min_epu8(round_codes(values, lo_), hi_);
       if (first) store_codes(above, _mm512_castsi512_si256(codes));
       if (second) store_codes(below, _mm512_extracti64x4_epi64(codes, 1));
     }
@@ -259,15 +272,14 @@ class StoreCodes {
   }
 
   void store_codes(int64_t index, __m256i codes) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out_ + index), codes);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(e_.out_u8 + index), codes);
   }
 
   const Channels& channels_;
-  uint8_t* const out_;
-  const uint8_t* const residual_;
+  const Epilogue e_;
   const int64_t out_width_, out_channels_;
   const int32_t x_zero_point_;
-  const __m512 scale_;
+  const __m512 scale_, top_;
   const __m512i lo_, hi_;
   __m512 multiplier_[2], bias_[2];
   __m512i start_[2] = {};
