@@ -115,12 +115,14 @@ def _load_cuda() -> None:
 
 
 def _register_triton() -> None:
+    """Where the CUDA library, loaded before, has no kernel of its own."""
     try:
         from fdda_fast.kernels import OPERATORS
     except ImportError:
         return
     for name, function in OPERATORS.items():
-        LIBRARY.impl(name, function, "CUDA")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fdda::{name}", "CUDA"):
+            LIBRARY.impl(name, function, "CUDA")
 
 
 def _cuda_library() -> Path | None:
