@@ -304,12 +304,17 @@ def resources(binary: CompiledKernel) -> Resources:
         fields = dict(re.findall(r"\.(\w+_count):\s+(\d+)", text))
         spills = int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
         return Resources(int(fields["vgpr_count"]), spills, binary.metadata.shared, *wide)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = cuobjdump(binary, "--dump-resource-usage")
     registers, stack, local = (
         int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")
     )
     return Resources(registers, stack + local, binary.metadata.shared, *wide)
+
+
+def cuobjdump(binary: CompiledKernel, flag: str) -> str:
+    """What it prints of a kernel for NVIDIA's."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(_CUOBJDUMP), flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
