@@ -1,4 +1,4 @@
-"""What compilers made of the GPU kernels, and what data sheets allow them. Needs no GPU, times none.
+"""What compilers made of the GPU kernels, and what data sheets allow. Needs no GPU, times nothing.
 
 CUDA kernels are read from the library of this installation, Triton kernels are compiled here.
 """
@@ -147,6 +147,7 @@ def triton_kernels() -> Iterator[Kernel]:
 
     for entry in offline.TABLE:
         configurations = list(entry.some)
+        several = len({dtype for _, dtype in configurations}) > 1
         for constants, dtype in (configurations[0], configurations[-1])[: len(configurations)]:
             for architecture, target in offline.TARGETS.items():
                 binary = offline.build(entry, constants, dtype, target)
@@ -154,7 +155,7 @@ def triton_kernels() -> Iterator[Kernel]:
                 amd = "amdgcn" in binary.asm
                 sass = binary.asm["amdgcn"] if amd else offline.cuobjdump(binary, "-sass")
                 yield Kernel(
-                    f"{entry.name} {_constants(constants, dtype)}",
+                    " ".join([entry.name, *_labels(constants), *([dtype] if several else [])]),
                     architecture,
                     found.registers,
                     found.spills,
@@ -267,7 +268,10 @@ def report() -> Iterator[tuple[str, Table | None]]:
     """Titles and tables; a title alone says what is missing."""
     library = cuda_library()
     if library is None:
-        yield "CUDA kernels: this installation has none (nvcc was not there when it was built)", None
+        yield (
+            "CUDA kernels: this installation was built without nvcc and has none",
+            None,
+        )
     elif cuobjdump_path() is None:
         yield "CUDA kernels: cuobjdump not found (the CUDA toolkit and Triton have it)", None
     else:
@@ -278,8 +282,8 @@ def report() -> Iterator[tuple[str, Table | None]]:
         yield "Triton kernels, plainest and fullest configuration", _table(triton_kernels())
     for sheet in SHEETS:
         yield (
-            f"ResNet-18 on {sheet.name}, *predicted*, not measured: microseconds by batch and bits, "
-            f"bound by products (c) at {sheet.int8 / 1e12:.0f} (int8) and {sheet.int4 / 1e12:.0f} "
+            f"ResNet-18 on {sheet.name}, *predicted*, not measured: microseconds by batch and "
+            f"bits, bound by products (c) at {sheet.int8 / 1e12:.0f} (int8) and {sheet.int4 / 1e12:.0f} "
             f"(int4) tera-operations/s or by memory (m) at {sheet.bandwidth / 1e9:.0f} GB/s, the "
             f"data sheet's; a launch is assumed to take {1e6 * LAUNCH:.0f} us",
             roofline(sheet),
@@ -297,8 +301,10 @@ def cuobjdump_path() -> str | None:
 
 
 def _table(kernels: Iterator[Kernel] | list[Kernel]) -> Table:
-    table = Table("kernel", "target", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headings = ("registers", "spills", "shared", "threads", "blocks", "occupied", *INSTRUCTIONS)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("kernel", overflow="fold")
+    table.add_column("target")
+    headings = ("regs", "spills", "shared", "threads", "blocks", "occupied", *INSTRUCTIONS)
     for heading in headings:
         table.add_column(heading, justify="right")
     for k in kernels:
@@ -350,7 +356,8 @@ def _demangled(name: str) -> str:
     return name.replace("_kernel", "").replace(", ", ",")
 
 
-def _constants(constants: dict, dtype: str) -> str:
+def _labels(constants: dict) -> list[str]:
+    """The blocks, and the flags that are set."""
     flags = [name.lower() for name, value in constants.items() if value is True]
-    blocks = [str(v) for k, v in constants.items() if k.startswith("BLOCK")]
-    return " ".join([dtype, "x".join(blocks), *flags]).strip()
+    blocks = [str(value) for name, value in constants.items() if name.startswith("BLOCK")]
+    return ["x".join(blocks), *flags] if blocks else flags
