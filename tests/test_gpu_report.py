@@ -97,6 +97,9 @@ def test_cuda_kernels():
     for kernel in kernels:
         assert kernel.spills == 0
         assert kernel.blocks >= 1
+        assert kernel.shared >= 0
+        if kernel.name == "linear":
+            assert kernel.shared == 0
         if kernel.mix["IMMA"]:
             assert kernel.mix["LDGSTS"] > 0
             assert kernel.shared > 0
