@@ -1,4 +1,6 @@
-"""Triton kernels. `fdda_fast.ops` registers `OPERATORS` for CUDA devices."""
+"""Triton kernels. `fdda_fast.ops` registers those of `OPERATORS` for CUDA devices that have no
+compiled kernel there.
+"""
 
 from fdda_fast.kernels import (
     bn_fake_quantize,
@@ -7,6 +9,7 @@ from fdda_fast.kernels import (
     convolution,
     fake_quantize,
     minmax,
+    packed,
     upsample_conv,
 )
 
@@ -28,6 +31,9 @@ OPERATORS = {
     "fake_quantize_range": fake_quantize.fake_quantize_range,
     "fake_quantize_range_backward": fake_quantize.fake_quantize_range_backward,
     "observe_range": minmax.observe_range,
+    "packed_conv2d": packed.packed_conv2d,
+    "packed_linear": packed.packed_linear,
+    "unpack_weight": packed.unpack_weight,
     "upsample_conv3x3": upsample_conv.upsample_conv3x3,
     "upsample_conv3x3_backward": upsample_conv.upsample_conv3x3_backward,
 }

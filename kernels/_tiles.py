@@ -29,6 +29,9 @@ kernel = triton.jit(
     do_not_specialize=[
         *("pixel_units", "channel_units", "pixels", "splits", "tiles", "chunk", "rows", "groups"),
         *("height", "width", "in_channels", "out_channels"),
+        *("out_height", "out_width", "depth_units", "filter_units", "filters", "columns"),
+        *("row_stride", "depth", "depth_stride", "kernel_width", "taps", "stride_h", "stride_w"),
+        *("pad_h", "pad_w", "dilation_h", "dilation_w", "x_zero_point"),
     ]
 )
 

@@ -21,6 +21,7 @@ from fdda_fast.kernels import (
     conditional_bn,
     fake_quantize,
     minmax,
+    packed,
     upsample_conv,
 )
 
@@ -42,6 +43,13 @@ _TYPES = {
     **dict.fromkeys(("pixel_units", "channel_units", "pixels", "chunk", "rows"), "i32"),
     **dict.fromkeys(("splits", "tiles", "groups"), "i32"),
     **dict.fromkeys(("height", "width", "in_channels", "out_channels"), "i32"),
+    **dict.fromkeys(("codes", "packed"), "*u8"),
+    **{"q": "*i8", "sums": "*i32", "integers": "*i32", "weight_offset": "*i64"},
+    "residual_scale": "fp32",
+    **dict.fromkeys(("out_height", "out_width", "depth_units", "filter_units", "filters"), "i32"),
+    **dict.fromkeys(("columns", "row_stride", "depth", "depth_stride", "kernel_width"), "i32"),
+    **dict.fromkeys(("taps", "stride_h", "stride_w", "pad_h", "pad_w"), "i32"),
+    **dict.fromkeys(("dilation_h", "dilation_w", "x_zero_point"), "i32"),
 }
 
 # One view for every layout and pair of blocks that `View.blocks` gives: rows on 16 bytes, then rows
@@ -111,11 +119,13 @@ class Entry(NamedTuple):
             plain = len(self.variants) > 1 and self.variants[0].items() <= constants.items()
             if plain and (last or not aligned):
                 continue
-            if "bytes" in constants or (dtype == "bf16") == (last == aligned):
+            if constants.keys() & {"bytes", "types"} or (dtype == "bf16") == (last == aligned):
                 yield constants, dtype
 
     def _constants(self, views: list[_tiles.View]) -> Iterator[dict]:
-        """ "threads" among them where they are not `_tiles.THREADS`."""
+        """ "threads" among them where they are not `_tiles.THREADS`, "types" of arguments that do
+        not have one type in all kernels.
+        """
         if self.configs:
             yield from self.configs
             return
@@ -154,6 +164,26 @@ def _products(*variants: dict) -> tuple[dict, ...]:
     common = {"ALIGN": upsample_conv.CHANNELS, "threads": upsample_conv.PRODUCT_THREADS}
     return tuple(common | b | v for b, v in product(blocks, variants))
 
+
+def _packed(tile: packed.Tile, **constants: int | bool) -> dict:
+    """Plain sums of float32, or codes with a residual of codes."""
+    stored = "*u8" if constants["QUANTIZED"] else "*fp32"
+    types = {"addend": stored, "result": stored}
+    return {**constants, **tile.constants, "threads": tile.threads, "types": types}
+
+
+_EPILOGUES = tuple({"RESIDUAL": v, "QUANTIZED": v} for v in (False, True))
+_PACKED_CONVS = tuple(
+    _packed(tile, ALIGN=aligns[0], OUT_ALIGN=aligns[1], FOLDED=folded, **epilogue)
+    for tile, aligns in (
+        *product((packed.LARGE, packed.SMALL, packed.THIN), ((16, 16), (16, 1))),
+        (packed.THIN, (1, 1)),
+    )
+    for folded, epilogue in product((False, True), _EPILOGUES)
+)
+_PACKED_LINEARS = tuple(
+    _packed(packed.WIDE_INPUTS, ALIGN=packed.VECTOR, **epilogue) for epilogue in _EPILOGUES
+)
 
 TABLE = [
     Entry(fake_quantize.affine_kernel, lambda c: 2),
@@ -206,6 +236,12 @@ TABLE = [
     ),
     Entry(upsample_conv.weight_gradient_kernel, configs=_products({}), exact=False),
     Entry(
+        packed.unpack_kernel,
+        configs=tuple({"BITS": b, "BLOCK_K": packed.UNPACK_DEPTH} for b in range(2, 9)),
+    ),
+    Entry(packed.packed_conv_kernel, configs=_PACKED_CONVS),
+    Entry(packed.packed_linear_s32_kernel, configs=_PACKED_LINEARS),
+    Entry(
         _tiles.sum_kernel,
         configs=(
             *_reduction_blocks(GROUPED=False, WEIGHTED=False),
@@ -221,9 +257,10 @@ def build(entry: Entry, constants: dict, dtype: str, target: GPUTarget) -> Compi
     """Compiles as a launch with tensors on 16 bytes does."""
     warps = constants.get("threads", _tiles.THREADS) // target.warp_size
     options = {"num_warps": warps, "enable_fp_fusion": not entry.exact}
+    own = constants.get("types", {})
     constants = {k: v for k, v in constants.items() if k.isupper()}
     names = entry.kernel.arg_names
-    types = {n: _TYPES.get(n, "*fp32").replace("T", dtype) for n in names}
+    types = {n: (_TYPES | own).get(n, "*fp32").replace("T", dtype) for n in names}
     signature = types | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]}
     source = ASTSource(entry.kernel, signature, constants, aligned)
@@ -267,12 +304,17 @@ def resources(binary: CompiledKernel) -> Resources:
         fields = dict(re.findall(r"\.(\w+_count):\s+(\d+)", text))
         spills = int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
         return Resources(int(fields["vgpr_count"]), spills, binary.metadata.shared, *wide)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = cuobjdump(binary, "--dump-resource-usage")
     registers, stack, local = (
         int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")
     )
     return Resources(registers, stack + local, binary.metadata.shared, *wide)
+
+
+def cuobjdump(binary: CompiledKernel, flag: str) -> str:
+    """What it prints of a kernel for NVIDIA's."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(_CUOBJDUMP), flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

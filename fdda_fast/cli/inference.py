@@ -14,7 +14,7 @@ from rich.table import Table
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .. import demo as demo_stage
-from .. import evaluation
+from .. import evaluation, gpu_report
 from ..data import ImageSource, Preprocessing, open_source
 from ..deploy import PackedModel, load_packed, pack
 from ..ops import backend_info
@@ -227,10 +227,29 @@ def _read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
 
 
 @app.command()
-def info() -> None:
+def info(
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--gpu-report",
+            help="What compilers made of the GPU kernels, and predicted times; needs no GPU.",
+        ),
+    ] = False,
+) -> None:
     """Versions, instruction sets and threads in use."""
     for name, value in {**environment(), **backend_info()}.items():
         print(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+    if report:
+        print_gpu_report()
+
+
+def print_gpu_report() -> None:
+    """The tables of `gpu_report`, each as soon as it is made."""
+    for title, table in gpu_report.report():
+        if table is None:
+            print(title)
+        else:
+            print_table(title, table)
 
 
 @app.command()

@@ -110,22 +110,25 @@ def _register_compositions() -> None:
 
 def _load_cuda() -> None:
     global _cuda_loaded
-    library = _cuda_library()
+    library = cuda_library()
     if library is not None:
         torch.ops.load_library(library)
         _cuda_loaded = True
 
 
 def _register_triton() -> None:
+    """Where the CUDA library, loaded before, has no kernel of its own."""
     try:
         from fdda_fast.kernels import OPERATORS
     except ImportError:
         return
     for name, function in OPERATORS.items():
-        LIBRARY.impl(name, function, "CUDA")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fdda::{name}", "CUDA"):
+            LIBRARY.impl(name, function, "CUDA")
 
 
-def _cuda_library() -> Path | None:
+def cuda_library() -> Path | None:
+    """The compiled CUDA operators of this installation, if it has them."""
     return next(iter(sorted(Path(__file__).parent.parent.glob("_C_cuda*.so"))), None)
 
 
@@ -191,6 +194,6 @@ def backend_info() -> dict:
         "isa": active_isa(),
         "isas_compiled": [name for name, compiled, _ in isas if compiled],
         "isas_supported": [name for name, _, supported in isas if supported],
-        "cuda_built": _cuda_library() is not None,
+        "cuda_built": cuda_library() is not None,
         "cuda_loaded": _cuda_loaded,
     }

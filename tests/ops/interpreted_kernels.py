@@ -7,7 +7,9 @@ import torch
 from backends import assert_same_bits, generator, limits, norm_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_packed import BITS, LARGEST, SEED, codes, convolutions
 
+from fdda_fast import ops
 from fdda_fast.kernels import (
     bn_fake_quantize,
     class_moments,
@@ -15,6 +17,7 @@ from fdda_fast.kernels import (
     convolution,
     fake_quantize,
     minmax,
+    packed,
     upsample_conv,
 )
 from fdda_fast.ops import reference
@@ -391,3 +394,107 @@ def test_conv3x3_few_outputs(batch, dtype):
         assert a.dtype == e.dtype
         assert a.stride() == e.stride()
         torch.testing.assert_close(a, e, rtol=4 * rounding, atol=16 * rounding)
+
+
+def assert_packed(operator, args):
+    expected = getattr(reference, operator)(*args)
+    actual = getattr(packed, operator)(*args)
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    assert actual.is_contiguous()
+    assert torch.equal(actual, expected)
+
+
+@settings(CASES, max_examples=60)
+@given(args=convolutions())
+def test_packed_conv2d(args):
+    assert_packed("packed_conv2d", args)
+
+
+@pytest.mark.parametrize("tile", [packed.LARGE, packed.SMALL, packed.THIN])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_packed_conv2d_in_every_tile(tile, groups, monkeypatch):
+    """More pixels, filters and inputs than a tile has, and not a multiple of them."""
+    monkeypatch.setattr(packed, "_tile", lambda *_: tile)
+    g = generator(groups)
+    for channels, size in ((32, (11, 13)), (160, (5, 27))):
+        x = torch.randint(0, 256, (1, *size, channels), generator=g, dtype=torch.uint8)
+        weight = reference.pack_weight(codes((134, 9 * channels // groups), 8, g, True), 8)
+        args = (x, weight, 8, 134, [3, 3], [1, 1], [2, 0], [1, 1], groups, 130)
+        args = (*args, torch.arange(134) - 67, torch.rand(134, generator=g), torch.zeros(134))
+        assert_packed("packed_conv2d", args)
+
+
+def test_packed_conv2d_of_huge_strides_and_padding():
+    g = generator(0)
+    for channels, stride, padding in ((8, 2**29, LARGEST), (64, LARGEST, LARGEST), (64, 1, 1)):
+        x = torch.randint(0, 256, (1, 9, 2, channels), generator=g, dtype=torch.uint8)
+        weight = reference.pack_weight(codes((20, 9 * channels), 4, g), 4)
+        args = (x, weight, 4, 20, [3, 3], [stride, stride], [padding, 1], [1, 1], 1, 3)
+        args = (*args, torch.zeros(20, dtype=torch.int64), torch.ones(20), torch.zeros(20))
+        assert torch.equal(packed.packed_conv2d(*args), ops.packed_conv2d(*args))
+
+
+def test_packed_linear_of_a_nan_and_extreme_sums(monkeypatch):
+    """Codes of NaN and infinity; sums at the end of int32, in few steps."""
+    monkeypatch.setattr(packed, "_tile", lambda *_: packed.Tile(16, 16, 4096, 128))
+    monkeypatch.setattr(packed, "UNPACK_DEPTH", 4096)
+    depth = 65793
+    weight = reference.pack_weight(torch.full((3, depth), -128, dtype=torch.int8), 8)
+    x = torch.full((2, depth), 255, dtype=torch.uint8)
+    args = (x, weight, 8, 3, 0, torch.tensor([0, 1, 2**33]))
+    multiplier, bias = torch.tensor([1.0, math.nan, math.inf]), torch.zeros(3)
+    for output_range in (None, (2, 15)):
+        expected = reference.packed_linear(*args, multiplier, bias, None, 0.0, output_range)
+        actual = packed.packed_linear(*args, multiplier, bias, None, 0.0, output_range)
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.nan_to_num(7), expected.nan_to_num(7))
+
+
+@st.composite
+def linear_layers(draw):
+    """uint8, or int32 with sums that need all 32 bits; now and then no rows, or no inputs."""
+    g = generator(draw(SEED))
+    rows, features = draw(st.integers(0, 37)), draw(st.integers(1, 70))
+    depth, bits = draw(st.sampled_from([0, 1, 16, 30, 64, 70, 200])), draw(BITS)
+    if draw(st.booleans()):
+        x = torch.randint(0, 256, (rows, depth), generator=g, dtype=torch.uint8)
+        zero_point = draw(st.integers(0, 255))
+    else:
+        low, high = draw(st.sampled_from([(0, 4000), (-(2**31), 2**31 - 1)]))
+        x = torch.randint(low, high, (rows, depth), generator=g, dtype=torch.int32)
+        zero_point = draw(st.sampled_from([0, 12345, -(2**31), 2**31 - 1]))
+    if draw(st.booleans()):
+        x = x.T.contiguous().T
+    weight = reference.pack_weight(codes((features, depth), bits, g), bits)
+    limit = draw(st.sampled_from([1, 200]))
+    offset = torch.randint(-limit, limit, (features,), generator=g)
+    multiplier, bias = torch.randn(2, features, generator=g)
+    residual = (torch.rand(rows, features, generator=g) * 255).to(torch.uint8)
+    residual = draw(st.sampled_from([None, residual, residual.float()]))
+    args = (x, weight, bits, features, zero_point, offset, multiplier, bias, residual, 0.3)
+    return (*args, draw(st.sampled_from([None, (0, 255), (3, 11)])))
+
+
+@settings(CASES, max_examples=60)
+@given(args=linear_layers())
+def test_packed_linear(args):
+    assert_packed("packed_linear", args)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_padding_codes_weigh_nothing(dtype):
+    """A file may have others than 0 there."""
+    g = generator(0)
+    for depth, features in ((5, 20), (66, 33)):
+        shape = (-(-features // 16), -(-depth // 4), 4, 8)
+        weight = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+        x = torch.randint(0, 256, (3, depth), generator=g).to(dtype)
+        args = (x, weight, 4, features, 9, torch.full((features,), 300))
+        assert_packed("packed_linear", (*args, torch.ones(features), torch.zeros(features)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_unpack_weight(bits):
+    for rows, columns in ((0, 3), (1, 1), (17, 5), (40, 130)):
+        q = codes((rows, columns), bits, generator(bits))
+        assert_packed("unpack_weight", (reference.pack_weight(q, bits), bits, rows, columns))

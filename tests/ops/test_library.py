@@ -101,12 +101,12 @@ def test_an_unsupported_isa_is_refused(monkeypatch):
         _library._select_isa("avx2", "FDDA_FAST_ISA")
 
 
-@pytest.mark.skipif(_library._cuda_library() is None, reason="built without CUDA kernels")
+@pytest.mark.skipif(_library.cuda_library() is None, reason="built without CUDA kernels")
 def test_the_cuda_library_loads_without_a_device():
     done = run(
         "import torch\n"
         "from fdda_fast.ops import _library\n"
-        "torch.ops.load_library(_library._cuda_library())\n"
+        "torch.ops.load_library(_library.cuda_library())\n"
         "registered = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "for name in ('packed_conv2d', 'packed_linear', 'reorder_weight', 'reordered_conv2d',\n"
         "             'quantize', 'requantize_codes', 'dequantize_codes', 'dequantize_sums',\n"

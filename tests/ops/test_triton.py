@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import fdda_fast.ops  # noqa: F401  (defines the operators)
+from fdda_fast import ops
 from fdda_fast.kernels import OPERATORS, offline
 
+# Of mma and wgmma, of tcgen05, of mfma.
+INT8_PRODUCTS = re.compile(r"mma\S*\.s8\.s8|tcgen05\.mma\S*::i8|v_mfma_i32")
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 
 
@@ -41,11 +44,12 @@ def test_compiled_kernels(entry, target):
                 assert passes >= entry.passes(constants), (constants, dtype)
             else:
                 assert passes == entry.passes(constants), (constants, dtype)
-        elif (
-            "BLOCK_K" in constants and aligned
-        ):  # a matrix product; AMD's stores its registers as they lie
+        elif "BLOCK_K" in constants and aligned:  # a matrix product
             assert found.wide_loads
-            assert found.wide_stores or "amdgcn" in binary.asm
+            if "types" in constants:
+                assert INT8_PRODUCTS.search(binary.asm.get("ptx") or binary.asm["amdgcn"])
+            else:  # AMD's stores its registers as they lie
+                assert found.wide_stores or "amdgcn" in binary.asm
         if "ptx" in binary.asm and entry.exact:
             assert "fma" not in binary.asm["ptx"]
         if "ptx" in binary.asm and dtype == "bf16" and found.wide_stores:
@@ -67,6 +71,31 @@ def test_registered_functions_have_the_arguments_of_their_schema():
         schema = getattr(torch.ops.fdda, name).default._schema
         arguments = [argument.name for argument in schema.arguments]
         assert list(inspect.signature(function).parameters)[: len(arguments)] == arguments
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_kernels_come_first(compiled):
+    """On a machine that has a GPU, as far as this package is told."""
+    if compiled and not ops.backend_info()["cuda_built"]:
+        pytest.skip("the CUDA library is not built")
+    code = """if True:
+        import sys, torch, torchvision
+        torch.cuda.is_available = lambda: True
+        if not int(sys.argv[1]):
+            torch.ops.load_library = lambda path: None
+        import fdda_fast.ops
+        for name in ("packed_conv2d", "class_moments"):
+            dump = torch._C._dispatch_dump(f"fdda::{name}")
+            print(next(line for line in dump.splitlines() if line.startswith("CUDA:")))
+        """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(int(compiled))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    packed, moments = done.stdout.splitlines()
+    assert ("csrc/cuda/registration.cpp" if compiled else "_library.py") in packed
+    assert "_library.py" in moments
 
 
 def test_every_kernel_is_in_the_table():
