@@ -44,6 +44,7 @@ class BNSCenters:
         reliable: bool [K], whether the class has images and the teacher's arg-max over its
             logits is the class.
         image_shape: (channels, height, width) of the teacher's input.
+        first_class: the teacher's class that row 0 stands for.
     """
 
     mean: list[torch.Tensor]
@@ -52,6 +53,7 @@ class BNSCenters:
     logits: torch.Tensor
     reliable: torch.Tensor
     image_shape: tuple[int, int, int]
+    first_class: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -65,12 +67,32 @@ class BNSCenters:
         """Layer by layer, the centers of `classes` (int64 [G]) as [G, C_l] moments."""
         return [Moments(m[classes], v[classes]) for m, v in zip(self.mean, self.var, strict=True)]
 
+    def between(self, first: int, stop: int) -> BNSCenters:
+        """Those of classes first..stop-1, for a generator of these alone; views."""
+        if not 0 <= first < stop <= self.num_classes:
+            raise ValueError(
+                f"first, stop: expected 0 <= first < stop <= {self.num_classes}, "
+                f"got {first}, {stop}"
+            )
+        rows = slice(first, stop)
+        return BNSCenters(
+            [m[rows] for m in self.mean],
+            [v[rows] for v in self.var],
+            self.count[rows],
+            self.logits[rows],
+            self.reliable[rows],
+            self.image_shape,
+            self.first_class + first,
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         tensors = {"count": self.count, "logits": self.logits, "reliable": self.reliable}
         for layer, (mean, var) in enumerate(zip(self.mean, self.var, strict=True)):
             tensors[f"mean.{layer}"], tensors[f"var.{layer}"] = mean, var
         shape = {"layers": self.num_layers, "image_shape": self.image_shape}
+        if self.first_class:
+            shape["first_class"] = self.first_class
         save_tensors(path, tensors, {"format": _FORMAT, "shape": json.dumps(shape)})
 
     @classmethod
@@ -95,6 +117,7 @@ class BNSCenters:
                 tensors["logits"],
                 tensors["reliable"],
                 (channels, height, width),
+                int(shape.get("first_class", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: incomplete file of BNS centers ({error})") from error
