@@ -174,19 +174,20 @@ def merged_over_ranks(moments: Sequence[Moments], count: Tensor, ranks: Ranks) -
     """Moments of all ranks' images, in one collective for all layers.
 
     Args:
-        moments: per layer (mean, var) of this rank's images, float32 [G, C_l].
-        count: int64 [G], this rank's images of each group (< 2^24).
+        moments: per layer (mean, var) of this rank's images, float32 or float64 [G, C_l].
+        count: int64 [G], this rank's images of each group (in float32 below 2^24).
 
     Returns:
-        The same for the images of all ranks, float32; for the gradient see `Ranks.gather`.
+        The same for the images of all ranks; for the gradient see `Ranks.gather`.
     """
     if ranks.size == 1:
         return list(moments)
-    sizes = [values.shape[1] for layer in moments for values in layer]
-    own = torch.cat([count[:, None].float(), *(values for layer in moments for values in layer)], 1)
-    count, *values = ranks.gather(own).split([1, *sizes], 2)
+    flat = [values for layer in moments for values in layer]
+    dtype = flat[0].dtype
+    own = torch.cat([count[:, None].to(dtype), *flat], 1)
+    count, *values = ranks.gather(own).split([1, *(values.shape[1] for values in flat)], 2)
     return [
-        Moments(*(part.float() for part in merged(count[:, :, 0], mean, var)))
+        Moments(*(part.to(dtype) for part in merged(count[:, :, 0], mean, var)))
         for mean, var in zip(values[::2], values[1::2], strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from .checkpoint import load_tensors, save_tensors
+from .distributed import Ranks, merged, merged_over_ranks
 from .teacher import FrozenTeacher, Moments
 
 _FORMAT = "fdda-fast centers 1"
+_GATHERED_CLASSES = 256  # at a time, so that memory does not grow with the ranks
 EPS = 1e-5  # as in BatchNorm2d: a dead channel must not dominate
 
 
@@ -154,9 +157,7 @@ def collect_centers(
     """
     check_labelled_images("images", images, labels, num_classes)
     count = torch.bincount(labels, minlength=num_classes)
-    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
-    if not teacher.running:
-        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+    teacher = _teacher(model, tuple(images.shape[1:]))
     sums = [Moments(*torch.zeros(2, num_classes, m.mean.shape[1])) for m in teacher.running]
     logits = torch.zeros(num_classes, teacher(images[:1]).shape[1])
     for rows in _whole_classes(labels, batch_size):
@@ -165,15 +166,97 @@ def collect_centers(
         logits.index_add_(0, labels[rows], out)
         for total, batch in zip(sums, moments, strict=True):
             total.mean[present], total.var[present] = batch.mean, batch.var
+    return _centers(sums, count, logits, tuple(images.shape[1:]))
+
+
+@torch.no_grad()
+def stream_centers(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    num_classes: int,
+    *,
+    ranks: Ranks | None = None,
+) -> BNSCenters:
+    """What `collect_centers` gives for all the images together, but for rounding.
+
+    Memory holds one batch and the moments in float64, whatever the number of images. Where
+    torch.distributed is initialised, all processes must call this, each with its share of the
+    images (as by DistributedSampler), and all get the same centers.
+
+    Args:
+        model: teacher, a CNN that torch.fx can trace; not changed.
+        batches: of images float32 [N, C, H, W] and labels int64 [N], in any order and size; a
+            DataLoader, say. A rank may have none.
+        num_classes: K.
+        ranks: which processes have the images; default all.
+
+    Raises:
+        ValueError: no images, or shapes that differ; else see `collect_centers`.
+    """
+    ranks, batches = ranks or Ranks.world(), iter(batches)
+    first = next(batches, None)
+    image_shape = _common_shape(None if first is None else first[0], ranks)
+    teacher = _teacher(model, image_shape)
+    count = torch.zeros(num_classes, dtype=torch.int64)
+    total = [
+        Moments(*torch.zeros(2, num_classes, m.mean.shape[1], dtype=torch.float64))
+        for m in teacher.running
+    ]
+    logits = torch.zeros(num_classes, teacher(torch.zeros(1, *image_shape)).shape[1])
+    for images, labels in itertools.chain([] if first is None else [first], batches):
+        check_labelled_images("images", images, labels, num_classes)
+        present, groups, more = labels.unique(return_inverse=True, return_counts=True)
+        out, moments = teacher.with_moments(images, groups, len(present))
+        logits.index_add_(0, labels, out)
+        counts = torch.stack([count[present], more])
+        for sums, batch in zip(total, moments, strict=True):
+            pairs = (torch.stack([s[present], b]) for s, b in zip(sums, batch, strict=True))
+            sums.mean[present], sums.var[present] = merged(counts, *pairs)
+        count[present] += more
+    for rows in torch.arange(num_classes).split(_GATHERED_CLASSES):
+        own = [Moments(m.mean[rows], m.var[rows]) for m in total]
+        for sums, union in zip(total, merged_over_ranks(own, count[rows], ranks), strict=True):
+            sums.mean[rows], sums.var[rows] = union
+    ranks.sum_([count, logits])
+    return _centers(
+        [Moments(m.mean.float(), m.var.float()) for m in total], count, logits, image_shape
+    )
+
+
+def _common_shape(images: torch.Tensor | None, ranks: Ranks) -> tuple[int, int, int]:
+    """That of one image, of all ranks that have any."""
+    if images is not None and images.ndim != 4:
+        raise ValueError(f"images must be float [N, C, H, W], got {list(images.shape)}")
+    own = torch.tensor([0, 0, 0] if images is None else images.shape[1:])
+    found = {tuple(shape) for shape in ranks.gather(own).tolist() if any(shape)}
+    if len(found) != 1:
+        raise ValueError(f"images must be of one shape on all processes, got {sorted(found)}")
+    return found.pop()
+
+
+def _teacher(model: nn.Module, image_shape: tuple[int, int, int]) -> FrozenTeacher:
+    teacher = FrozenTeacher(model, image_shape)
+    if not teacher.running:
+        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+    return teacher
+
+
+def _centers(
+    moments: Sequence[Moments],
+    count: torch.Tensor,
+    logits: torch.Tensor,
+    image_shape: tuple[int, int, int],
+) -> BNSCenters:
+    """Of per-class moments [K, C_l], and logits added up per class, which are averaged in place."""
     logits /= count.clamp(min=1)[:, None]
-    reliable = (count > 0) & (logits.argmax(1) == torch.arange(num_classes))
+    reliable = (count > 0) & (logits.argmax(1) == torch.arange(len(count)))
     return BNSCenters(
-        [m.mean for m in sums],
-        [m.var for m in sums],
+        [m.mean for m in moments],
+        [m.var for m in moments],
         count,
         logits,
         reliable,
-        tuple(images.shape[1:]),
+        image_shape,
     )
 
 
