@@ -170,7 +170,9 @@ def merged(count: Tensor, mean: Tensor, var: Tensor) -> Moments:
     return Moments(center, (weight * (var.double() + (mean - center).square())).sum(0))
 
 
-def merged_over_ranks(moments: Sequence[Moments], count: Tensor, ranks: Ranks) -> list[Moments]:
+def merged_over_ranks(
+    moments: Sequence[Moments], count: Tensor, ranks: Ranks
+) -> tuple[list[Moments], Tensor]:
     """Moments of all ranks' images, in one collective for all layers.
 
     Args:
@@ -178,18 +180,19 @@ def merged_over_ranks(moments: Sequence[Moments], count: Tensor, ranks: Ranks) -
         count: int64 [G], this rank's images of each group (in float32 below 2^24).
 
     Returns:
-        The same for the images of all ranks; for the gradient see `Ranks.gather`.
+        The same for the images of all ranks, and their number; for the gradient see `Ranks.gather`.
     """
     if ranks.size == 1:
-        return list(moments)
+        return list(moments), count
     flat = [values for layer in moments for values in layer]
     dtype = flat[0].dtype
     own = torch.cat([count[:, None].to(dtype), *flat], 1)
-    count, *values = ranks.gather(own).split([1, *(values.shape[1] for values in flat)], 2)
+    counts, *values = ranks.gather(own).split([1, *(values.shape[1] for values in flat)], 2)
+    counts = counts[:, :, 0].long()
     return [
-        Moments(*(part.to(dtype) for part in merged(count[:, :, 0], mean, var)))
+        Moments(*(part.to(dtype) for part in merged(counts, mean, var)))
         for mean, var in zip(values[::2], values[1::2], strict=True)
-    ]
+    ], counts.sum(0)
 
 
 def norm_tables(
@@ -221,7 +224,7 @@ def shared_bn_lrelu(
 
     Returns:
         y; mean and biased variance of all ranks' samples, float32 [1, C], and the number of
-        samples, int64 scalar; these without gradient.
+        samples, int64 [1]; these without gradient.
     """
     after = () if convolution is None else (convolution.weight, convolution.bias)
     return _SharedNorm.apply(x, labels, weight, bias, eps, negative_slope, ranks, *after)
@@ -232,9 +235,7 @@ class _SharedNorm(torch.autograd.Function):
     def forward(ctx, x, labels, weight, bias, eps, negative_slope, ranks, *after):
         own = torch.zeros_like(labels)
         *moments, count = ops.class_moments(x, own, 1)
-        count = ranks.gather(count)
-        mean, var = merged(count, *(ranks.gather(torch.stack(moments))).unbind(1))
-        mean, var, count = mean.float(), var.float(), count.sum()
+        [(mean, var)], count = merged_over_ranks([Moments(*moments)], count, ranks)
         tables = norm_tables(mean, var, eps, labels, weight, bias)
         if after:
             y = ops.fixed_bn_lrelu_conv3x3(x, tables, negative_slope, *after)

@@ -215,9 +215,10 @@ def stream_centers(
         count[present] += more
     for rows in torch.arange(num_classes).split(_GATHERED_CLASSES):
         own = [Moments(m.mean[rows], m.var[rows]) for m in total]
-        for sums, union in zip(total, merged_over_ranks(own, count[rows], ranks), strict=True):
+        everyone, count[rows] = merged_over_ranks(own, count[rows], ranks)
+        for sums, union in zip(total, everyone, strict=True):
             sums.mean[rows], sums.var[rows] = union
-    ranks.sum_([count, logits])
+    ranks.sum_([logits])
     return _centers(
         [Moments(m.mean.float(), m.var.float()) for m in total], count, logits, image_shape
     )

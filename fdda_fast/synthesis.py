@@ -144,7 +144,7 @@ class GeneratorTrainer:
         images = self.generator(part.z, part.labels, dtype, self.ranks).float()
         logits, moments = self.teacher.with_moments(images, part.groups, num_groups)
         count = torch.bincount(part.groups, minlength=num_groups)
-        moments = merged_over_ranks(moments, count, self.ranks)
+        moments, _ = merged_over_ranks(moments, count, self.ranks)
         return images.detach(), logits, self._comparable(moments)
 
     def _comparable(self, moments: Sequence[Moments]) -> Sequence[Moments]:
