@@ -147,7 +147,12 @@ def process_group() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield Ranks.world()
         return
-    dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+    store, rank, size = next(dist.rendezvous("env://"))
+    # Its entries outlive processes that torchrun starts again, whose addresses are others.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    # No backend named: gloo between CPUs, NCCL between GPUs.
+    dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
         yield Ranks.world()
     finally:

@@ -8,13 +8,39 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fdda_fast.cli import app
 from fdda_fast.generator import Generator
+from fdda_fast.models import load_teacher
 from fdda_fast.runs import load_quantized
 
 DIGITS = ["--model", "digits-resnet8", "--data", "digits"]
+# A teacher that ends the process of rank 1 by SIGKILL in its second step, the first time.
+DEADLY = """
+import os
+import signal
+
+import torch.distributed as dist
+
+from fdda_fast.models import load_teacher
+
+
+def make():
+    calls, plain = [], dist.all_reduce
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) != ("1", "0"):
+        return load_teacher("digits-resnet8")
+
+    def all_reduce(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    return load_teacher("digits-resnet8")
+"""
 
 
 def run(*arguments, code=0):
@@ -23,13 +49,15 @@ def run(*arguments, code=0):
     return result
 
 
-def torchrun(processes, *arguments):
+def torchrun(processes, *arguments, restarts=0, cwd=None):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", processes, "-m", "fdda_fast", *arguments]  # fmt: skip
+               "--nproc-per-node", processes, "--max-restarts", restarts,
+               "-m", "fdda_fast", *arguments]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [str(part) for part in command],
         env=environment,
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
@@ -91,12 +119,33 @@ def test_several_generators_give_the_same_bytes_on_two_ranks(tmp_path):
     run("synthesize", *DIGITS, *files, *images, "--out", tmp_path / "images")
 
 
-def test_one_run_on_two_ranks(one, tmp_path):
-    torchrun(2, "train-generator", *DIGITS, "--steps", 2, "--out", tmp_path / "two")
-    expected, found = (losses(folder / "metrics.csv") for folder in (one, tmp_path / "two"))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same by two."""
+    out = tmp_path_factory.mktemp("cli") / "two"
+    torchrun(2, "train-generator", *DIGITS, "--steps", 2, "--out", out)
+    return out
+
+
+def test_a_generator_by_two_ranks(one, two):
+    expected, found = (losses(folder / "metrics.csv") for folder in (one, two))
     assert len(found) == 2
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
-    assert {p.name for p in one.iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+
+
+def test_a_rank_killed_and_started_again(two, tmp_path):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    save_file(load_teacher("digits-resnet8").state_dict(), tmp_path / "weights.safetensors")
+    teacher = ["--model", "deadly:make", "--weights", "weights.safetensors", "--data", "digits"]
+    options = ["--steps", 2, "--out", "again", "--resume"]
+    told = torchrun(2, "train-generator", *teacher, *options, restarts=1, cwd=tmp_path).stderr
+    assert "exitcode: -9" in told
+    files = (folder / "generator.safetensors" for folder in (two, tmp_path / "again"))
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_quantize_by_two_ranks(one, tmp_path):
     options = ["quantize", *DIGITS, "--bits", "W4A4", "--steps", 2,
                "--generator", one / "generator.safetensors", "--out"]  # fmt: skip
     run(*options, tmp_path / "student")
