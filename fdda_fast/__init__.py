@@ -7,7 +7,7 @@ from .generator import Generator, sample
 from .quantization.bits import Bits
 from .quantization.finetune import quantize
 from .shards import ShardConfig, ShardDataset, synthesize_shards, verify_shards
-from .statistics import BNSCenters, collect_centers
+from .statistics import BNSCenters, collect_centers, stream_centers
 from .synthesis import train_generator
 from .writing import synthesize
 
@@ -26,6 +26,7 @@ __all__ = [
     "pack",
     "quantize",
     "sample",
+    "stream_centers",
     "synthesize",
     "synthesize_shards",
     "train_generator",

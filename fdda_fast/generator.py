@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 from . import ops
 from .checkpoint import load_tensors, save_tensors
+from .distributed import ALONE, Ranks, norm_tables, shared_bn_lrelu
 from .seeding import stream
 
 LATENT_DIM = 100
@@ -20,8 +23,8 @@ _SAMPLE_STREAM = 0
 _SAMPLE_CHUNK = 16
 
 
-def _values_per_channel(x: torch.Tensor) -> int:
-    values = len(x) * x.shape[2] * x.shape[3]
+def _values_per_channel(x: torch.Tensor, images: int) -> int:
+    values = images * x.shape[2] * x.shape[3]
     if values < 2:
         raise ValueError(f"x: expected more than 1 value per channel, got {list(x.shape)}")
     return values
@@ -40,8 +43,7 @@ def _tables(
     norm: nn.BatchNorm2d, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """What `ops.fixed_bn_lrelu` takes for the running statistics: float32 [3, N, C]."""
-    scale = weight[labels] * (norm.running_var + norm.eps).rsqrt()
-    return torch.stack([norm.running_mean.expand_as(scale), scale, bias[labels]])
+    return norm_tables(norm.running_mean, norm.running_var, norm.eps, labels, weight, bias)
 
 
 def _normalize(
@@ -51,14 +53,25 @@ def _normalize(
     weight: torch.Tensor,
     bias: torch.Tensor,
     negative_slope: float,
+    ranks: Ranks,
+    convolution: nn.Conv2d | None = None,
 ) -> torch.Tensor:
-    """Batch norm with weight and bias [K, C] by label, then LeakyReLU."""
+    """Batch norm with weight and bias [K, C] by label, LeakyReLU and perhaps a convolution."""
+    after = () if convolution is None else (convolution.weight, convolution.bias)
     if not norm.training:
-        return ops.fixed_bn_lrelu(x, _tables(norm, labels, weight, bias), negative_slope)
-    count = _values_per_channel(x)
-    y, *moments = ops.conditional_bn_lrelu(
-        x, labels, weight, bias, [len(x)], norm.eps, negative_slope
-    )
+        tables = _tables(norm, labels, weight, bias)
+        if after:
+            return ops.fixed_bn_lrelu_conv3x3(x, tables, negative_slope, *after)
+        return ops.fixed_bn_lrelu(x, tables, negative_slope)
+    if ranks.size > 1:
+        y, *moments, images = shared_bn_lrelu(
+            x, labels, weight, bias, norm.eps, negative_slope, ranks, convolution
+        )
+        _move_running(norm, _values_per_channel(x, int(images)), *moments)
+        return y
+    count = _values_per_channel(x, len(x))
+    operator = ops.conditional_bn_lrelu_conv3x3 if after else ops.conditional_bn_lrelu
+    y, *moments = operator(x, labels, weight, bias, [len(x)], norm.eps, negative_slope, *after)
     _move_running(norm, count, *moments)
     return y
 
@@ -79,32 +92,12 @@ class ConditionalBatchNorm2d(nn.Module):
         x: torch.Tensor,
         labels: torch.Tensor,
         negative_slope: float = 1.0,
+        ranks: Ranks = ALONE,
+        convolution: nn.Conv2d | None = None,
     ) -> torch.Tensor:
-        """[N, C, H, W], normalised, then LeakyReLU."""
+        """[N, C, H, W], normalised, then LeakyReLU, then `convolution`, all in one operator."""
         weight, bias = self.weight.weight, self.bias.weight
-        return _normalize(x, self.norm, labels, weight, bias, negative_slope)
-
-    def forward_with_convolution(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        negative_slope: float,
-        convolution: nn.Conv2d,
-    ) -> torch.Tensor:
-        """`convolution(self(x, labels, negative_slope))`, in one operator."""
-        weight, bias = self.weight.weight, self.bias.weight
-        if not self.training:
-            tables = _tables(self.norm, labels, weight, bias)
-            return ops.fixed_bn_lrelu_conv3x3(
-                x, tables, negative_slope, convolution.weight, convolution.bias
-            )
-        count = _values_per_channel(x)
-        y, *moments = ops.conditional_bn_lrelu_conv3x3(
-            x, labels, weight, bias, [len(x)], self.norm.eps,
-            negative_slope, convolution.weight, convolution.bias,
-        )  # fmt: skip
-        _move_running(self.norm, count, *moments)
-        return y
+        return _normalize(x, self.norm, labels, weight, bias, negative_slope, ranks, convolution)
 
 
 class Generator(nn.Module):
@@ -139,25 +132,29 @@ class Generator(nn.Module):
         z: torch.Tensor,
         labels: torch.Tensor,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
     ) -> torch.Tensor:
         """Images of latent vectors and labels.
 
         Args:
             z: float32 [N, 100]. labels: int64 [N].
             dtype: that of the activations; parameters and statistics are float32.
+            ranks: share one batch in train mode, of which z and labels are this rank's part (at
+                least one image): batch statistics are those of the whole.
 
         Returns:
             [N, C, H, W] of `dtype`, channels_last.
         """
         x = self.fc(z).view(len(z), 128, *self.seed_size)
-        x = self.norm0(x.to(dtype, memory_format=torch.channels_last), labels)
+        x = x.to(dtype, memory_format=torch.channels_last)
+        x = self.norm0(x, labels, ranks=ranks)
         x = ops.upsample_conv3x3(x, self.conv1.weight, self.conv1.bias)
-        x = self.norm1(x, labels, 0.2)
+        x = self.norm1(x, labels, 0.2, ranks)
         x = ops.upsample_conv3x3(x, self.conv2.weight, self.conv2.bias)
-        x = torch.tanh(self.norm2.forward_with_convolution(x, labels, 0.2, self.conv3))
+        x = torch.tanh(self.norm2(x, labels, 0.2, ranks, self.conv3))
         one = self.conv3.bias.new_ones(1, len(self.conv3.bias))
         no_class = torch.zeros_like(labels)
-        x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), 1.0)
+        x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), 1.0, ranks)
         return x[:, :, : self.image_shape[1], : self.image_shape[2]]
 
     def save(self, path: str | Path) -> None:
@@ -223,6 +220,46 @@ def sample(
     Raises:
         ValueError: a label out of range, batch not a multiple of 16, or first not one of batch.
     """
+    _check_labels(generator, labels)
+    if batch < 1 or batch % _SAMPLE_CHUNK:
+        raise ValueError(f"batch must be a multiple of {_SAMPLE_CHUNK} and > 0, got {batch}")
+    if first < 0 or first % batch:
+        raise ValueError(f"first must be a multiple of {batch} and >= 0, got {first}")
+    images = torch.empty(len(labels), *generator.image_shape)
+    with _in_eval_mode(generator):
+        for start in range(0, len(labels), batch):
+            wanted = labels[start : start + batch]
+            padded = F.pad(wanted, (0, batch - len(wanted)))
+            z = _sample_latents(seed, first + start, batch)
+            images[start : start + len(wanted)] = generator(z, padded)[: len(wanted)]
+    return images, labels
+
+
+@torch.no_grad()
+def sample_together(
+    generator: Generator, labels: torch.Tensor, seed: int, ranks: Ranks
+) -> torch.Tensor:
+    """The images that `sample` draws, but for rounding: every rank computes its share.
+
+    Args:
+        labels, seed: see `sample`; the same on all ranks.
+
+    Returns:
+        float32 [N, C, H, W], on every rank.
+    """
+    if ranks.size == 1:
+        return sample(generator, labels, seed)[0]
+    _check_labels(generator, labels)
+    rows = ranks.share(len(labels))
+    own = torch.empty(0, *generator.image_shape)
+    if rows.start < rows.stop:
+        z = _sample_latents(seed, 0, -(-len(labels) // _SAMPLE_CHUNK) * _SAMPLE_CHUNK)
+        with _in_eval_mode(generator):
+            own = generator(z[: len(labels)][rows], labels[rows])
+    return ranks.gather_rows(own, len(labels))
+
+
+def _check_labels(generator: Generator, labels: torch.Tensor) -> None:
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 [N], got {labels.dtype} {list(labels.shape)}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < generator.num_classes:
@@ -230,19 +267,13 @@ def sample(
             f"labels must lie in 0..{generator.num_classes - 1}, "
             f"got {int(labels.min())}..{int(labels.max())}"
         )
-    if batch < 1 or batch % _SAMPLE_CHUNK:
-        raise ValueError(f"batch must be a multiple of {_SAMPLE_CHUNK} and > 0, got {batch}")
-    if first < 0 or first % batch:
-        raise ValueError(f"first must be a multiple of {batch} and >= 0, got {first}")
+
+
+@contextmanager
+def _in_eval_mode(generator: Generator) -> Iterator[None]:
     was_training = generator.training
     generator.eval()
-    images = torch.empty(len(labels), *generator.image_shape)
     try:
-        for start in range(0, len(labels), batch):
-            wanted = labels[start : start + batch]
-            padded = F.pad(wanted, (0, batch - len(wanted)))
-            z = _sample_latents(seed, first + start, batch)
-            images[start : start + len(wanted)] = generator(z, padded)[: len(wanted)]
+        yield
     finally:
         generator.train(was_training)
-    return images, labels

@@ -4,8 +4,8 @@ A folder holds:
 
     config.toml             every setting; on resume they must be the same
     environment.toml        versions, instruction set, threads
-    metrics.csv             one row per training step
-    checkpoint.safetensors  only while training is unfinished
+    metrics.csv             one row per training step (metrics-I.csv: of generator I of several)
+    checkpoint.safetensors  only while training is unfinished (likewise)
     ...                     results; the one in RESULTS is written last and marks the end
 """
 
@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from .training import Metrics, Progress
 RESULTS = {
     "centers": "centers.safetensors",
     "synthesize": "gallery.png",
+    "train-generator": "generators.json",
     "quantize": "quantized.safetensors",
     "demo": "results.csv",
 }
@@ -135,10 +136,12 @@ class RunFolder:
         self._begun = True
 
     @contextmanager
-    def following(self, title: str) -> Iterator[Progress]:
-        """A progress callback that shows a bar and appends to metrics.csv."""
-        metrics_file = MetricsFile(self.path / "metrics.csv")
-        with display(title) as show:
+    def following(
+        self, title: str, metrics: str = "metrics.csv", *, shown: bool = True
+    ) -> Iterator[Progress]:
+        """A progress callback that appends to the file `metrics` and shows a bar."""
+        metrics_file = MetricsFile(self.path / metrics)
+        with display(title) if shown else nullcontext(lambda *_: None) as show:
 
             def progress(done: int, total: int, metrics: Metrics) -> None:
                 self.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from .checkpoint import load_tensors, save_tensors
+from .distributed import Ranks, merged, merged_over_ranks
 from .teacher import FrozenTeacher, Moments
 
 _FORMAT = "fdda-fast centers 1"
+_GATHERED_CLASSES = 256  # at a time, so that memory does not grow with the ranks
 EPS = 1e-5  # as in BatchNorm2d: a dead channel must not dominate
 
 
@@ -44,6 +47,7 @@ class BNSCenters:
         reliable: bool [K], whether the class has images and the teacher's arg-max over its
             logits is the class.
         image_shape: (channels, height, width) of the teacher's input.
+        first_class: the teacher's class that row 0 stands for.
     """
 
     mean: list[torch.Tensor]
@@ -52,6 +56,7 @@ class BNSCenters:
     logits: torch.Tensor
     reliable: torch.Tensor
     image_shape: tuple[int, int, int]
+    first_class: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -65,12 +70,32 @@ class BNSCenters:
         """Layer by layer, the centers of `classes` (int64 [G]) as [G, C_l] moments."""
         return [Moments(m[classes], v[classes]) for m, v in zip(self.mean, self.var, strict=True)]
 
+    def between(self, first: int, stop: int) -> BNSCenters:
+        """Those of classes first..stop-1, for a generator of these alone; views."""
+        if not 0 <= first < stop <= self.num_classes:
+            raise ValueError(
+                f"first, stop: expected 0 <= first < stop <= {self.num_classes}, "
+                f"got {first}, {stop}"
+            )
+        rows = slice(first, stop)
+        return BNSCenters(
+            [m[rows] for m in self.mean],
+            [v[rows] for v in self.var],
+            self.count[rows],
+            self.logits[rows],
+            self.reliable[rows],
+            self.image_shape,
+            self.first_class + first,
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         tensors = {"count": self.count, "logits": self.logits, "reliable": self.reliable}
         for layer, (mean, var) in enumerate(zip(self.mean, self.var, strict=True)):
             tensors[f"mean.{layer}"], tensors[f"var.{layer}"] = mean, var
         shape = {"layers": self.num_layers, "image_shape": self.image_shape}
+        if self.first_class:
+            shape["first_class"] = self.first_class
         save_tensors(path, tensors, {"format": _FORMAT, "shape": json.dumps(shape)})
 
     @classmethod
@@ -95,6 +120,7 @@ class BNSCenters:
                 tensors["logits"],
                 tensors["reliable"],
                 (channels, height, width),
+                int(shape.get("first_class", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: incomplete file of BNS centers ({error})") from error
@@ -131,9 +157,7 @@ def collect_centers(
     """
     check_labelled_images("images", images, labels, num_classes)
     count = torch.bincount(labels, minlength=num_classes)
-    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
-    if not teacher.running:
-        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+    teacher = _teacher(model, tuple(images.shape[1:]))
     sums = [Moments(*torch.zeros(2, num_classes, m.mean.shape[1])) for m in teacher.running]
     logits = torch.zeros(num_classes, teacher(images[:1]).shape[1])
     for rows in _whole_classes(labels, batch_size):
@@ -142,15 +166,98 @@ def collect_centers(
         logits.index_add_(0, labels[rows], out)
         for total, batch in zip(sums, moments, strict=True):
             total.mean[present], total.var[present] = batch.mean, batch.var
+    return _centers(sums, count, logits, tuple(images.shape[1:]))
+
+
+@torch.no_grad()
+def stream_centers(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    num_classes: int,
+    *,
+    ranks: Ranks | None = None,
+) -> BNSCenters:
+    """What `collect_centers` gives for all the images together, but for rounding.
+
+    Memory holds one batch and the moments in float64, whatever the number of images. Where
+    torch.distributed is initialised, all processes must call this, each with its share of the
+    images (as by DistributedSampler), and all get the same centers.
+
+    Args:
+        model: teacher, a CNN that torch.fx can trace; not changed.
+        batches: of images float32 [N, C, H, W] and labels int64 [N], in any order and size; a
+            DataLoader, say. A rank may have none.
+        num_classes: K.
+        ranks: which processes have the images; default all.
+
+    Raises:
+        ValueError: no images, or shapes that differ; else see `collect_centers`.
+    """
+    ranks, batches = ranks or Ranks.world(), iter(batches)
+    first = next(batches, None)
+    image_shape = _common_shape(None if first is None else first[0], ranks)
+    teacher = _teacher(model, image_shape)
+    count = torch.zeros(num_classes, dtype=torch.int64)
+    total = [
+        Moments(*torch.zeros(2, num_classes, m.mean.shape[1], dtype=torch.float64))
+        for m in teacher.running
+    ]
+    logits = torch.zeros(num_classes, teacher(torch.zeros(1, *image_shape)).shape[1])
+    for images, labels in itertools.chain([] if first is None else [first], batches):
+        check_labelled_images("images", images, labels, num_classes)
+        present, groups, more = labels.unique(return_inverse=True, return_counts=True)
+        out, moments = teacher.with_moments(images, groups, len(present))
+        logits.index_add_(0, labels, out)
+        counts = torch.stack([count[present], more])
+        for sums, batch in zip(total, moments, strict=True):
+            pairs = (torch.stack([s[present], b]) for s, b in zip(sums, batch, strict=True))
+            sums.mean[present], sums.var[present] = merged(counts, *pairs)
+        count[present] += more
+    for rows in torch.arange(num_classes).split(_GATHERED_CLASSES):
+        own = [Moments(m.mean[rows], m.var[rows]) for m in total]
+        everyone, count[rows] = merged_over_ranks(own, count[rows], ranks)
+        for sums, union in zip(total, everyone, strict=True):
+            sums.mean[rows], sums.var[rows] = union
+    ranks.sum_([logits])
+    return _centers(
+        [Moments(m.mean.float(), m.var.float()) for m in total], count, logits, image_shape
+    )
+
+
+def _common_shape(images: torch.Tensor | None, ranks: Ranks) -> tuple[int, int, int]:
+    """That of one image, of all ranks that have any."""
+    if images is not None and images.ndim != 4:
+        raise ValueError(f"images must be float [N, C, H, W], got {list(images.shape)}")
+    own = torch.tensor([0, 0, 0] if images is None else images.shape[1:])
+    found = {tuple(shape) for shape in ranks.gather(own).tolist() if any(shape)}
+    if len(found) != 1:
+        raise ValueError(f"images must be of one shape on all processes, got {sorted(found)}")
+    return found.pop()
+
+
+def _teacher(model: nn.Module, image_shape: tuple[int, int, int]) -> FrozenTeacher:
+    teacher = FrozenTeacher(model, image_shape)
+    if not teacher.running:
+        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+    return teacher
+
+
+def _centers(
+    moments: Sequence[Moments],
+    count: torch.Tensor,
+    logits: torch.Tensor,
+    image_shape: tuple[int, int, int],
+) -> BNSCenters:
+    """Of per-class moments [K, C_l], and logits added up per class, which are averaged in place."""
     logits /= count.clamp(min=1)[:, None]
-    reliable = (count > 0) & (logits.argmax(1) == torch.arange(num_classes))
+    reliable = (count > 0) & (logits.argmax(1) == torch.arange(len(count)))
     return BNSCenters(
-        [m.mean for m in sums],
-        [m.var for m in sums],
+        [m.mean for m in moments],
+        [m.var for m in moments],
         count,
         logits,
         reliable,
-        tuple(images.shape[1:]),
+        image_shape,
     )
 
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .config import SynthesisConfig, to_dict
+from .distributed import ALONE, Ranks, merged_over_ranks
 from .generator import Generator, latents
 from .losses import (
     distorted,
@@ -33,6 +35,16 @@ from .training import (
 )
 
 _INIT_STREAM, _STEP_STREAM = 10, 11
+_ENTROPIES = ("ce", "class_ce")
+
+
+class _Part(NamedTuple):
+    """A rank's rows of a batch."""
+
+    z: torch.Tensor
+    labels: torch.Tensor
+    groups: torch.Tensor
+    share: float = 1.0  # of the batch
 
 
 class GeneratorTrainer:
@@ -41,9 +53,10 @@ class GeneratorTrainer:
     Args:
         model: teacher; not changed.
         centers: of the calibration images.
+        ranks: train it together, each with its share of every batch.
 
     Raises:
-        ValueError: no class has a reliable center.
+        ValueError: no class has a reliable center, or a batch has too few images for the ranks.
     """
 
     def __init__(
@@ -51,12 +64,17 @@ class GeneratorTrainer:
         model: nn.Module,
         centers: BNSCenters,
         config: SynthesisConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not bool(centers.reliable.any()):
             raise ValueError(
                 "the teacher misclassifies the calibration images of every class; "
                 "check their labels and preprocessing"
             )
+        ranks.check_batch("SynthesisConfig.batch_size", config.batch_size)
+        classes = min(config.classes_per_step, int(centers.reliable.sum()))
+        ranks.check_batch("images_per_class * classes per step", config.images_per_class * classes)
+        self.ranks = ranks
         self.teacher = FrozenTeacher(model, centers.image_shape, getattr(torch, config.dtype))
         self.centers = centers
         self.config = config
@@ -76,51 +94,72 @@ class GeneratorTrainer:
         )
 
     def step(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-        """One step; returns batch A (images detached, labels) and the losses."""
+        """One step; returns this rank's share of batch A (images detached), and the losses."""
         config, rng = self.config, stream(self.config.seed, _STEP_STREAM, index)
         labels_a = torch.randint(self.centers.num_classes, (config.batch_size,), generator=rng)
         classes = self._choose_classes(index, rng)
         labels_b = classes.repeat_interleave(config.images_per_class)
         groups_b = torch.arange(len(classes)).repeat_interleave(config.images_per_class)
         z = latents(len(labels_a) + len(labels_b), rng)
-        split = len(labels_a)
+        a = self._part(z[: len(labels_a)], labels_a, torch.zeros_like(labels_a))
+        b = self._part(z[len(labels_a) :], labels_b, groups_b)
+        split = len(a.labels)
 
         passed = sum(index >= milestone for milestone in config.lr_milestones)
         self.optimizer.param_groups[0]["lr"] = config.lr * config.lr_decay**passed
         self.optimizer.zero_grad()
         if config.joint_pass:
-            labels = torch.cat([labels_a, labels_b])
-            groups = torch.cat([torch.zeros_like(labels_a), 1 + groups_b])
-            images, logits, moments = self._observe(z, labels, groups)
+            both = _Part(
+                *map(torch.cat, ((a.z, b.z), (a.labels, b.labels), (a.groups, 1 + b.groups)))
+            )
+            images, logits, moments = self._observe(both, 1 + len(classes))
             images = images[:split]
             random = [Moments(m.mean[:1], m.var[:1]) for m in moments]
             by_class = [Moments(m.mean[1:], m.var[1:]) for m in moments]
-            losses = self._random_losses(logits[:split], random, labels_a)
-            losses |= self._class_losses(logits[split:], by_class, labels_b, classes, rng)
-            metrics = self._backward(losses)
+            losses = self._random_losses(logits[:split], random, a)
+            losses |= self._class_losses(logits[split:], by_class, b, classes, rng)
+            losses = self._backward(losses)
         else:  # nothing is shared: one after the other, in half the memory
-            images, *seen = self._observe(z[:split], labels_a, torch.zeros_like(labels_a))
-            metrics = self._backward(self._random_losses(*seen, labels_a))
-            _, *seen = self._observe(z[split:], labels_b, groups_b)
-            metrics |= self._backward(self._class_losses(*seen, labels_b, classes, rng))
+            images, *seen = self._observe(a, 1)
+            losses = self._backward(self._random_losses(*seen, a))
+            _, *seen = self._observe(b, len(classes))
+            losses |= self._backward(self._class_losses(*seen, b, classes, rng))
+        metrics = self._add_up(losses)
         self.optimizer.step()
         loss = sum(self.weights[name] * value for name, value in metrics.items())
-        return images, labels_a, {"loss": loss, **metrics}
+        return images, a.labels, {"loss": loss, **metrics}
+
+    def _part(self, z: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor) -> _Part:
+        rows = self.ranks.share(len(labels))
+        return _Part(z[rows], labels[rows], groups[rows], len(labels[rows]) / len(labels))
 
     def _observe(
-        self, z: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor
+        self, part: _Part, num_groups: int
     ) -> tuple[torch.Tensor, torch.Tensor, list[Moments]]:
-        """Images of one pass (detached), their logits, and moments as the losses take them."""
-        images = self.generator(z, labels, getattr(torch, self.config.dtype)).float()
-        logits, moments = self.teacher.with_moments(images, groups, 1 + int(groups[-1]))
+        """Images of one pass (detached), their logits, and moments as the losses take them.
+
+        Images and logits are this rank's, moments those of all ranks' images.
+        """
+        dtype = getattr(torch, self.config.dtype)
+        images = self.generator(part.z, part.labels, dtype, self.ranks).float()
+        logits, moments = self.teacher.with_moments(images, part.groups, num_groups)
+        count = torch.bincount(part.groups, minlength=num_groups)
+        moments, _ = merged_over_ranks(moments, count, self.ranks)
         return images.detach(), logits, self._comparable(moments)
 
     def _comparable(self, moments: Sequence[Moments]) -> Sequence[Moments]:
         return whitened(moments, self.teacher.running) if self.config.whiten else moments
 
-    def _backward(self, losses: dict[str, torch.Tensor]) -> Metrics:
+    def _backward(self, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         sum(self.weights[name] * loss for name, loss in losses.items()).backward()
-        return {name: float(loss.detach()) for name, loss in losses.items()}
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _add_up(self, losses: dict[str, torch.Tensor]) -> Metrics:
+        """Adds up over the ranks what differs between them: gradients and cross entropies."""
+        entropies = torch.stack([losses[name] for name in _ENTROPIES])
+        self.ranks.sum_([*(p.grad for p in self.generator.parameters()), entropies])
+        losses |= zip(_ENTROPIES, entropies, strict=True)
+        return {name: float(loss) for name, loss in losses.items()}
 
     def _choose_classes(self, index: int, rng: torch.Generator) -> torch.Tensor:
         if index < self.config.any_class_steps:
@@ -130,19 +169,23 @@ class GeneratorTrainer:
         count = min(self.config.classes_per_step, len(pool))
         return pool[torch.randperm(len(pool), generator=rng)[:count]]
 
+    def _cross_entropy(self, logits: torch.Tensor, part: _Part) -> torch.Tensor:
+        """What these rows add to the batch's."""
+        return part.share * F.cross_entropy(logits, self.centers.first_class + part.labels)
+
     def _random_losses(
-        self, logits: torch.Tensor, moments: list[Moments], labels: torch.Tensor
+        self, logits: torch.Tensor, moments: list[Moments], part: _Part
     ) -> dict[str, torch.Tensor]:
         """Cross entropy and L_BNS, of batch A."""
         running = self._comparable(self.teacher.running)
         bns = moment_distance(moments, running, range(len(moments))).mean()
-        return {"ce": F.cross_entropy(logits, labels), "bns": bns}
+        return {"ce": self._cross_entropy(logits, part), "bns": bns}
 
     def _class_losses(
         self,
         logits: torch.Tensor,
         moments: list[Moments],
-        labels: torch.Tensor,
+        part: _Part,
         classes: torch.Tensor,
         rng: torch.Generator,
     ) -> dict[str, torch.Tensor]:
@@ -163,7 +206,7 @@ class GeneratorTrainer:
             distorted_loss = torch.where(reliable, distorted_loss, unreliable_loss)
         centralized_loss = moment_distance(moments, centers, deep) * reliable
         return {
-            "class_ce": F.cross_entropy(logits, labels),
+            "class_ce": self._cross_entropy(logits, part),
             "distorted": distorted_loss.mean(),
             "centralized": centralized_loss.mean(),
         }
@@ -195,24 +238,31 @@ def train_generator(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Generator:
     """Trains a class-conditional generator whose images reproduce the teacher's BNS class by class.
 
+    Where torch.distributed is initialised, all processes must call this: they train one generator,
+    each computing its share of every batch, and get what one process would but for rounding.
+
     Args:
         model: teacher with BatchNorm2d layers that torch.fx can trace; not changed.
-        centers: from `collect_centers`.
+        centers: from `collect_centers`, perhaps `between` two classes.
         checkpoint: file to keep unfinished training in. resume: go on from it.
-        progress: called as progress(steps done, total, metrics).
+        progress: called as progress(steps done, total, metrics), on the first rank.
+        ranks: which processes train it; default all.
 
     Returns:
         The generator in eval mode.
 
     Raises:
-        ValueError: no class has a reliable center; a checkpoint of other settings.
+        ValueError: no class has a reliable center; fewer images in a batch than processes; a
+            checkpoint of other settings.
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     config = config or SynthesisConfig()
-    trainer = GeneratorTrainer(model, centers, config)
+    ranks = ranks or Ranks.world()
+    trainer = GeneratorTrainer(model, centers, config, ranks)
     run_steps(
         lambda index: trainer.step(index)[2],
         config.steps,
@@ -221,5 +271,6 @@ def train_generator(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         resume=resume,
         progress=progress,
+        ranks=ranks,
     )
     return trainer.generator.eval()

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from .checkpoint import load_tensors, save_tensors
+from .distributed import ALONE, Ranks
 from .memory import resident_memory
 
 Metrics = Mapping[str, float]
@@ -89,6 +90,7 @@ def run_steps(
     checkpoint: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Calls step(i) for i in 0..total-1.
 
@@ -99,12 +101,22 @@ def run_steps(
         checkpoint: file written every minute and on interruption, removed when all is done.
         resume: go on from `checkpoint` where it exists.
         progress: told (steps done, total, metrics) after every step.
+        ranks: do the steps together. All read the checkpoint, whatever number of ranks made it;
+            the first one writes it and tells of progress.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the checkpoint holds all steps done.
-        ValueError: the checkpoint is damaged or was made under other settings.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came, to any rank; the checkpoint holds all steps done.
+        ValueError: the checkpoint is damaged or was made under other settings, or the ranks see
+            different ones.
     """
     start = _load(checkpoint, state, fingerprint) if resume and checkpoint is not None else 0
+    starts = ranks.gather(torch.tensor(start)).tolist()
+    if len(set(starts)) > 1:
+        raise ValueError(
+            f"{checkpoint}: must be one file that all processes see, but they found {starts} steps"
+        )
+    if not ranks.first:
+        checkpoint = progress = None
     saved = time.monotonic()
     with deferred_interrupt() as interrupted, ExitStack() as memory:
         for index in range(start, total):
@@ -113,13 +125,14 @@ def run_steps(
                 memory.enter_context(resident_memory())
             if progress is not None:
                 progress(index + 1, total, metrics)
-            stopping = interrupted.is_set() and index + 1 < total
+            stopping = ranks.any(interrupted.is_set()) and index + 1 < total
             if checkpoint is not None and (
                 stopping or time.monotonic() - saved > _CHECKPOINT_SECONDS
             ):
                 _save(checkpoint, state, fingerprint, index + 1)
                 saved = time.monotonic()
             if stopping:
+                ranks.wait()  # whoever leaves first may have the others ended while they save
                 raise KeyboardInterrupt
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""Commands that learn: centers, synthesize, quantize."""
+"""Commands that learn: centers, train-generator, synthesize, quantize."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import SynthesisConfig
-from ..files import digest
+from ..distributed import Ranks, process_group
+from ..files import digest, written_whole
 from ..gallery import save_gallery
 from ..generator import Generator
 from ..quantization.finetune import quantize as quantize_stage
@@ -48,7 +51,8 @@ def _interruptible(run: RunFolder) -> Iterator[None]:
         kept = f"{run.checkpoint} holds all steps done" if run.checkpoint.is_file() else ""
         advice = "the same command with --resume goes on" if run.path.is_dir() else ""
         told = "; ".join(part for part in ("interrupted", kept, advice) if part)
-        print(told, file=sys.stderr)
+        if _rank()[0] == 0:
+            print(told, file=sys.stderr)
         raise typer.Exit(130) from error
 
 
@@ -58,7 +62,8 @@ def _open_run(
     """The folder of the run; `ends` the command where it is finished already."""
     run = RunFolder(to.out, stage, record, resume=to.resume)
     if run.finished and ends:
-        print(f"{run.path} is finished already")
+        if _rank()[0] == 0:
+            print(f"{run.path} is finished already")
         raise typer.Exit
     return run
 
@@ -158,6 +163,99 @@ def synthesize(
     print(*([] if files else [own]), images, run.result, sep="\n")
 
 
+@app.command("train-generator")
+@grouped
+def train_generators(
+    where: InputOptions,
+    to: RunOptions,
+    settings: SettingsOptions,
+    class_groups: Annotated[
+        int, typer.Option(min=1, help="Split the classes among that many generators.")
+    ] = 1,
+    steps: Annotated[int | None, typer.Option(min=0, help="Training steps of each.")] = None,
+) -> None:
+    """Train one generator, or several that share the classes, for `synthesize --generator`.
+
+    Under torchrun the processes share every batch; with several generators each has its own
+    processes, or a process trains one after the other.
+    """
+    use_threads(to.threads)
+    config = settings.load(to.seed)[0].synthesis
+    if steps is not None:
+        config = config.replace(steps=steps)
+    with process_group() as ranks:
+        inputs = where.open(config.seed)
+        groups = _class_groups(inputs.num_classes, class_groups)
+        record = {**inputs.record, "class_groups": class_groups, "synthesis": config}
+        run = _open_run(to, "train-generator", record)
+        collected = _collect_centers(inputs)
+        for first, stop in groups:
+            if not bool(collected.reliable[first:stop].any()):
+                raise ValueError(
+                    f"the teacher misclassifies the calibration images of all of the classes "
+                    f"{first}..{stop - 1}; choose fewer --class-groups or more --per-class"
+                )
+        ranks.wait()  # all have looked at the folder as it was
+        if ranks.first:
+            _begin(run, inputs)
+        ranks.wait()
+        team, numbers = ranks.teams(class_groups)
+        with _interruptible(run):
+            for number in numbers:
+                _train_one(run, inputs, collected, config, groups, number, team)
+            ranks.wait()
+        files = [_generator_file(run, groups, number) for number in range(class_groups)]
+        if ranks.first:
+            _write_generators(run.result, files, groups)
+            print(*files, run.result, sep="\n")
+
+
+def _class_groups(num_classes: int, count: int) -> list[tuple[int, int]]:
+    """First class and the one after the last, group by group."""
+    if count > num_classes:
+        raise ValueError(f"--class-groups: expected at most {num_classes} (classes), got {count}")
+    bounds = [num_classes * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def _train_one(
+    run: RunFolder,
+    inputs: Inputs,
+    collected: BNSCenters,
+    config: SynthesisConfig,
+    groups: Sequence[tuple[int, int]],
+    number: int,
+    team: Ranks,
+) -> None:
+    """Generator `number` of the run, by the team, unless it is there. Each has its own draws."""
+    file = _generator_file(run, groups, number)
+    if file.is_file():
+        return
+    suffix = file.stem.removeprefix("generator")
+    with run.following(f"generator{suffix}", f"metrics{suffix}.csv", shown=number == 0) as progress:
+        generator = train_generator(
+            inputs.teacher,
+            collected.between(*groups[number]),
+            config.replace(seed=config.seed + number),
+            checkpoint=run.checkpoint.with_stem(f"checkpoint{suffix}"),
+            resume=True,
+            progress=progress,
+            ranks=team,
+        )
+    if team.first:
+        generator.save(file)
+
+
+def _write_generators(path: Path, files: Sequence[Path], groups: Sequence[tuple[int, int]]) -> None:
+    """Which generator makes which classes."""
+    made = [
+        {"file": file.name, "sha256": digest(file), "first_class": first, "classes": stop - first}
+        for file, (first, stop) in zip(files, groups, strict=True)
+    ]
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
 def _judges(inputs: Inputs, into: ShardOptions) -> dict[str, Any]:
     """The teacher and the centers that measure the images, where they are to be measured."""
     if not into.logits:
@@ -198,8 +296,12 @@ def _verify_shards(
     print(f"{folder}: as it should be")
 
 
-def _generator_file(run: RunFolder) -> Path:
-    return run.path / "generator.safetensors"
+def _generator_file(
+    run: RunFolder, groups: Sequence[tuple[int, int]] = ((0, 0),), number: int = 0
+) -> Path:
+    """The run's generator, or one of several."""
+    suffix = f"-{number:0{len(str(len(groups) - 1))}d}" if len(groups) > 1 else ""
+    return run.path / f"generator{suffix}.safetensors"
 
 
 @contextmanager
@@ -265,7 +367,10 @@ def quantize(
         int | None, typer.Option(min=0, help="Generator steps before fine-tuning.")
     ] = None,
 ) -> None:
-    """Quantise a network and fine-tune it on calibration and synthetic images."""
+    """Quantise a network and fine-tune it on calibration and synthetic images.
+
+    Under torchrun the processes share every batch.
+    """
     use_threads(to.threads)
     if ptq and (steps is not None or warmup_steps is not None or generator is not None):
         raise ValueError("--ptq takes no --steps, --warmup-steps or --generator")
@@ -276,28 +381,32 @@ def quantize(
         config = config.replace(steps=steps)
     if warmup_steps is not None:
         config = config.replace(warmup_steps=warmup_steps)
-    inputs = where.open(config.seed)
-    config = config.replace(flip=config.flip and inputs.source.flip)
-    record = {**inputs.record, "bits": widths, "quantize": config}
-    loaded = None
-    if generator is not None:
-        (loaded,) = _fitting_generators([generator], inputs)
-        record["generator"] = _file_record(generator)
-    run = _open_run(to, "quantize", record)
-    with _interruptible(run), run.following("quantize") as progress:
-        student = quantize_stage(
-            inputs.teacher,
-            (inputs.calibration.images, inputs.calibration.labels),
-            widths,
-            config,
-            loaded,
-            checkpoint=run.checkpoint,
-            resume=to.resume,
-            progress=progress,
-        )
-        _begin(run, inputs)
-        save_quantized(run, student)
-    print(run.result)
+    with process_group() as ranks:
+        inputs = where.open(config.seed)
+        config = config.replace(flip=config.flip and inputs.source.flip)
+        record = {**inputs.record, "bits": widths, "quantize": config}
+        loaded = None
+        if generator is not None:
+            (loaded,) = _fitting_generators([generator], inputs)
+            record["generator"] = _file_record(generator)
+        run = _open_run(to, "quantize", record)
+        ranks.wait()  # all have looked at the folder as it was
+        following = run.following("quantize", shown=ranks.first)
+        with _interruptible(run), following as progress:
+            student = quantize_stage(
+                inputs.teacher,
+                (inputs.calibration.images, inputs.calibration.labels),
+                widths,
+                config,
+                loaded,
+                checkpoint=run.checkpoint,
+                resume=to.resume,
+                progress=progress,
+            )
+            if ranks.first:
+                _begin(run, inputs)
+                save_quantized(run, student)
+                print(run.result)
 
 
 def _file_record(path: Path) -> dict[str, str]:

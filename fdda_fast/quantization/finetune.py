@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from ..config import QuantizeConfig
 from ..data.augment import blended, random_resized_crop, random_shift
-from ..generator import Generator, sample
+from ..distributed import ALONE, Ranks
+from ..generator import Generator, sample_together
 from ..layers import layers_of, use_layers
 from ..losses import distillation
 from ..seeding import stream
@@ -47,6 +48,8 @@ class Finetuner:
         student: from `prepare`, ranges not yet known.
         model: teacher; not changed.
         calibration: real images float32 [N, C, H, W] and labels int64 [N].
+        ranks: do the steps together, each with its share of every batch. Ranges and batch norms
+            are calibrated by every one alike, on whole batches.
     """
 
     def __init__(
@@ -55,7 +58,11 @@ class Finetuner:
         model: nn.Module,
         calibration: Batch,
         config: QuantizeConfig,
+        ranks: Ranks = ALONE,
     ) -> None:
+        images = config.real_batch + config.synthetic_batch
+        ranks.check_batch("QuantizeConfig.real_batch + synthetic_batch", images)
+        self.ranks = ranks
         self.student = student.eval()
         self.images, self.labels = calibration
         self.model, self.config = model, config
@@ -136,6 +143,10 @@ class Finetuner:
         images, labels = self.batch(index, synthetic)
         if config.blend:
             images = blended(images, config.blend, stream(config.seed, _BLEND_STREAM, index))
+        # Not before: images are blended with any other of the batch.
+        rows = self.ranks.share(len(images))
+        share = len(images[rows]) / len(images)
+        images, labels = images[rows], labels[rows]
         phase = index / (config.cosine_steps or config.steps)
         factor = 0.5 * (1 + math.cos(math.pi * phase))
         self.optimizer.param_groups[0]["lr"] = config.lr * factor
@@ -148,18 +159,22 @@ class Finetuner:
         loss = config.distillation_weight * divergence
         if config.label_weight:
             loss = loss + config.label_weight * F.cross_entropy(logits, labels)
+        agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         self.student.zero_grad()
-        if not math.isfinite(loss.item()):
+        (share * loss).backward()
+        figures = share * torch.stack([loss.detach(), agreement])
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        self.ranks.sum_([*gradients, figures])
+        student_loss, agreement = figures.tolist()
+        if not math.isfinite(student_loss):
             raise ValueError(f"fine-tuning diverged at step {index}: lower the learning rate")
-        loss.backward()
         if math.isfinite(config.max_grad_norm):
             nn.utils.clip_grad_norm_(self.weights, config.max_grad_norm)
         self.optimizer.step()
         self.range_optimizer.step()
         if self.average:
             self._move_average(index)
-        agreement = (logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
-        return {"student_loss": loss.item(), "agreement": float(agreement)}
+        return {"student_loss": student_loss, "agreement": agreement}
 
     @torch.no_grad()
     def _move_average(self, index: int) -> None:
@@ -213,10 +228,12 @@ class JointTraining:
         config = self.config
         start = config.warmup_steps
         if index == start and config.ranges != "reference":
-            source = _synthetic_source(self.trainer.generator, config)
+            source = _synthetic_source(self.trainer.generator, config, self.tuner.ranks)
             self.tuner.calibrate(_range_batches(self.tuner, source))
         self.tuner.student.zero_grad()  # the other's step may have the memory
         images, labels, metrics = self.trainer.step(index)
+        ranks, count = self.tuner.ranks, self.trainer.config.batch_size
+        images, labels = (ranks.gather_rows(rows, count) for rows in (images, labels))
         if index < config.range_steps and config.ranges == "reference":
             self.tuner.observe(images)
         if index < start:
@@ -247,6 +264,9 @@ def quantize(
 ) -> fx.GraphModule:
     """Quantises a trained CNN with a few labelled images.
 
+    Where torch.distributed is initialised, all processes must call this: they share every batch,
+    and get what one process would but for rounding.
+
     Args:
         model: teacher; not changed.
         calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; classes may
@@ -257,7 +277,7 @@ def quantize(
         generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
         centers: of the calibration images, when they are known already.
         checkpoint: file to keep unfinished training in. resume: go on from it.
-        progress: called as progress(steps done, total, metrics).
+        progress: called as progress(steps done, total, metrics), on the first rank.
 
     Returns:
         The student, a GraphModule in eval mode with fake quantisation; differentiable.
@@ -289,17 +309,18 @@ def quantize(
     )
     if config.ranges == "mse":
         clip_weights(student)
-    tuner = Finetuner(student, model, (images, labels), config)
+    ranks = Ranks.world()
+    tuner = Finetuner(student, model, (images, labels), config, ranks)
     if config.steps == 0:
         tuner.calibrate([images])
         return tuner.finish()
     step: Callable[[int], Metrics]
     if generator is None and config.synthetic_batch:
         centers = centers or collect_centers(model, images, labels, num_classes)
-        both = JointTraining(tuner, GeneratorTrainer(model, centers, config.synthesis))
+        both = JointTraining(tuner, GeneratorTrainer(model, centers, config.synthesis, ranks))
         step, state, total = both.step, both, config.warmup_steps + config.steps
     else:
-        source = _synthetic_source(generator, config)
+        source = _synthetic_source(generator, config, ranks)
         tuner.calibrate(_range_batches(tuner, source))
         step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
     run_steps(
@@ -316,6 +337,7 @@ def quantize(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         resume=resume,
         progress=progress,
+        ranks=ranks,
     )
     return tuner.finish()
 
@@ -330,7 +352,7 @@ def _range_batches(
 
 
 def _synthetic_source(
-    generator: Generator | None, config: QuantizeConfig
+    generator: Generator | None, config: QuantizeConfig, ranks: Ranks
 ) -> Callable[[int], Batch | None]:
     """Batches of a finished generator by step; nothing where none is wanted."""
     if generator is None or config.synthetic_batch == 0:
@@ -339,6 +361,6 @@ def _synthetic_source(
     def batch(index: int) -> Batch:
         rng = stream(config.seed, _LABEL_STREAM, index)
         labels = torch.randint(generator.num_classes, (config.synthetic_batch,), generator=rng)
-        return sample(generator, labels, seed=int(rng.initial_seed() >> 1))
+        return sample_together(generator, labels, int(rng.initial_seed() >> 1), ranks), labels
 
     return batch
