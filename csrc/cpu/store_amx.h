@@ -44,8 +44,7 @@ class Store {
       : conv_(conv),
         e_(conv.epilogue),
         channels_(channels),
-        mask_(~uint32_t{0} >> (kWide - channels.count)),
-        fits_s32_(fits_s32(conv, channels)) {
+        mask_(~uint32_t{0} >> (kWide - channels.count)) {
     for (int p = 0; p < 2; ++p) {
       const int64_t channel = channels.first + p * kPanelRows;
       const __mmask16 half = static_cast<__mmask16>(mask_ >> (p * kPanelRows));
@@ -92,7 +91,7 @@ class Store {
   __attribute__((noinline)) void store_pairs(int64_t pairs) {
     // Copies: stores of bytes might change members.
     const Epilogue e = e_;
-    const bool fits = fits_s32_, starts = conv_.x_zero_point != 0;
+    const bool starts = conv_.x_zero_point != 0;
     const int64_t width = o_.width, out_width = conv_.out_width, channels = conv_.out_channels;
     const __mmask32 mask = mask_;
     const __mmask16 halves[2] = {static_cast<__mmask16>(mask),
@@ -101,7 +100,6 @@ class Store {
     const __m512 bias[2] = {bias_[0], bias_[1]};
     const __m512 top = _mm512_set1_ps(e.hi);
     const __m512i lo = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.lo)));
-    const __m512i hi = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.hi)));
     const int32_t* from = o_.sums;
     const int32_t* row_sums = o_.row_sums;
     int64_t left = left_, index = index_, column = o_.column;
@@ -133,8 +131,7 @@ class Store {
       });
       if (row_sums) row_sums += 2;
       if (FLOAT) continue;
-      const __m512i codes =
-          fits ? _mm512_min_epu8(round_codes(values, lo), hi) : pack_codes(values, top, lo);
+      const __m512i codes = pack_codes(values, top, lo);
       if (first) _mm256_mask_storeu_epi8(e.out_u8 + above, mask, _mm512_castsi512_si256(codes));
       if (second) {
         _mm256_mask_storeu_epi8(e.out_u8 + below, mask, _mm512_extracti64x4_epi64(codes, 1));
@@ -174,7 +171,6 @@ class Store {
   const Epilogue e_;
   const Channels& channels_;
   const __mmask32 mask_;
-  const bool fits_s32_;
   __m512 multiplier_[2], bias_[2];
   __m512i start_[2], offset_[2];
   Outputs o_{};
