@@ -116,22 +116,10 @@ def packed_conv2d(
         TypeError: a dtype is not one of the above.
         ValueError: shapes or ranges do not fit, or K is so large that int32 sums could overflow.
     """
-    check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
-    kernel_size = pair(kernel_size, "kernel_size", 1)
-    stride = pair(stride, "stride", 1)
-    padding = pair(padding, "padding", 0)
-    dilation = pair(dilation, "dilation", 1)
-    check_int(out_channels, "out_channels", 1, 2**31 - 1)
-    check_int(groups, "groups", 1, 2**31 - 1)
-    channels = x.shape[3]
-    fits = channels % groups == 0 and out_channels % groups == 0
-    check(fits, "groups", f"a divisor of {channels} and {out_channels}", groups)
-    check_int(x_zero_point, "x_zero_point", 0, 255)
-    depth = kernel_size[0] * kernel_size[1] * channels // groups
-    check_depth(depth)
+    kernel_size, stride, padding, dilation, depth, out_shape = check_geometry(
+        x, out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point
+    )
     check_packed(weight, "weight", bits, out_channels, depth)
-    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
-    out_shape = (x.shape[0], height, width, out_channels)
     check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
     return torch.ops.fdda.packed_conv2d(
         x,
@@ -299,6 +287,43 @@ def max_pool2d_codes(
 def check_packed(packed: Tensor, argument: str, bits: int, rows: int, cols: int) -> None:
     check_int(bits, "bits", 2, 8)
     check_tensor(packed, argument, (torch.uint8,), (-(-rows // 16), -(-cols // 4), bits, 8))
+
+
+Pair = tuple[int, int]
+
+
+def check_geometry(
+    x: Tensor,
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    x_zero_point: int,
+) -> tuple[Pair, Pair, Pair, Pair, int, tuple[int, int, int, int]]:
+    """What does not depend on how weights are stored.
+
+    Returns:
+        kernel_size, stride, padding and dilation, each (rows, columns); the products of a sum; the
+        output's shape [N, OH, OW, O].
+    """
+    check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
+    kernel_size = pair(kernel_size, "kernel_size", 1)
+    stride = pair(stride, "stride", 1)
+    padding = pair(padding, "padding", 0)
+    dilation = pair(dilation, "dilation", 1)
+    check_int(out_channels, "out_channels", 1, 2**31 - 1)
+    check_int(groups, "groups", 1, 2**31 - 1)
+    channels = x.shape[3]
+    fits = channels % groups == 0 and out_channels % groups == 0
+    check(fits, "groups", f"a divisor of {channels} and {out_channels}", groups)
+    check_int(x_zero_point, "x_zero_point", 0, 255)
+    depth = kernel_size[0] * kernel_size[1] * channels // groups
+    check_depth(depth)
+    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
+    out_shape = (x.shape[0], height, width, out_channels)
+    return kernel_size, stride, padding, dilation, depth, out_shape
 
 
 def check_depth(depth: int) -> None:

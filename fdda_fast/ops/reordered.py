@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from fdda_fast.ops import reference
-from fdda_fast.ops._checks import check, check_int, check_tensor, pair
+from fdda_fast.ops._checks import check, check_int, check_tensor
 from fdda_fast.ops._library import define
-from fdda_fast.ops._windows import output_size
 from fdda_fast.ops.packed import (
     EPILOGUE_SCHEMA,
-    check_depth,
     check_epilogue,
+    check_geometry,
     check_packed,
     fake_conv2d,
 )
@@ -90,24 +89,19 @@ def reordered_conv2d(
 
     The other arguments, the result and the errors are those of `packed_conv2d`.
     """
-    check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
-    kernel_size = pair(kernel_size, "kernel_size", 1)
-    stride = pair(stride, "stride", 1)
-    padding = pair(padding, "padding", 0)
-    dilation = pair(dilation, "dilation", 1)
-    check_int(out_channels, "out_channels", 1, 2**31 - 1)
+    kernel_size, stride, padding, dilation, depth, out_shape = check_geometry(
+        x, out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point
+    )
+    check(
+        groups == 1 or groups == x.shape[3] == out_channels,
+        "groups",
+        "1, or one of each channel",
+        groups,
+    )
     check_int(bits, "bits", 2, 8)
     check_int(x_bits, "x_bits", 1, 8)
-    channels = x.shape[3]
-    fits = groups == 1 or groups == channels == out_channels
-    check(fits, "groups", "1, or one of each channel", groups)
-    check_int(x_zero_point, "x_zero_point", 0, 255)
-    depth = kernel_size[0] * kernel_size[1] * channels // groups
-    check_depth(depth)
     size = _reordered_bytes(bits, out_channels, depth, groups > 1)
     check_tensor(weight, "weight", (torch.uint8,), (size,))
-    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
-    out_shape = (x.shape[0], height, width, out_channels)
     check_epilogue(weight_offset, multiplier, bias, residual, output_range, out_shape)
     return torch.ops.fdda.reordered_conv2d(
         x,
