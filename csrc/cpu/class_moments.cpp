@@ -14,6 +14,7 @@
 #include "functions.h"
 #include "half.h"
 #include "parallel.h"
+#include "stream.h"
 #include "vectors.h"
 
 namespace fdda {
@@ -58,13 +59,24 @@ ChannelNorm channel_norm(const BnRelu& norm, int64_t c) {
   return {norm.scale[c], norm.shift[c], norm.low, norm.high};
 }
 
-// What goes with x, at the same offset: y is made of x and, where it is not null, r.
+// What goes with x, at the same offset: y is made of x and, where it is not null, r. stream: y is
+// written past the caches.
 template <class T>
 struct Companions {
   T* y;
   const T* r;
-  Companions at(int64_t offset) const { return {y + offset, r ? r + offset : nullptr}; }
+  bool stream;
+  Companions at(int64_t offset) const { return {y + offset, r ? r + offset : nullptr, stream}; }
 };
+
+template <class V, class T>
+void write_lanes(bool stream, T* to, V v) {
+  if (stream) {
+    stream_lanes(to, v);
+  } else {
+    store_lanes(to, v);
+  }
+}
 
 // Adds n numbers less `center` to drift and squares, number i to lane i mod kLanes.
 // NORM: also y = norm(x). ADD: y = norm(x, r).
@@ -73,18 +85,24 @@ void add_row(const T* __restrict x, int64_t n, float center, float* __restrict d
              float* __restrict squares, Companions<T> c, ChannelNorm norm) {
   T* __restrict y = c.y;
   const T* __restrict r = c.r;
-  const auto one = [&](int64_t i, int64_t lane) {
+  const auto one = [&](int64_t i, int64_t lane, T* out) {
     const float v = load(x[i]);
     const float d = v - center;
     drift[lane] += d;
     squares[lane] += d * d;
-    if (NORM) store(y[i], norm(v, ADD ? load(r[i]) : 0.0f));
+    if (NORM) store(*out, norm(v, ADD ? load(r[i]) : 0.0f));
   };
   const int64_t whole = n / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) one(i + j, j);
+    if (NORM && c.stream) {
+      alignas(64) T lines[kLanes];
+      for (int j = 0; j < kLanes; ++j) one(i + j, j, lines + j);
+      stream_lines(y + i, lines, sizeof lines);
+    } else {
+      for (int j = 0; j < kLanes; ++j) one(i + j, j, y + i + j);
+    }
   }
-  for (int64_t i = whole; i < n; ++i) one(i, i - whole);
+  for (int64_t i = whole; i < n; ++i) one(i, i - whole, y + i);
 }
 
 template <bool NORM, bool ADD, class T>
@@ -138,14 +156,14 @@ void add_pixels(const T* x, int64_t rows, int64_t stride, const float* center, f
     for (int k = 0; k < kVectors; ++k) {
       const int64_t at = i * stride + k * kEach;
       const V v = load_lanes<V>(x + at);
-      __builtin_prefetch(x + at + kAhead * stride);
+      if (k * kEach * sizeof(T) % kLine == 0) __builtin_prefetch(x + at + kAhead * stride);
       const V d = v - middle[k];
       d_sum[k] += d;
       s_sum[k] += d * d;
       if (NORM) {
         const V y = v * scale[k] + shift[k];
         const V sum = ADD ? y + load_lanes<V>(with.r + at) : y;
-        store_lanes(with.y + at, clamp_lanes(sum, norm->low, norm->high));
+        write_lanes(with.stream, with.y + at, clamp_lanes(sum, norm->low, norm->high));
       }
     }
   }
@@ -206,8 +224,11 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
 template <bool NORM, bool ADD, class T>
 void sample_moments(const ClassMoments& a, double* mean, double* m2) {
   const T* x = static_cast<const T*>(a.x);
-  const Companions<T> with{static_cast<T*>(a.y), static_cast<const T*>(a.residual)};
-  const int64_t sample = a.channels * a.inner;
+  const int64_t sample = a.channels * a.inner, size = sizeof(T);
+  const Companions<T> with{
+      static_cast<T*>(a.y), static_cast<const T*>(a.residual),
+      NORM && streams_rows(a.y, a.batch * sample * size,
+                           (a.channels_last ? a.channels : a.inner) * size)};
   if (a.channels_last) {
     const int64_t strips = ceil_div(a.channels, kStrip);
     parallel_for(a.batch * strips, 1, [&](int64_t begin, int64_t end) {
@@ -220,6 +241,7 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
         strip_moments<NORM, ADD>(x + at, a.inner, a.channels, width, mean + out, m2 + out,
                                  NORM ? with.at(at) : with, a.bn_relu, c);
       }
+      stream_fence();
     });
   } else {
     parallel_for(a.batch * a.channels, max64(1, kTile / max64(1, a.inner)),
@@ -233,6 +255,7 @@ void sample_moments(const ClassMoments& a, double* mean, double* m2) {
                      mean[r] = m.mean;
                      m2[r] = m.m2;
                    }
+                   stream_fence();
                  });
   }
 }
@@ -275,34 +298,61 @@ void run_forward(const ClassMoments& a) {
   });
 }
 
+// What the backward pass reads and writes; out is the gradient of x. stream: past the caches.
+template <class T>
+struct Gradients {
+  const T *x, *grad_y, *r;
+  T *grad_r, *out;
+  bool stream;
+};
+
 // dx = shift + (x - mean) * slope, the mean taken into the difference first: no cancellation. NORM:
 // plus the gradient through batch norm where it did not clip; what passes there is also that of r.
 template <class V>
-struct Gradient {
+struct Channels {
   V mean, shift, slope, norm_scale, norm_shift;
 };
 
-template <bool NORM, bool ADD, class V, class T>
-void move_lanes(const Gradient<V>& g, const BnRelu* norm, const T* x, const T* grad_y, const T* r,
-                T* grad_r, T* out) {
-  const V v = load_lanes<V>(x);
-  V grad = g.shift + (v - g.mean) * g.slope;
-  if (NORM) {
-    V y = v * g.norm_scale + g.norm_shift;
-    if (ADD) y += load_lanes<V>(r);
-    V through = load_lanes<V>(grad_y);
-    through = y > norm->low - V{} ? through : V{};
-    through = y < norm->high - V{} ? through : V{};
-    if (ADD) store_lanes(grad_r, through);
-    grad += through * g.norm_scale;
+// `rows` pixels, `stride` elements apart, from element `at` on; each has the channels g.
+template <class LANES, bool NORM, bool ADD, class T>
+void move_pixels(const Gradients<T>& t, const Channels<typename LANES::V> (&g)[LANES::kVectors],
+                 const BnRelu* norm, int64_t at, int64_t rows, int64_t stride) {
+  using V = typename LANES::V;
+  const float low = NORM ? norm->low : 0.0f, high = NORM ? norm->high : 0.0f;
+  for (int64_t i = 0; i < rows; ++i, at += stride) {
+#pragma GCC unroll 8
+    for (int k = 0; k < LANES::kVectors; ++k) {
+      const int64_t j = at + k * lanes_of<V>();
+      const V v = load_lanes<V>(t.x + j);
+      const bool new_line = k * lanes_of<V>() * sizeof(T) % kLine == 0;
+      if (new_line) __builtin_prefetch(t.x + j + kAhead * stride);
+      V grad = g[k].shift + (v - g[k].mean) * g[k].slope;
+      if (NORM) {
+        if (new_line) __builtin_prefetch(t.grad_y + j + kAhead * stride);
+        V y = v * g[k].norm_scale + g[k].norm_shift;
+        if (ADD) y += load_lanes<V>(t.r + j);
+        V through = load_lanes<V>(t.grad_y + j);
+        through = y > low - V{} ? through : V{};
+        through = y < high - V{} ? through : V{};
+        if (ADD) write_lanes(t.stream, t.grad_r + j, through);
+        grad += through * g[k].norm_scale;
+      }
+      write_lanes(t.stream, t.out + j, grad);
+    }
   }
-  store_lanes(out, grad);
 }
 
 template <bool NORM, bool ADD, class T>
 void run_backward(const ClassMomentsBackward& a) {
   const int64_t sample = a.channels * a.inner;
   const BnRelu* norm = a.bn_relu;
+  const int64_t size = sizeof(T), row_bytes = (a.channels_last ? a.channels : a.inner) * size;
+  const int64_t bytes = a.batch * sample * size;
+  const bool stream = streams_rows(a.grad_x, bytes, row_bytes) &&
+                      (!ADD || streams_rows(a.grad_residual, bytes, row_bytes));
+  const Gradients<T> t{static_cast<const T*>(a.x),        static_cast<const T*>(a.grad_y),
+                       static_cast<const T*>(a.residual), static_cast<T*>(a.grad_residual),
+                       static_cast<T*>(a.grad_x),         stream};
   parallel_for(a.batch, max64(1, 16384 / max64(1, sample)), [&](int64_t begin, int64_t end) {
     float* shift = static_cast<float*>(scratch(kLocalRows, 2 * a.channels * sizeof(float)));
     float* slope = shift + a.channels;
@@ -314,39 +364,42 @@ void run_backward(const ClassMomentsBackward& a) {
         slope[c] = 2.0f * a.grad_var[k + c] / size;
       }
       const float* mean = a.mean + k;
-      const T* x = static_cast<const T*>(a.x) + n * sample;
-      const T* grad_y = NORM ? static_cast<const T*>(a.grad_y) + n * sample : nullptr;
-      const T* r = ADD ? static_cast<const T*>(a.residual) + n * sample : nullptr;
-      T* grad_r = ADD ? static_cast<T*>(a.grad_residual) + n * sample : nullptr;
-      T* out = static_cast<T*>(a.grad_x) + n * sample;
-      // parameters(V{}, i): those of the numbers from `at + i` on.
-      const auto move = [&](int64_t at, int64_t length, auto parameters) {
-        for_each_lanes<1>(length, [&](auto lanes, int64_t i) {
-          const int64_t j = at + i;
-          move_lanes<NORM, ADD>(parameters(typename decltype(lanes)::V{}, i), norm, x + j,
-                                NORM ? grad_y + j : nullptr, ADD ? r + j : nullptr,
-                                ADD ? grad_r + j : nullptr, out + j);
-        });
+      // value(parameters): those of a vector's channels.
+      const auto channels = [&](auto zero, auto value) {
+        return Channels<decltype(zero)>{value(mean), value(shift), value(slope),
+                                        NORM ? value(norm->scale) : zero,
+                                        NORM ? value(norm->shift) : zero};
       };
       if (a.channels_last) {
-        for (int64_t i = 0; i < sample; i += a.channels) {
-          move(i, a.channels, [&](auto zero, int64_t c) {
-            using V = decltype(zero);
-            const auto at = [&](const float* values) { return load_lanes<V>(values + c); };
-            return Gradient<V>{at(mean), at(shift), at(slope), NORM ? at(norm->scale) : zero,
-                               NORM ? at(norm->shift) : zero};
+        for (int64_t i = 0; i < a.inner; i += kStripRows) {
+          for_each_lanes<4>(a.channels, [&](auto lanes, int64_t c) {
+            using L = decltype(lanes);
+            using V = typename L::V;
+            Channels<V> g[L::kVectors];
+            for (int j = 0; j < L::kVectors; ++j) {
+              g[j] = channels(V{}, [&](const float* values) {
+                return load_lanes<V>(values + c + j * lanes_of<V>());
+              });
+            }
+            move_pixels<L, NORM, ADD>(t, g, norm, n * sample + i * a.channels + c,
+                                      min64(kStripRows, a.inner - i), a.channels);
           });
         }
       } else {
         for (int64_t c = 0; c < a.channels; ++c) {
-          move(c * a.inner, a.inner, [&](auto zero, int64_t) {
-            return Gradient<decltype(zero)>{mean[c] - zero, shift[c] - zero, slope[c] - zero,
-                                            NORM ? norm->scale[c] - zero : zero,
-                                            NORM ? norm->shift[c] - zero : zero};
-          });
+          const int64_t at = n * sample + c * a.inner, left = a.inner % kVectorLanes;
+          const auto spread = [&](auto zero) {
+            return channels(zero, [&](const float* values) { return values[c] - zero; });
+          };
+          const Channels<Vector> g[] = {spread(Vector{})};
+          move_pixels<Lanes<Vector, 1>, NORM, ADD>(t, g, norm, at, a.inner / kVectorLanes,
+                                                   kVectorLanes);
+          const Channels<float> one[] = {spread(0.0f)};
+          move_pixels<Lanes<float, 1>, NORM, ADD>(t, one, norm, at + a.inner - left, left, 1);
         }
       }
     }
+    stream_fence();
   });
 }
 

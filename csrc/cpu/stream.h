@@ -49,16 +49,37 @@ static inline void stream_lines(void* out, const void* tile, int64_t bytes) {
   }
 }
 
-// As store_lanes, but a vector of a whole line to an aligned address.
-template <class V>
-inline void stream_lanes(float* to, V v) {
+// As store_lanes, but past the caches, to an address aligned to the vector's size there; the rest of
+// the line must follow at once, and a stream_fence at the end.
+template <class V, class T>
+inline void stream_lanes(T* to, V v) {
+  constexpr int kBytes = lanes_of<V>() * static_cast<int>(sizeof(T));
+  alignas(64) T lanes[lanes_of<V>()];
+  store_lanes(lanes, v);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == kLine) {
-    _mm512_stream_ps(to, reinterpret_cast<__m512>(v));
-    return;
+  if constexpr (kBytes == 64) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(lanes));
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (kBytes == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                               _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (kBytes == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
   }
 #endif
   store_lanes(to, v);
+}
+
+// Whether a tensor of `bytes` in rows of `row_bytes` is to be written by stream_lanes.
+static inline bool streams_rows(const void* out, int64_t bytes, int64_t row_bytes) {
+  return bytes >= kStreamBytes && row_bytes % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(out) % kLine == 0;
 }
 
 // Before another thread may read what was streamed.

@@ -5,6 +5,10 @@
 
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "half.h"
 
 namespace fdda {
@@ -65,10 +69,16 @@ inline void prefetch(const void* from) {
   __builtin_prefetch(static_cast<const char*>(from) + 2048);
 }
 
-// As clamp() does: NaN passes through.
+// As clamp() does: NaN passes through, as it does where the processor's max has it second.
 template <class V>
 inline V clamp_lanes(V v, float low, float high) {
   const V lows = low - V{}, highs = high - V{};
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == sizeof(__m512)) {
+    const __m512 from_low = _mm512_max_ps(bits_as<__m512>(lows), bits_as<__m512>(v));
+    return bits_as<V>(_mm512_min_ps(bits_as<__m512>(highs), from_low));
+  }
+#endif
   v = v < lows ? lows : v;
   return v > highs ? highs : v;
 }

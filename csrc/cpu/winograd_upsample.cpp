@@ -191,9 +191,8 @@ void winograd_upsample_input(const WinogradTiles& a) {
 }
 
 void winograd_upsample_output(const WinogradTiles& a) {
-  const int64_t line = kLine / static_cast<int64_t>(sizeof(float));
-  const bool stream = a.images * a.height * a.width * a.channels * 4 >= kStreamBytes &&
-                      a.channels % line == 0 && reinterpret_cast<uintptr_t>(a.to) % kLine == 0;
+  const int64_t row_bytes = a.channels * static_cast<int64_t>(sizeof(float));
+  const bool stream = streams_rows(a.to, a.images * a.height * a.width * row_bytes, row_bytes);
   for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, float* unused) {
     const float* products[kProducts * kProducts];
     float* pixels[kOutputs * kOutputs];
