@@ -158,8 +158,8 @@ void add_pixels(const T* x, int64_t rows, int64_t stride, const float* center, f
       const V v = load_lanes<V>(x + at);
       if (k * kEach * sizeof(T) % kLine == 0) __builtin_prefetch(x + at + kAhead * stride);
       const V d = v - middle[k];
-      d_sum[k] += d;
-      s_sum[k] += d * d;
+      d_sum[k] = d_sum[k] + d;
+      s_sum[k] = s_sum[k] + d * d;
       if (NORM) {
         const V y = v * scale[k] + shift[k];
         const V sum = ADD ? y + load_lanes<V>(with.r + at) : y;
@@ -180,7 +180,7 @@ void add_tile(const T* x, int64_t rows, int64_t stride, int64_t width, const flo
               float* drift, float* squares, Companions<T> with, const BnRelu* norm,
               int64_t channel) {
   for (int64_t i = 0; i < rows; i += kRun) {
-    for_each_lanes<4>(width, [&](auto lanes, int64_t c) {
+    for_each_lanes<4, T>(width, [&](auto lanes, int64_t c) {
       const int64_t at = i * stride + c;
       add_pixels<decltype(lanes), NORM, ADD>(x + at, min64(kRun, rows - i), stride, center + c,
                                              drift + c, squares + c, NORM ? with.at(at) : with,
@@ -330,12 +330,10 @@ void move_pixels(const Gradients<T>& t, const Channels<typename LANES::V> (&g)[L
       if (NORM) {
         if (new_line) __builtin_prefetch(t.grad_y + j + kAhead * stride);
         V y = v * g[k].norm_scale + g[k].norm_shift;
-        if (ADD) y += load_lanes<V>(t.r + j);
-        V through = load_lanes<V>(t.grad_y + j);
-        through = y > low - V{} ? through : V{};
-        through = y < high - V{} ? through : V{};
+        if (ADD) y = y + load_lanes<V>(t.r + j);
+        const V through = where_between(y, low, high, load_lanes<V>(t.grad_y + j));
         if (ADD) write_lanes(t.stream, t.grad_r + j, through);
-        grad += through * g[k].norm_scale;
+        grad = grad + through * g[k].norm_scale;
       }
       write_lanes(t.stream, t.out + j, grad);
     }
@@ -372,7 +370,7 @@ void run_backward(const ClassMomentsBackward& a) {
       };
       if (a.channels_last) {
         for (int64_t i = 0; i < a.inner; i += kStripRows) {
-          for_each_lanes<4>(a.channels, [&](auto lanes, int64_t c) {
+          for_each_lanes<4, T>(a.channels, [&](auto lanes, int64_t c) {
             using L = decltype(lanes);
             using V = typename L::V;
             Channels<V> g[L::kVectors];

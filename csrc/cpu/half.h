@@ -27,7 +27,7 @@ struct BFloat16 {
   static inline U rounded(F v) {
     const U bits = bits_as<U>(v);
     const U half = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u + U{} : half;
+    return v != v ? 0x7fc0u + U{} : half;
   }
 };
 

@@ -1,9 +1,11 @@
 // float32 vectors as wide as the instruction set has them. Loops over plain arrays are left to the
 // compiler elsewhere; these are for sums that must stay in registers from one pixel to the next.
-// V is Vector or, for the channels that are left, float.
+// V is Vector, Pair or, for the channels that are left, float.
 #pragma once
 
 #include <string.h>
+
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -26,6 +28,20 @@ typedef float Vector __attribute__((vector_size(kVectorLanes * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(kVectorLanes * sizeof(uint32_t))));
 typedef uint16_t Halves __attribute__((vector_size(kVectorLanes * sizeof(uint16_t))));
 
+// The even and the odd ones of as many numbers of half precision as a vector has bytes for: one
+// load or store for both, and no widening across lanes.
+struct Pair {
+  Vector even, odd;
+};
+inline Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
+inline Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
+inline Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+
+template <class V>
+constexpr bool is_pair = false;
+template <>
+constexpr bool is_pair<Pair> = true;
+
 template <class V>
 constexpr int lanes_of() {
   return static_cast<int>(sizeof(V) / sizeof(float));
@@ -33,7 +49,18 @@ constexpr int lanes_of() {
 
 template <class V, class T>
 inline V load_lanes(const T* from) {
-  if constexpr (sizeof(V) == sizeof(float)) {
+  if constexpr (is_pair<V> && sizeof(T) == sizeof(float)) {
+    Pair pair;
+    for (int i = 0; i < kVectorLanes; ++i) {
+      pair.even[i] = from[2 * i];
+      pair.odd[i] = from[2 * i + 1];
+    }
+    return pair;
+  } else if constexpr (is_pair<V>) {
+    Bits both;
+    memcpy(&both, from, sizeof both);
+    return {T::template value<Vector>(both & 0xffffu), T::template value<Vector>(both >> 16)};
+  } else if constexpr (sizeof(V) == sizeof(float)) {
     return load(*from);
   } else if constexpr (sizeof(T) == sizeof(float)) {
     V v;
@@ -48,7 +75,16 @@ inline V load_lanes(const T* from) {
 
 template <class V, class T>
 inline void store_lanes(T* to, V v) {
-  if constexpr (sizeof(V) == sizeof(float)) {
+  if constexpr (is_pair<V> && sizeof(T) == sizeof(float)) {
+    for (int i = 0; i < kVectorLanes; ++i) {
+      to[2 * i] = v.even[i];
+      to[2 * i + 1] = v.odd[i];
+    }
+  } else if constexpr (is_pair<V>) {
+    const Bits both =
+        T::template rounded<Bits>(v.even) | T::template rounded<Bits>(v.odd) << 16;
+    memcpy(to, &both, sizeof both);
+  } else if constexpr (sizeof(V) == sizeof(float)) {
     store(*to, v);
   } else if constexpr (sizeof(T) == sizeof(float)) {
     memcpy(to, &v, sizeof v);
@@ -83,18 +119,35 @@ inline V clamp_lanes(V v, float low, float high) {
   return v > highs ? highs : v;
 }
 
+inline Pair clamp_lanes(Pair v, float low, float high) {
+  return {clamp_lanes(v.even, low, high), clamp_lanes(v.odd, low, high)};
+}
+
+// `then` where low < v < high, else 0.
+template <class V>
+inline V where_between(V v, float low, float high, V then) {
+  if constexpr (is_pair<V>) {
+    return {where_between(v.even, low, high, then.even), where_between(v.odd, low, high, then.odd)};
+  } else {
+    then = v > low - V{} ? then : V{};
+    return v < high - V{} ? then : V{};
+  }
+}
+
 template <class V_, int COUNT>
 struct Lanes {
   using V = V_;
   static constexpr int kVectors = COUNT;
 };
 
-// body(lanes, i) for all of `size` numbers: COUNT vectors from i on, then one, then a float.
-template <int COUNT, class Body>
+// body(lanes, i) for all of `size` numbers of type T: as many as COUNT vectors have, in pairs where
+// T is half precision, from i on, then one vector, then a float.
+template <int COUNT, class T = float, class Body>
 inline void for_each_lanes(int64_t size, Body body) {
+  constexpr bool kHalf = COUNT > 1 && sizeof(T) < sizeof(float);
+  using Block = std::conditional_t<kHalf, Lanes<Pair, COUNT / 2>, Lanes<Vector, COUNT>>;
   int64_t i = 0;
-  for (; i + COUNT * kVectorLanes <= size; i += COUNT * kVectorLanes)
-    body(Lanes<Vector, COUNT>(), i);
+  for (; i + COUNT * kVectorLanes <= size; i += COUNT * kVectorLanes) body(Block(), i);
   for (; i + kVectorLanes <= size; i += kVectorLanes) body(Lanes<Vector, 1>(), i);
   for (; i < size; ++i) body(Lanes<float, 1>(), i);
 }
