@@ -26,7 +26,7 @@ constexpr int64_t kRun = 16;        // numbers that are added before their sum i
 constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
-constexpr int64_t kAhead = 32;      // pixels asked for ahead: the processor itself stops at pages
+constexpr int64_t kAhead = 64;      // pixels asked for ahead: the processor itself stops at pages
 constexpr int kLanes = 64;
 
 struct Moments {
@@ -210,9 +210,9 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
     add_tile<NORM, ADD>(x + at, size, stride, width, center, drift, squares,
                         NORM ? with.at(at) : with, norm, channel);
     // As merge() has it, the counts alike for all channels.
-    const double before = static_cast<double>(start), after = before + n;
+    const double before = static_cast<double>(start), after = before + n, part = 1.0 / n;
     for (int64_t c = 0; c < width; ++c) {
-      const double shift = static_cast<double>(drift[c]) / n;
+      const double shift = static_cast<double>(drift[c]) * part;
       const double tile_m2 = static_cast<double>(squares[c]) - n * shift * shift;
       const double delta = static_cast<double>(center[c]) + shift - mean[c];
       mean[c] += delta * (n / after);
@@ -225,10 +225,9 @@ template <bool NORM, bool ADD, class T>
 void sample_moments(const ClassMoments& a, double* mean, double* m2) {
   const T* x = static_cast<const T*>(a.x);
   const int64_t sample = a.channels * a.inner, size = sizeof(T);
-  const Companions<T> with{
-      static_cast<T*>(a.y), static_cast<const T*>(a.residual),
-      NORM && streams_rows(a.y, a.batch * sample * size,
-                           (a.channels_last ? a.channels : a.inner) * size)};
+  const Companions<T> with{static_cast<T*>(a.y), static_cast<const T*>(a.residual),
+                           NORM && streams_rows(a.y, a.batch * sample * size,
+                                                (a.channels_last ? a.channels : a.inner) * size)};
   if (a.channels_last) {
     const int64_t strips = ceil_div(a.channels, kStrip);
     parallel_for(a.batch * strips, 1, [&](int64_t begin, int64_t end) {

@@ -49,8 +49,8 @@ static inline void stream_lines(void* out, const void* tile, int64_t bytes) {
   }
 }
 
-// As store_lanes, but past the caches, to an address aligned to the vector's size there; the rest of
-// the line must follow at once, and a stream_fence at the end.
+// As store_lanes, but past the caches, to an address aligned to the vector's size there; the rest
+// of the line must follow at once, and a stream_fence at the end.
 template <class V, class T>
 inline void stream_lanes(T* to, V v) {
   constexpr int kBytes = lanes_of<V>() * static_cast<int>(sizeof(T));

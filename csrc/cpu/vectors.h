@@ -76,13 +76,15 @@ inline V load_lanes(const T* from) {
 template <class V, class T>
 inline void store_lanes(T* to, V v) {
   if constexpr (is_pair<V> && sizeof(T) == sizeof(float)) {
+    Bits low, high;  // of both: where the numbers of the first and of the second half are
     for (int i = 0; i < kVectorLanes; ++i) {
-      to[2 * i] = v.even[i];
-      to[2 * i + 1] = v.odd[i];
+      low[i] = i / 2 + i % 2 * kVectorLanes;
+      high[i] = low[i] + kVectorLanes / 2;
     }
+    store_lanes(to, __builtin_shuffle(v.even, v.odd, low));
+    store_lanes(to + kVectorLanes, __builtin_shuffle(v.even, v.odd, high));
   } else if constexpr (is_pair<V>) {
-    const Bits both =
-        T::template rounded<Bits>(v.even) | T::template rounded<Bits>(v.odd) << 16;
+    const Bits both = T::template rounded<Bits>(v.even) | T::template rounded<Bits>(v.odd) << 16;
     memcpy(to, &both, sizeof both);
   } else if constexpr (sizeof(V) == sizeof(float)) {
     store(*to, v);
