@@ -38,7 +38,9 @@ void for_each_row(const ChannelView& v, Apply apply) {
 }
 
 // channel_sums: make(c)(i, s) sees element i of channel c once and gives K addends s; their sums
-// per channel go to sums [K, channels], zeros for an empty view. Two stages: float32 over tiles (at
+// per channel go to sums [K, channels], zeros for an empty view. Of interleaved channels
+// add(channel, offset, rows, width, sum) adds those of `width` channels' next `rows` pixels to
+// sum [K][kStrip], `offset` being the first element. Two stages: float32 over tiles (at
 // most kTileAdds addends a lane), double over tiles. The order of additions depends on the shape
 // alone, never on the number of threads.
 constexpr int kLanes = 64;
@@ -93,8 +95,8 @@ void row_sums(const ChannelView& v, double* sums, Make make) {
   }
 }
 
-template <int K, class Make>
-void interleaved_sums(const ChannelView& v, double* sums, Make make) {
+template <int K, class Add>
+void interleaved_sums(const ChannelView& v, double* sums, Add add) {
   const int64_t strips = ceil_div(v.channels, kStrip), blocks = ceil_div(v.outer, kBlockRows);
   double* partial = static_cast<double*>(scratch(kSums, blocks * K * v.channels * sizeof(double)));
   parallel_for(blocks * strips, 1, [&](int64_t begin, int64_t end) {
@@ -108,15 +110,7 @@ void interleaved_sums(const ChannelView& v, double* sums, Make make) {
         for (int k = 0; k < K; ++k) {
           for (int64_t c = 0; c < width; ++c) sum[k][c] = 0.0f;
         }
-        for (int64_t o = start; o < min64(start + kTileAdds, last); ++o) {
-          const int64_t offset = o * v.channels + channel;
-#pragma GCC ivdep
-          for (int64_t c = 0; c < width; ++c) {
-            float s[K];
-            make(channel + c)(offset + c, s);
-            for (int k = 0; k < K; ++k) sum[k][c] += s[k];
-          }
-        }
+        add(channel, start * v.channels + channel, min64(kTileAdds, last - start), width, sum);
         for (int k = 0; k < K; ++k) {
           for (int64_t c = 0; c < width; ++c) total[k][c] += sum[k][c];
         }
@@ -126,6 +120,7 @@ void interleaved_sums(const ChannelView& v, double* sums, Make make) {
         for (int64_t c = 0; c < width; ++c) out[c] = total[k][c];
       }
     }
+    stream_fence();
   });
   for (int64_t b = 0; b < blocks; ++b) {
     const double* block = partial + b * K * v.channels;
@@ -133,15 +128,31 @@ void interleaved_sums(const ChannelView& v, double* sums, Make make) {
   }
 }
 
-template <int K, class Make>
-void channel_sums(const ChannelView& v, int64_t channels, double* sums, Make make) {
+template <int K, class Make, class Add>
+void channel_sums(const ChannelView& v, int64_t channels, double* sums, Make make, Add add) {
   for (int64_t c = 0; c < K * channels; ++c) sums[c] = 0.0;
   if (v.outer * v.channels * v.inner == 0) return;
   if (v.inner == 1) {
-    interleaved_sums<K>(v, sums, make);
+    interleaved_sums<K>(v, sums, add);
   } else {
     row_sums<K>(v, sums, make);
   }
+}
+
+template <int K, class Make>
+void channel_sums(const ChannelView& v, int64_t channels, double* sums, Make make) {
+  channel_sums<K>(
+      v, channels, sums, make,
+      [&](int64_t channel, int64_t offset, int64_t rows, int64_t width, float (*sum)[kStrip]) {
+        for (int64_t i = 0; i < rows; ++i, offset += v.channels) {
+#pragma GCC ivdep
+          for (int64_t c = 0; c < width; ++c) {
+            float s[K];
+            make(channel + c)(offset + c, s);
+            for (int k = 0; k < K; ++k) sum[k][c] += s[k];
+          }
+        }
+      });
 }
 
 }  // namespace

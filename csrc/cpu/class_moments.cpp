@@ -69,15 +69,6 @@ struct Companions {
   Companions at(int64_t offset) const { return {y + offset, r ? r + offset : nullptr, stream}; }
 };
 
-template <class V, class T>
-void write_lanes(bool stream, T* to, V v) {
-  if (stream) {
-    stream_lanes(to, v);
-  } else {
-    store_lanes(to, v);
-  }
-}
-
 // Adds n numbers less `center` to drift and squares, number i to lane i mod kLanes.
 // NORM: also y = norm(x). ADD: y = norm(x, r).
 template <bool NORM, bool ADD, class T>

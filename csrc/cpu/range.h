@@ -1,9 +1,10 @@
-// The quantiser of the FDDA paper, its float32 operations in their order.
+// The quantiser of the FDDA paper, its float32 operations in their order. V: see vectors.h.
 #pragma once
 
 #include <math.h>
 
 #include "functions.h"
+#include "vectors.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -11,9 +12,18 @@ namespace {
 
 struct Range {
   float scale, zero_point, lo, hi;
-  float position(float x) const { return scale * x - zero_point; }
-  float code(float position) const { return round_half_even(clamp(position, lo, hi)); }
-  float operator()(float x) const { return (code(position(x)) + zero_point) / scale; }
+  template <class V>
+  V position(V x) const {
+    return scale * x - zero_point;
+  }
+  template <class V>
+  V code(V position) const {
+    return round_lanes(clamp_lanes(position, lo, hi));
+  }
+  template <class V>
+  V operator()(V x) const {
+    return (code(position(x)) + zero_point) / scale;
+  }
 };
 
 float range_width(float x_min, float x_max) {
@@ -33,13 +43,13 @@ struct RangeGradient {
   Range range;
   float x_min, x_max;
   // sum: rounding errors in codes, below, above.
-  void operator()(float x, float grad, float* sum) const {
-    const bool below = x<x_min, above = x> x_max;
-    const float position = range.position(x);
-    const float error = grad * (range.code(position) - position);
-    sum[0] = below || above ? 0.0f : error;
-    sum[1] = below ? grad : 0.0f;
-    sum[2] = above ? grad : 0.0f;
+  template <class V>
+  void operator()(V x, V grad, V* sum) const {
+    const V low = spread<V>(x_min), high = spread<V>(x_max), position = range.position(x);
+    const V error = grad * (range.code(position) - position);
+    sum[0] = where_less(x, low, V{}, where_less(high, x, V{}, error));
+    sum[1] = where_less(x, low, grad, V{});
+    sum[2] = where_less(high, x, grad, V{});
   }
 };
 

@@ -76,6 +76,15 @@ inline void stream_lanes(T* to, V v) {
   store_lanes(to, v);
 }
 
+template <class V, class T>
+inline void write_lanes(bool stream, T* to, V v) {
+  if (stream) {
+    stream_lanes(to, v);
+  } else {
+    store_lanes(to, v);
+  }
+}
+
 // Whether a tensor of `bytes` in rows of `row_bytes` is to be written by stream_lanes.
 static inline bool streams_rows(const void* out, int64_t bytes, int64_t row_bytes) {
   return bytes >= kStreamBytes && row_bytes % kLine == 0 &&

@@ -36,6 +36,10 @@ struct Pair {
 inline Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
 inline Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
 inline Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+inline Pair operator+(Pair a, float b) { return {a.even + b, a.odd + b}; }
+inline Pair operator-(Pair a, float b) { return {a.even - b, a.odd - b}; }
+inline Pair operator*(float a, Pair b) { return {a * b.even, a * b.odd}; }
+inline Pair operator/(Pair a, float b) { return {a.even / b, a.odd / b}; }
 
 template <class V>
 constexpr bool is_pair = false;
@@ -125,15 +129,37 @@ inline Pair clamp_lanes(Pair v, float low, float high) {
   return {clamp_lanes(v.even, low, high), clamp_lanes(v.odd, low, high)};
 }
 
+// `then` where a < b, else `otherwise`.
+template <class V>
+inline V where_less(V a, V b, V then, V otherwise) {
+  if constexpr (is_pair<V>) {
+    return {where_less(a.even, b.even, then.even, otherwise.even),
+            where_less(a.odd, b.odd, then.odd, otherwise.odd)};
+  } else {
+    return a < b ? then : otherwise;
+  }
+}
+
+// `value` in all lanes.
+template <class V>
+inline V spread(float value) {
+  if constexpr (is_pair<V>) {
+    return {spread<Vector>(value), spread<Vector>(value)};
+  } else {
+    return value - V{};
+  }
+}
+
 // `then` where low < v < high, else 0.
 template <class V>
 inline V where_between(V v, float low, float high, V then) {
-  if constexpr (is_pair<V>) {
-    return {where_between(v.even, low, high, then.even), where_between(v.odd, low, high, then.odd)};
-  } else {
-    then = v > low - V{} ? then : V{};
-    return v < high - V{} ? then : V{};
-  }
+  return where_less(spread<V>(low), v, where_less(v, spread<V>(high), then, V{}), V{});
+}
+
+// As round_half_even() does, for |v| < 2^22.
+template <class V>
+inline V round_lanes(V v) {
+  return (v + 0x1.8p23f) - 0x1.8p23f;
 }
 
 template <class V_, int COUNT>
