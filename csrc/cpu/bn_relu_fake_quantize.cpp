@@ -43,13 +43,13 @@ struct Forward {
   T* y;
   bool stream;
   Norm norm;
-  Range range;
+  Levels levels;
 
   template <class V>
   void quantize(const Channels<V>& c, int64_t i) const {
     V v = load_lanes<V>(x + i) * c.scale + c.shift;
     if (RESIDUAL) v = v + load_lanes<V>(residual + i);
-    write_lanes(stream, y + i, range(clamp_lanes(v, norm.low, norm.high)));
+    write_lanes(stream, y + i, levels(clamp_lanes(v, norm.low, norm.high)));
   }
   void row(int64_t offset, int64_t n, int64_t channel) const {
     for_each_lanes<2, T>(n, [&](auto lanes, int64_t i) {
@@ -91,10 +91,12 @@ bool streams_view(const ChannelView& v, const void* out) {
 template <bool RESIDUAL, class T>
 void run_forward(const BnReluFakeQuantize& a) {
   const Norm norm{a.norm.scale, a.norm.shift, a.norm.shift, a.norm.low, a.norm.high};
-  for_each_row(a.view,
-               Forward<RESIDUAL, T>{static_cast<const T*>(a.x), static_cast<const T*>(a.residual),
-                                    static_cast<T*>(a.y), streams_view<T>(a.view, a.y), norm,
-                                    make_range(a.x_min, a.x_max, a.bits)});
+  for_each_row(a.view, Forward<RESIDUAL, T>{static_cast<const T*>(a.x),
+                                            static_cast<const T*>(a.residual),
+                                            static_cast<T*>(a.y),
+                                            streams_view<T>(a.view, a.y),
+                                            norm,
+                                            {make_range(a.x_min, a.x_max, a.bits), a.bits}});
 }
 
 // An element's gradients with respect to x and residual, and its addends to those of weight, bias

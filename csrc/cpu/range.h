@@ -26,6 +26,33 @@ struct Range {
   }
 };
 
+// A range's values by code, in place of the division, for vectors and up to 4 bits.
+struct Levels {
+  Range range;
+  bool few;
+  float values[16];  // of code c at c mod 16
+
+  Levels(Range range, int bits) : range(range), few(bits <= 4) {
+    for (int c = -8; c < 8; ++c) values[c & 15] = (c + range.zero_point) / range.scale;
+  }
+  template <class V>
+  V operator()(V x) const {
+#if defined(__AVX512F__)
+    if constexpr (is_pair<V>) {
+      return {(*this)(x.even), (*this)(x.odd)};
+    } else if constexpr (sizeof(V) == sizeof(__m512)) {
+      if (few) {
+        const __m512 at = bits_as<__m512>(clamp_lanes(range.position(x), range.lo, range.hi));
+        const __mmask16 number = _mm512_cmp_ps_mask(at, at, _CMP_ORD_Q);
+        return bits_as<V>(_mm512_mask_permutexvar_ps(at, number, _mm512_cvtps_epi32(at),
+                                                     _mm512_loadu_ps(values)));
+      }
+    }
+#endif
+    return range(x);
+  }
+};
+
 float range_width(float x_min, float x_max) {
   const float width = x_max - x_min;
   return width < 1e-8f ? 1e-8f : width;
