@@ -11,11 +11,13 @@ import torchvision
 from torch import nn
 
 from ..checkpoint import load_tensors
-from .small import resnet8, resnet20
+from .small import mobilenetv2, regnetx, resnet8, resnet20
 
-_WEIGHTS_DIR = Path(__file__).parent / "weights"
+WEIGHTS_DIR = Path(__file__).parent / "weights"
 SHIPPED = {
     "fashion-mnist-resnet20": (resnet20, "fashion_mnist_resnet20.safetensors"),
+    "fashion-mnist-mobilenetv2": (mobilenetv2, "fashion_mnist_mobilenetv2.safetensors"),
+    "fashion-mnist-regnetx": (regnetx, "fashion_mnist_regnetx.safetensors"),
     "digits-resnet8": (resnet8, "digits_resnet8.safetensors"),
 }
 
@@ -26,8 +28,8 @@ def load_teacher(
     """Builds a trained network in eval mode.
 
     Args:
-        spec: a shipped network (`fashion-mnist-resnet20`, `digits-resnet8`), a torchvision
-            classification architecture (`resnet18`), or `module:factory` of the user's own.
+        spec: a shipped network (one of `SHIPPED`), a torchvision classification architecture
+            (`resnet18`), or `module:factory` of the user's own.
         weights: safetensors file, or a PyTorch state dict (read with weights_only=True); required
             except for shipped networks.
         num_classes: passed to the factory where given.
@@ -40,7 +42,7 @@ def load_teacher(
     if spec in SHIPPED:
         if weights is None:
             factory, file = SHIPPED[spec]
-            return _with_weights(_call(spec, factory, arguments), _WEIGHTS_DIR / file)
+            return _with_weights(_call(spec, factory, arguments), WEIGHTS_DIR / file)
         return _with_weights(_call(spec, SHIPPED[spec][0], arguments), Path(weights))
     factory = _user_factory(spec) if ":" in spec else _torchvision_factory(spec)
     if weights is None:

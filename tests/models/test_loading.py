@@ -31,14 +31,14 @@ def test_digits_teacher():
 @pytest.mark.skipif(
     not FASHION_MNIST_DIR.is_dir(), reason=f"Fashion-MNIST is not installed in {FASHION_MNIST_DIR}"
 )
-def test_fashion_mnist_teacher():
-    model = load_teacher("fashion-mnist-resnet20")
-    assert accuracy(model, open_source("fashion-mnist", "test"), 2000) >= 0.93
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n.startswith("fashion-mnist-")])
+def test_fashion_mnist_teachers(name):
+    assert accuracy(load_teacher(name), open_source("fashion-mnist", "test"), 2000) >= 0.93
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_are_small_and_finite(name):
-    path = loading._WEIGHTS_DIR / SHIPPED[name][1]
+    path = loading.WEIGHTS_DIR / SHIPPED[name][1]
     assert path.stat().st_size <= 1.5e6
     assert all(t.isfinite().all() for t in load_teacher(name).state_dict().values())
 
