@@ -316,6 +316,14 @@ def test_evaluate_a_run(results):
         assert f"│ {name}" in told
 
 
+def test_evaluate_writes_a_row_per_class(results, tmp_path):
+    told = succeed("evaluate", results / "quantized", "--per-class", tmp_path / "new" / "c.csv")
+    assert "95 % interval" in told
+    header, *rows = (tmp_path / "new" / "c.csv").read_text().splitlines()
+    assert header == "network,class,images,top1,low,high"
+    assert [row.split(",")[1:3] for row in rows] == 3 * [[name, "4"] for name in sorted(COLOURS)]
+
+
 def test_evaluate_a_packed_file(results):
     model = results / "quantized" / "model.fdda"
     assert "5 test images" in succeed("evaluate", model, "--data", "tree", "--limit", 5)

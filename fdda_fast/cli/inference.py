@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from .. import demo as demo_stage
 from .. import evaluation, gpu_report
 from ..data import ImageSource, Preprocessing, open_source
 from ..deploy import PackedModel, load_packed, pack
+from ..files import written_whole
 from ..ops import backend_info
 from ..ops._library import peak_macs_per_second
 from ..runs import environment, load_quantized, load_recorded_teacher, read_config
@@ -78,9 +80,12 @@ def evaluate(
         str | None, typer.Option(help="Data set, test split; default that of the run.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Test images to use, evenly spread.")] = None,
+    per_class: Annotated[
+        Path | None, typer.Option(help="CSV file to write: accuracy of every class.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
-    """Top-1 accuracy on the test split, and agreement with the FP32 teacher."""
+    """Top-1 and top-5 accuracy on the test split, and agreement with the FP32 teacher."""
     use_threads(threads)
     if not target.exists():
         raise FileNotFoundError(f"{target}: no such run folder or file")
@@ -103,17 +108,44 @@ def evaluate(
         model = networks["packed"] = load_packed(target)
         preprocessing, names = model.preprocessing, model.class_names
     source = _test_source(data, preprocessing, names)
-    predicted = {n: evaluation.predictions(f, source, limit) for n, f in networks.items()}
-    labels = source.labels[evaluation.rows(source, limit)]
+    scores = evaluation.evaluate(networks, source, limit)
+    total = next(iter(scores.values())).top1.total
+    others = [name for name in networks if name != "packed"]
     table = Table()
     table.add_column("network")
-    for column in ("top-1 %", *(f"agrees with {n} %" for n in networks if n != "packed")):
+    for column in ("top-1 %", "95 % interval", "top-5 %", *(f"agrees with {n} %" for n in others)):
         table.add_column(column, justify="right")
-    for name, values in predicted.items():
-        others = [v for n, v in predicted.items() if n != "packed"]
-        shares = [evaluation.share_equal(values, other) for other in (labels, *others)]
-        table.add_row(name, *(f"{100 * share:.2f}" for share in shares))
-    print_table(f"{source.name}, {len(labels)} test images", table)
+    for name, score in scores.items():
+        low, high = score.top1.interval()
+        shares = [score.top5, *(score.agreement[other] for other in others)]
+        table.add_row(
+            name,
+            f"{100 * score.top1.value:.2f}",
+            f"{100 * low:.2f} .. {100 * high:.2f}",
+            *(f"{100 * share.value:.2f}" for share in shares),
+        )
+    print_table(f"{source.name}, {total} test images", table)
+    if per_class is not None:
+        _write_per_class(per_class, scores, source.class_names)
+        print(per_class)
+
+
+def _write_per_class(
+    path: Path, scores: Mapping[str, evaluation.Scores], class_names: Sequence[str]
+) -> None:
+    """A row per network and class: top-1 and the 95 % interval, 0..1; empty without images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["network", "class", "images", "top1", "low", "high"])
+        for name, score in scores.items():
+            for label, share in zip(class_names, score.per_class, strict=True):
+                figures = (share.value, *share.interval()) if share.total else ()
+                cells = [f"{figure:.4f}" for figure in figures] or [""] * 3
+                writer.writerow([name, label, share.total, *cells])
 
 
 def _test_source(
