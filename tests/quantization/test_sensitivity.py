@@ -1,0 +1,66 @@
+"""Every layer measured alone, and widths chosen from that."""
+
+import pytest
+import torch
+
+from fdda_fast.data import draw, open_source
+from fdda_fast.models import load_teacher
+from fdda_fast.quantization import sensitivity as stage
+from fdda_fast.quantization.allocation import allocate
+from fdda_fast.quantization.bits import Bits
+from fdda_fast.quantization.prepare import prepare
+from fdda_fast.tracing import trace
+
+WIDTHS = (2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    images = draw(open_source("digits", "train"), 2, 0).images
+    model = load_teacher("digits-resnet8")
+    return model, images, stage.sensitivity(model, images, WIDTHS)
+
+
+def test_more_bits_lose_less(measured):
+    loss = measured[2].loss
+    assert list(loss["conv1"]) == [(w, 8) for w in WIDTHS]
+    for losses in loss.values():
+        assert losses[8, 8] < 0.02
+        assert losses[8, 8] < losses[2, max(a for _, a in losses)]
+    inner = loss["stage3.0.conv2"]
+    assert inner[8, 8] < inner[8, 4] < inner[8, 2]
+
+
+def test_groups(measured):
+    groups, names = measured[2].groups, list(measured[2].loss)
+    assert [names.index(g[0]) for g in groups] == sorted(names.index(g[0]) for g in groups)
+    assert ("stage2.0.conv1", "stage2.0.shortcut.0") in groups
+    assert sorted(name for group in groups for name in group) == sorted(measured[2].loss)
+
+
+def test_widths_under_a_budget(measured):
+    model, images, found = measured
+    sizes = {n: model.get_submodule(n).weight.numel() for n in found.loss}
+    cost = {n: {p: p[0] * sizes[n] + p[1] for p in pairs} for n, pairs in found.loss.items()}
+    budget = 4 * sum(sizes.values())
+    bits = allocate(found.loss, cost, budget, found.groups)
+    assert sum(w * sizes[n] for n, (w, _) in bits.overrides.items()) <= budget
+    assert prepare(model, bits)(images).shape == (20, 10)
+
+
+@torch.no_grad()
+def test_nothing_active_is_the_teacher(measured):
+    model, images, _ = measured
+    student = prepare(model, Bits(2, 2))
+    y = stage._Partly(student, trace(model), set()).run(images)
+    torch.testing.assert_close(y, model(images))
+
+
+def test_refuses(measured):
+    for arguments, message in [
+        (((4,), "cosine"), "metric must be one of"),
+        (((), "kl"), "widths must name one"),
+        (((9,), "mse"), r"widths must be an integer in 2\.\.8"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            stage.sensitivity(measured[0], measured[1], *arguments)
