@@ -17,6 +17,7 @@ Costs = Mapping[str, Mapping[Widths, float]]
 # Of loss for cost, relative to the whole range of both, for the bounds.
 _MULTIPLIERS = np.concatenate([[0.0], 2.0 ** np.linspace(-20, 20, 161)])
 _ROUNDING = 1e-9
+_SUM_ROUNDING = 1e-12
 
 
 class _Options(NamedTuple):
@@ -106,6 +107,7 @@ def _group_options(part: Sequence[str], loss: Costs, cost: Costs) -> _Options:
 
 def _knapsack(options: Sequence[_Options], budget: float) -> list[int]:
     """Which option of every group."""
+    budget = min(budget, sum(o.cost[-1] for o in options) * (1 + _ROUNDING))  # it may be infinite
     cost_range = sum(o.cost[-1] - o.cost[0] for o in options) or 1.0
     loss_range = sum(o.loss[0] - o.loss[-1] for o in options) or 1.0
     multipliers = _MULTIPLIERS * (loss_range / cost_range)
@@ -130,7 +132,9 @@ def _knapsack(options: Sequence[_Options], budget: float) -> list[int]:
         hopeful = hopeful[_pareto(c[hopeful], v[hopeful])]
         bound = np.full(len(hopeful), -np.inf)
         for multiplier, dual in zip(multipliers, rest[k], strict=True):
-            np.maximum(bound, dual - multiplier * (budget - c[hopeful]), out=bound)
+            # Large multipliers must not make a large figure of a sum's rounding.
+            slack = _SUM_ROUNDING * (abs(dual) + multiplier * budget)
+            np.maximum(bound, dual - multiplier * (budget - c[hopeful]) - slack, out=bound)
         keep = hopeful[v[hopeful] + bound <= upper]
         steps.append(np.divmod(keep, len(option.cost)))
         cost, loss = c[keep], v[keep]

@@ -54,6 +54,13 @@ def test_as_good_as_the_best_of_all(problem):
         assert len({bits.overrides[name][1] for name in group}) == 1
 
 
+def test_only_one_possibility_and_no_limit():
+    loss = {name: dict.fromkeys(WIDTHS, 0.0) for name in "abc"}
+    cost = {n: dict.fromkeys(WIDTHS, c) for n, c in (("a", 0.0), ("b", 0.125), ("c", 11.75))}
+    assert allocate(loss, cost, 11.875).overrides.keys() == loss.keys()
+    assert allocate(loss, cost, float("inf")).overrides.keys() == loss.keys()
+
+
 def test_many_layers():
     """More states than memory, were those not removed that cannot become the best."""
     names = [f"layer{i}" for i in range(60)]
