@@ -79,7 +79,7 @@ def prepare(
         layer = graph_module.get_submodule(name)
         graph_module.set_submodule(name, quantized_layer(layer, weight_bits))
 
-    readers = [_reader(graph_module, layer) for layer in layers]
+    readers = [reader_of(graph_module, layer) for layer in layers]
     integer = placement == "full_integer"
     if integer:
         spots = list(dict.fromkeys(reader.producer for reader in readers))
@@ -167,7 +167,7 @@ class _Reader(NamedTuple):
     user: fx.Node
 
 
-def _reader(graph_module: fx.GraphModule, layer: fx.Node) -> _Reader:
+def reader_of(graph_module: fx.GraphModule, layer: fx.Node) -> _Reader:
     through_pool = isinstance(graph_module.get_submodule(layer.target), nn.Linear)
     user, source = layer, layer.args[0]
     producer = source

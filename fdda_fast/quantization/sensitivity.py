@@ -16,7 +16,7 @@ from .allocation import Widths
 from .bits import IMAGE_BITS, Bits, check_bits
 from .finetune import quantize
 from .modules import ActivationQuantizer, QuantConv2d, QuantLinear
-from .prepare import _reader
+from .prepare import reader_of
 
 METRICS = ("kl", "mse")
 _BATCH = 64
@@ -138,7 +138,7 @@ def _groups(graph: fx.GraphModule, layers: Sequence[str]) -> dict[tuple[str, ...
     producers: dict[str, set[fx.Node]] = {name: set() for name in layers}
     for node in graph.graph.nodes:
         if node.op == "call_module" and node.target in producers:
-            producers[node.target].add(_reader(graph, node).producer)
+            producers[node.target].add(reader_of(graph, node).producer)
     merged: list[tuple[list[str], set[fx.Node]]] = []
     for name, made in producers.items():
         names, nodes = [name], set(made)

