@@ -194,3 +194,30 @@ def test_compiles_without_graph_breaks():
     (found,) = torch.autograd.grad(compiled(x), x)
     (expected,) = torch.autograd.grad(loss(x), x)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_larger_than_the_caches(dtype, memory_format):
+    """Written past the caches; every image, a class of its own, as it is alone."""
+    images, g = 32 // dtype.itemsize, generator(7)
+    norm = norm_tensors(64, g)
+    x, residual, grad_y = torch.randn(3, images, 64, 128, 64, generator=g).to(dtype)
+    x, residual = (t.contiguous(memory_format=memory_format) for t in (x, residual))
+    grads = torch.randn(2, images, 64, generator=g)
+
+    def run(rows):
+        inputs = [t[rows].clone().requires_grad_() for t in (x, residual)]
+        labels = torch.arange(len(inputs[0]))
+        y, *moments = ops.bn_relu_class_moments(
+            inputs[0], *norm, EPS, labels, len(labels), True, inputs[1]
+        )
+        found = torch.autograd.grad([y, *moments], inputs, [grad_y[rows], *grads[:, rows]])
+        return y, *moments, *found
+
+    for isa in ISAS:
+        with on_isa(isa):
+            together = run(slice(None))
+            alone = [run(slice(i, i + 1)) for i in range(images)]
+        for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(parts)), isa

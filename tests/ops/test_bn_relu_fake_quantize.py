@@ -222,3 +222,27 @@ def test_opcheck():
                 back = (torch.ones_like(x), *args, range_gradient)
                 back = [a.detach() if isinstance(a, torch.Tensor) else a for a in back]
                 check(fdda.bn_relu_fake_quantize_backward.default, tuple(back))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_larger_than_the_caches(dtype, memory_format):
+    """Written past the caches; every image as it is alone."""
+    images, g = 32 // dtype.itemsize, generator(7)
+    norm = norm_tensors(64, g)
+    x, residual, grad_y = torch.randn(3, images, 64, 128, 64, generator=g).to(dtype)
+    x, residual = (t.contiguous(memory_format=memory_format) for t in (x, residual))
+
+    def run(rows):
+        inputs = [t[rows].clone().requires_grad_() for t in (x, residual)]
+        y = ops.bn_relu_fake_quantize(
+            inputs[0], *norm, EPS, torch.tensor(0.0), torch.tensor(2.0), 4, residual=inputs[1]
+        )
+        return y, *torch.autograd.grad(y, inputs, grad_y[rows])
+
+    for isa in ISAS:
+        with on_isa(isa):
+            together = run(slice(None))
+            alone = [run(slice(i, i + 1)) for i in range(images)]
+        for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(parts)), isa
