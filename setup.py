@@ -11,7 +11,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10
 CUDA_KERNELS = ("packed.cu", "depthwise.cu", "codes.cu", "pools.cu", "gemm/gemm.cu")
@@ -29,7 +29,7 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
     *("upsample_conv", "few_outputs_conv", "norm_strip", "winograd", "winograd_upsample"),
-    *("max_pool", "pixels", "weights", "depthwise", "table"),
+    *("linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -155,17 +155,7 @@ def extension_arguments() -> dict:
 
 
 setup(
-    packages=[
-        "fdda_fast",
-        "fdda_fast.cli",
-        "fdda_fast.data",
-        "fdda_fast.models",
-        "fdda_fast.quantization",
-        "fdda_fast.deploy",
-        "fdda_fast.ops",
-        "fdda_fast.ops.reference",
-        "fdda_fast.kernels",
-    ],
+    packages=[*find_packages(include=["fdda_fast", "fdda_fast.*"]), "fdda_fast.kernels"],
     package_dir={"fdda_fast.kernels": "kernels"},
     package_data={"fdda_fast.models": ["weights/*.safetensors"], "fdda_fast": ["py.typed"]},
     **extension_arguments(),

@@ -145,8 +145,7 @@ class Generator(nn.Module):
         Returns:
             [N, C, H, W] of `dtype`, channels_last.
         """
-        x = self.fc(z).view(len(z), 128, *self.seed_size)
-        x = x.to(dtype, memory_format=torch.channels_last)
+        x = ops.linear_to_maps(z, self.fc.weight, self.fc.bias, self.seed_size, dtype)
         x = self.norm0(x, labels, ranks=ranks)
         x = ops.upsample_conv3x3(x, self.conv1.weight, self.conv1.bias)
         x = self.norm1(x, labels, 0.2, ranks)

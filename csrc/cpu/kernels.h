@@ -131,6 +131,22 @@ struct BnReluFakeQuantizeBackward {
   float *grad_x_min, *grad_x_max;  // with range
 };
 
+// y[n, p, c] = sum over k of z[n, k] * weight[c * pixels + p, k] + bias[c * pixels + p].
+struct LinearMaps {
+  Dtype dtype;  // of y
+  int64_t images, inputs, channels, pixels;
+  const float *z, *weight, *bias;
+  void* y;
+};
+
+struct LinearMapsGradient {
+  Dtype dtype;  // of grad_y
+  int64_t images, inputs, channels, pixels;
+  const void* grad_y;
+  const float* z;
+  float *grad_weight, *grad_bias;
+};
+
 // Of real numbers, with the window's tap that each maximum comes from: at most 255 taps.
 struct MaxPool2d {
   PoolShape shape;
@@ -193,7 +209,7 @@ struct ConditionalBnBackward {
 // upsample_conv.cpp, few_outputs_conv.cpp and norm_strip.cpp. float32 or bfloat16.
 struct Strip {
   Dtype dtype;
-  int64_t height, width, image, images, row, row_end;
+  int64_t batch, height, width, image, images, row, row_end;
   int64_t rows() const { return row_end - row; }
   int64_t first_difference() const { return row ? row + 1 : 0; }
   int64_t differences() const { return row_end + 1 - first_difference(); }
@@ -329,6 +345,8 @@ struct Kernels {
   void (*norm_strip)(const NormStrip&);
   void (*norm_strip_sums)(const NormStripSums&);
   void (*norm_strip_gradient)(const NormStripGradient&);
+  void (*linear_maps)(const LinearMaps&);
+  void (*linear_maps_gradient)(const LinearMapsGradient&);
   void (*max_pool2d)(const MaxPool2d&);
   void (*max_pool2d_gradient)(const MaxPool2dGradient&);
   void (*winograd_input)(const WinogradTiles&);

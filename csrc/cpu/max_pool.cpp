@@ -6,19 +6,21 @@
 #include <string.h>
 
 #include "functions.h"
-#include "half.h"
 #include "parallel.h"
+#include "stream.h"
+#include "vectors.h"
 #include "window.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;     // channels at a time, in the L1 cache
+constexpr int64_t kBlock = 64;     // codes at a time
 constexpr int64_t kGrain = 65536;  // taps a thread should have
 constexpr int kMostTaps = 255;
 typedef uint8_t Codes __attribute__((vector_size(kBlock)));
-constexpr uint8_t kNoTap = 255;  // of a window that lies outside of the image
+typedef uint8_t Bytes __attribute__((vector_size(kVectorLanes)));
+constexpr uint32_t kNoTap = 255;  // of a window that lies outside of the image
 
 // body(image, row) for all of `rows` of every image.
 template <class Body>
@@ -46,6 +48,77 @@ void for_each_tap(const PoolShape& s, int64_t oh, int64_t ow, Body body) {
   }
 }
 
+// The taps of as many numbers as V has.
+template <class V>
+struct Taps {
+  Bits tap;
+  void load(const uint8_t* from) {
+    Bytes bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    tap = __builtin_convertvector(bytes, Bits);
+  }
+  void store(uint8_t* to) const {
+    const Bytes bytes = __builtin_convertvector(tap, Bytes);
+    memcpy(to, &bytes, sizeof bytes);
+  }
+};
+
+template <>
+struct Taps<float> {
+  uint32_t tap;
+  void load(const uint8_t* from) { tap = *from; }
+  void store(uint8_t* to) const { *to = static_cast<uint8_t>(tap); }
+};
+
+template <>
+struct Taps<Pair> {
+  Taps<Vector> even, odd;
+  void load(const uint8_t* from) {
+    Halves both;
+    memcpy(&both, from, sizeof both);
+    even.tap = __builtin_convertvector(both & 0xff, Bits);
+    odd.tap = __builtin_convertvector(both >> 8, Bits);
+  }
+  void store(uint8_t* to) const {
+    const Halves both = __builtin_convertvector(even.tap | odd.tap << 8, Halves);
+    memcpy(to, &both, sizeof both);
+  }
+};
+
+template <class V>
+Taps<V> all_taps(uint32_t tap) {
+  if constexpr (is_pair<V>) {
+    return {all_taps<Vector>(tap), all_taps<Vector>(tap)};
+  } else {
+    return {tap + decltype(Taps<V>::tap){}};
+  }
+}
+
+// Keeps x and its tap where x is the larger: the first of equals, NaN over everything.
+template <class V>
+void keep_larger(V x, uint32_t tap, V& best, Taps<V>& best_tap) {
+  if constexpr (is_pair<V>) {
+    keep_larger(x.even, tap, best.even, best_tap.even);
+    keep_larger(x.odd, tap, best.odd, best_tap.odd);
+  } else {
+    const auto taps = all_taps<V>(tap).tap;
+    best_tap.tap = best < x ? taps : best_tap.tap;
+    best_tap.tap = x != x ? taps : best_tap.tap;
+    best = best < x ? x : best;
+    best = x != x ? x : best;
+  }
+}
+
+// `then` where the taps are `tap`, else 0.
+template <class V>
+V where_tap(Taps<V> taps, uint32_t tap, V then) {
+  if constexpr (is_pair<V>) {
+    return {where_tap(taps.even, tap, then.even), where_tap(taps.odd, tap, then.odd)};
+  } else {
+    return taps.tap == all_taps<V>(tap).tap ? then : V{};
+  }
+}
+
 template <class T>
 void pool(const MaxPool2d& a) {
   const PoolShape& s = a.shape;
@@ -53,28 +126,36 @@ void pool(const MaxPool2d& a) {
     const T* image = static_cast<const T*>(a.x) + n * s.height * s.width * s.channels;
     for (int64_t ow = 0; ow < s.out_width; ++ow) {
       const int64_t out = ((n * s.out_height + oh) * s.out_width + ow) * s.channels;
-      for (int64_t c = 0; c < s.channels; c += kBlock) {
-        const int64_t count = min64(kBlock, s.channels - c);
-        float best[kBlock];
-        int32_t best_tap[kBlock];
-        for (int64_t j = 0; j < kBlock; ++j) {
-          best[j] = -INFINITY;
-          best_tap[j] = kNoTap;
+      // What every block of channels reads.
+      int64_t pixels[kMostTaps];
+      pixels[0] = 0;
+      uint32_t taps[kMostTaps];
+      int count = 0;
+      for_each_tap(s, oh, ow, [&](int32_t tap, int64_t pixel) {
+        pixels[count] = pixel;
+        taps[count++] = static_cast<uint32_t>(tap);
+      });
+      for_each_lanes<4, T>(s.channels, [&](auto lanes, int64_t c) {
+        using V = typename decltype(lanes)::V;
+        V best[lanes.kVectors];
+        Taps<V> tap[lanes.kVectors];
+        for (int i = 0; i < lanes.kVectors; ++i) {
+          const T* x = image + pixels[0] + c + i * lanes_of<V>();
+          best[i] = count ? load_lanes<V>(x) : spread<V>(-INFINITY);
+          tap[i] = all_taps<V>(count ? taps[0] : kNoTap);
         }
-        for_each_tap(s, oh, ow, [&](int32_t tap, int64_t pixel) {
-          const T* x = image + pixel + c;
-          for (int64_t j = 0; j < count; ++j) {
-            const float v = load(x[j]);
-            // The first of equals wins, -infinity among them; NaN over everything.
-            const bool wins = v > best[j] || v != v || best_tap[j] == kNoTap;
-            best[j] = wins ? v : best[j];
-            best_tap[j] = wins ? tap : best_tap[j];
+        for (int k = 1; k < count; ++k) {
+          const T* x = image + pixels[k] + c;
+#pragma GCC unroll 4
+          for (int i = 0; i < lanes.kVectors; ++i) {
+            keep_larger(load_lanes<V>(x + i * lanes_of<V>()), taps[k], best[i], tap[i]);
           }
-        });
-        T* y = static_cast<T*>(a.y) + out + c;
-        for (int64_t j = 0; j < count; ++j) store(y[j], best[j]);
-        for (int64_t j = 0; j < count; ++j) a.tap[out + c + j] = static_cast<uint8_t>(best_tap[j]);
-      }
+        }
+        for (int i = 0; i < lanes.kVectors; ++i, c += lanes_of<V>()) {
+          store_lanes(static_cast<T*>(a.y) + out + c, best[i]);
+          tap[i].store(a.tap + out + c);
+        }
+      });
     }
   });
 }
@@ -94,36 +175,60 @@ void for_each_window(int64_t i, int64_t kernel, int64_t stride, int64_t pad, int
 template <class T>
 void gradient(const MaxPool2dGradient& a) {
   const PoolShape& s = a.shape;
+  const int64_t row_bytes = s.channels * static_cast<int64_t>(sizeof(T));
+  const bool stream = streams_rows(a.grad_x, s.batch * s.height * s.width * row_bytes, row_bytes);
+  // Of every column, how many outputs' windows hold it, and of each of these (tap, output): the
+  // same for all rows, and found by divisions.
+  const int64_t entry = 1 + 2 * s.kernel_w;
+  int64_t* columns = static_cast<int64_t*>(scratch(kSharedRows, s.width * entry * sizeof(int64_t)));
+  for (int64_t iw = 0; iw < s.width; ++iw) {
+    int64_t* end = columns + iw * entry + 1;
+    for_each_window(iw, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w, s.out_width,
+                    [&](int64_t kw, int64_t ow) {
+                      *end++ = kw;
+                      *end++ = ow;
+                    });
+    columns[iw * entry] = (end - columns - iw * entry) / 2;
+  }
   for_each_row(s, s.height, s.width, [&](int64_t n, int64_t ih) {
-    const int64_t first = n * s.out_height * s.out_width * s.channels;
+    int64_t rows[2 * kMostTaps], *rows_end = rows;
+    for_each_window(ih, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h, s.out_height,
+                    [&](int64_t kh, int64_t oh) {
+                      *rows_end++ = kh * s.kernel_w;
+                      *rows_end++ = (n * s.out_height + oh) * s.out_width;
+                    });
     for (int64_t iw = 0; iw < s.width; ++iw) {
       // What every block of channels gathers.
       int64_t offsets[kMostTaps];
-      int32_t taps[kMostTaps];
+      uint32_t taps[kMostTaps];
       int count = 0;
-      for_each_window(ih, s.kernel_h, s.stride_h, s.pad_h, s.dilation_h, s.out_height,
-                      [&](int64_t kh, int64_t oh) {
-                        for_each_window(
-                            iw, s.kernel_w, s.stride_w, s.pad_w, s.dilation_w, s.out_width,
-                            [&](int64_t kw, int64_t ow) {
-                              offsets[count] = first + (oh * s.out_width + ow) * s.channels;
-                              taps[count++] = static_cast<int32_t>(kh * s.kernel_w + kw);
-                            });
-                      });
+      const int64_t *column = columns + iw * entry + 1, *column_end = column + 2 * column[-1];
+      for (const int64_t* row = rows; row < rows_end; row += 2) {
+        for (const int64_t* c = column; c < column_end; c += 2) {
+          offsets[count] = (row[1] + c[1]) * s.channels;
+          taps[count++] = static_cast<uint32_t>(row[0] + c[0]);
+        }
+      }
       T* grad_x = static_cast<T*>(a.grad_x) + ((n * s.height + ih) * s.width + iw) * s.channels;
-      for (int64_t c = 0; c < s.channels; c += kBlock) {
-        const int64_t size = min64(kBlock, s.channels - c);
-        float sum[kBlock] = {};
+      for_each_lanes<4, T>(s.channels, [&](auto lanes, int64_t c) {
+        using V = typename decltype(lanes)::V;
+        V sum[lanes.kVectors] = {};
         for (int k = 0; k < count; ++k) {
-          const T* grad_y = static_cast<const T*>(a.grad_y) + offsets[k] + c;
-          const uint8_t* tap = a.tap + offsets[k] + c;
-          for (int64_t j = 0; j < size; ++j) {
-            sum[j] += tap[j] == taps[k] ? load(grad_y[j]) : 0.0f;
+          int64_t at = offsets[k] + c;
+#pragma GCC unroll 4
+          for (int i = 0; i < lanes.kVectors; ++i, at += lanes_of<V>()) {
+            Taps<V> tap;
+            tap.load(a.tap + at);
+            const V grad = load_lanes<V>(static_cast<const T*>(a.grad_y) + at);
+            sum[i] = sum[i] + where_tap(tap, taps[k], grad);
           }
         }
-        for (int64_t j = 0; j < size; ++j) store(grad_x[c + j], sum[j]);
-      }
+        for (int i = 0; i < lanes.kVectors; ++i, c += lanes_of<V>()) {
+          write_lanes(stream, grad_x + c, sum[i]);
+        }
+      });
     }
+    if (stream) stream_fence();
   });
 }
 

@@ -33,6 +33,8 @@ extern const Kernels kernels = {
     norm_strip,
     norm_strip_sums,
     norm_strip_gradient,
+    linear_maps,
+    linear_maps_gradient,
     max_pool2d,
     max_pool2d_gradient,
     winograd_input,

@@ -9,6 +9,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "stream.h"
 #include "vectors.h"
 
 namespace fdda {
@@ -37,18 +38,18 @@ const T* zero_row(int64_t length) {
 template <class T>
 void row_differences(const T* x, const T* above, int64_t length, int64_t channels, T* row,
                      T* mixed) {
-  const auto difference = [=](auto lanes, int64_t k) {
-    using V = typename decltype(lanes)::V;
+  const auto difference = [=](auto v, int64_t k) {
+    using V = decltype(v);
     return load_lanes<V>(x + k) - load_lanes<V>(above + k);
   };
-  for_each_lanes<1>(channels, [&](auto lanes, int64_t c) {
-    const auto d = difference(lanes, c);
+  for_each_vector<T>(channels, [&](auto v, int64_t c) {
+    const auto d = difference(v, c);
     store_lanes(row + c, d);
     store_lanes(mixed + c, d);
-    store_lanes(mixed + length + c, -difference(lanes, length - channels + c));
+    store_lanes(mixed + length + c, decltype(v){} - difference(v, length - channels + c));
   });
-  for_each_lanes<1>(length - channels, [&](auto lanes, int64_t k) {
-    const auto last = difference(lanes, k), d = difference(lanes, k + channels);
+  for_each_vector<T>(length - channels, [&](auto v, int64_t k) {
+    const auto last = difference(v, k), d = difference(v, k + channels);
     prefetch(x + k + channels);
     store_lanes(row + k + channels, d);
     store_lanes(mixed + k + channels, d - last);
@@ -57,13 +58,13 @@ void row_differences(const T* x, const T* above, int64_t length, int64_t channel
 
 template <class T>
 void column_differences(const T* x, int64_t length, int64_t channels, T* column) {
-  for_each_lanes<1>(channels, [&](auto lanes, int64_t c) {
-    using V = typename decltype(lanes)::V;
-    store_lanes(column + c, load_lanes<V>(x + c));
-    store_lanes(column + length + c, -load_lanes<V>(x + length - channels + c));
+  for_each_vector<T>(channels, [&](auto v, int64_t c) {
+    using V = decltype(v);
+    copy_lanes<V>(column + c, x + c);
+    store_lanes(column + length + c, V{} - load_lanes<V>(x + length - channels + c));
   });
-  for_each_lanes<1>(length - channels, [&](auto lanes, int64_t k) {
-    using V = typename decltype(lanes)::V;
+  for_each_vector<T>(length - channels, [&](auto v, int64_t k) {
+    using V = decltype(v);
     store_lanes(column + k + channels, load_lanes<V>(x + k + channels) - load_lanes<V>(x + k));
   });
 }
@@ -101,7 +102,9 @@ template <class T>
 void run_sum(const UpsampleSum& a) {
   const Strip& s = a.strip;
   const int64_t channels = a.channels, width = s.width, rows = s.rows();
-  const int64_t out_length = 2 * width * channels;
+  const int64_t out_length = 2 * width * channels, size = sizeof(T);
+  const bool stream =
+      streams_rows(a.y, s.batch * s.height * 2 * out_length * size, channels * size);
   parallel_for(
       s.images * rows, max64(1, kGrain / (2 * out_length)), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
@@ -116,21 +119,23 @@ void run_sum(const UpsampleSum& a) {
             T* y_row = static_cast<T*>(a.y) +
                        (((s.image + n) * s.height + s.row + i) * 2 + p) * out_length;
             for (int64_t j = 0; j < width; ++j) {
-              const T* __restrict x = x_row + j * channels;
-              const T* __restrict row = row_row + j * 2 * channels;
+              const T* x = x_row + j * channels;
+              const T* row = row_row + j * 2 * channels;
               for (int64_t q = 0; q < 2; ++q) {
-                const T* __restrict column = column_row + ((j + q) * 2 + q) * channels;
-                const T* __restrict mixed = mixed_row + ((j + q) * 4 + q) * channels;
-                T* __restrict y = y_row + (2 * j + q) * channels;
-#pragma GCC ivdep
-                for (int64_t c = 0; c < channels; ++c) {
-                  store(y[c], (load(x[c]) + load(row[c])) + (load(column[c]) + load(mixed[c])) +
-                                  a.bias[c]);
-                }
+                const T* column = column_row + ((j + q) * 2 + q) * channels;
+                const T* mixed = mixed_row + ((j + q) * 4 + q) * channels;
+                T* y = y_row + (2 * j + q) * channels;
+                for_each_vector<T>(channels, [&](auto v, int64_t c) {
+                  using V = decltype(v);
+                  const V near = load_lanes<V>(x + c) + load_lanes<V>(row + c);
+                  const V far = load_lanes<V>(column + c) + load_lanes<V>(mixed + c);
+                  write_lanes(stream, y + c, near + far + load_lanes<V>(a.bias + c));
+                });
               }
             }
           }
         }
+        if (stream) stream_fence();
       });
 }
 
@@ -142,16 +147,13 @@ void reduce_row(const T* grad, int64_t width, int64_t channels, T* row, T* mixed
     const T *even = grad + 2 * j * channels, *odd = even + channels;
     T *sum = row + j * 2 * channels, *mixed0 = mixed + j * 4 * channels;
     T* mixed1 = mixed0 + 5 * channels;
-    for_each_lanes<2>(channels, [&](auto lanes, int64_t c) {
-      using V = typename decltype(lanes)::V;
-#pragma GCC unroll 2
-      for (int k = 0; k < lanes.kVectors; ++k, c += lanes_of<V>()) {
-        prefetch(even + c);
-        prefetch(odd + c);
-        store_lanes(sum + c, load_lanes<V>(even + c) + load_lanes<V>(odd + c));
-        copy_lanes<V>(mixed0 + c, even + c);
-        copy_lanes<V>(mixed1 + c, odd + c);
-      }
+    for_each_vector<T>(channels, [&](auto v, int64_t c) {
+      using V = decltype(v);
+      prefetch(even + c);
+      prefetch(odd + c);
+      store_lanes(sum + c, load_lanes<V>(even + c) + load_lanes<V>(odd + c));
+      copy_lanes<V>(mixed0 + c, even + c);
+      copy_lanes<V>(mixed1 + c, odd + c);
     });
   }
   memset(mixed + channels, 0, channels * sizeof(T));
@@ -167,17 +169,14 @@ void reduce_rows(const T* grad, int64_t width, int64_t channels, T* x, T* column
     const T *even = grad + 2 * j * channels, *odd = even + channels;
     T *total = x + j * channels, *column0 = column + j * 2 * channels;
     T* column1 = column0 + 3 * channels;
-    for_each_lanes<2>(channels, [&](auto lanes, int64_t c) {
-      using V = typename decltype(lanes)::V;
-#pragma GCC unroll 2
-      for (int k = 0; k < lanes.kVectors; ++k, c += lanes_of<V>()) {
-        const V evens = load_lanes<V>(even + c) + load_lanes<V>(even + length + c);
-        const V odds = load_lanes<V>(odd + c) + load_lanes<V>(odd + length + c);
-        store_lanes(column0 + c, evens);
-        store_lanes(column1 + c, odds);
-        store_lanes(total + c, evens + odds);
-        store_lanes(sum + c, load_lanes<V>(sum + c) + (evens + odds));
-      }
+    for_each_vector<T>(channels, [&](auto v, int64_t c) {
+      using V = decltype(v);
+      const V evens = load_lanes<V>(even + c) + load_lanes<V>(even + length + c);
+      const V odds = load_lanes<V>(odd + c) + load_lanes<V>(odd + length + c);
+      store_lanes(column0 + c, evens);
+      store_lanes(column1 + c, odds);
+      store_lanes(total + c, evens + odds);
+      store_lanes(sum + c, load_lanes<V>(sum + c) + (evens + odds));
     });
   }
   memset(column + channels, 0, channels * sizeof(T));
@@ -214,25 +213,28 @@ template <class T>
 void run_adjoint(const UpsampleAdjoint& a) {
   const Strip& s = a.strip;
   const int64_t channels = a.channels, rows = s.rows();
-  const int64_t length = s.width * channels, wide = length + channels;
+  const int64_t length = s.width * channels, wide = length + channels, size = sizeof(T);
+  const bool stream = streams_rows(a.grad_x, s.batch * s.height * length * size, length * size);
   parallel_for(s.images * rows, max64(1, kGrain / length), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t / rows, i = t % rows, d = n * (rows + 1) + i;
-      const T* __restrict x = static_cast<const T*>(a.x) + t * length;
-      const T* __restrict row = static_cast<const T*>(a.row) + d * length;
-      const T* __restrict column = static_cast<const T*>(a.column) + t * wide;
-      const T* __restrict mixed = static_cast<const T*>(a.mixed) + d * wide;
-      const T* __restrict below = mixed + wide;
-      T* __restrict out =
-          static_cast<T*>(a.grad_x) + ((s.image + n) * s.height + s.row + i) * length;
-      for (int64_t k = 0; k < length; ++k) {
-        const float rows_part = load(row[k]) - load(row[k + length]);
-        const float columns_part = load(column[k]) - load(column[k + channels]);
-        const float mixed_part = (load(mixed[k]) - load(below[k])) -
-                                 (load(mixed[k + channels]) - load(below[k + channels]));
-        store(out[k], (load(x[k]) + mixed_part) + (rows_part + columns_part));
-      }
+      const T* x = static_cast<const T*>(a.x) + t * length;
+      const T* row = static_cast<const T*>(a.row) + d * length;
+      const T* column = static_cast<const T*>(a.column) + t * wide;
+      const T* mixed = static_cast<const T*>(a.mixed) + d * wide;
+      T* out = static_cast<T*>(a.grad_x) + ((s.image + n) * s.height + s.row + i) * length;
+      for_each_vector<T>(length, [&](auto v, int64_t k) {
+        using V = decltype(v);
+        const auto below = [&](const T* m, int64_t step) {
+          return load_lanes<V>(m + k) - load_lanes<V>(m + k + step);
+        };
+        const V mixed_part = below(mixed, wide) - below(mixed + channels, wide);
+        const V rows_part = below(row, length), columns_part = below(column, channels);
+        const V sum = (load_lanes<V>(x + k) + mixed_part) + (rows_part + columns_part);
+        write_lanes(stream, out + k, sum);
+      });
     }
+    if (stream) stream_fence();
   });
 }
 

@@ -180,6 +180,16 @@ inline void for_each_lanes(int64_t size, Body body) {
   for (; i < size; ++i) body(Lanes<float, 1>(), i);
 }
 
+// body(V{}, i) for all of `size` numbers of type T: those that V has from i on.
+template <class T, class Body>
+inline void for_each_vector(int64_t size, Body body) {
+  for_each_lanes<2, T>(size, [&](auto lanes, int64_t i) {
+    using V = typename decltype(lanes)::V;
+#pragma GCC unroll 2
+    for (int k = 0; k < lanes.kVectors; ++k, i += lanes_of<V>()) body(V{}, i);
+  });
+}
+
 }  // namespace
 }  // namespace FDDA_ISA
 }  // namespace fdda

@@ -11,6 +11,7 @@ Strip strip_of(const Tensor& full, const char* argument, int64_t scale, int64_t 
   STD_TORCH_CHECK(full.dim() == 4 && full.is_contiguous(), argument,
                   ": expected a dense [N, H, W, C]");
   const Strip s{float_dtype(full, argument),
+                full.size(0),
                 full.size(1) / scale,
                 full.size(2) / scale,
                 image,

@@ -19,6 +19,7 @@ from fdda_fast.ops.fake_quantize import (
     observe_range,
 )
 from fdda_fast.ops.fixed_bn import fixed_bn_lrelu, fixed_bn_lrelu_conv3x3
+from fdda_fast.ops.linear_maps import linear_to_maps
 from fdda_fast.ops.max_pool import max_pool2d
 from fdda_fast.ops.packed import (
     max_pool2d_codes,
@@ -49,6 +50,7 @@ __all__ = [
     "fake_quantize_range",
     "fixed_bn_lrelu",
     "fixed_bn_lrelu_conv3x3",
+    "linear_to_maps",
     "max_pool2d",
     "max_pool2d_codes",
     "observe_range",

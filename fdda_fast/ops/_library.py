@@ -88,6 +88,7 @@ def _register_compositions() -> None:
     """CPU implementations made of compiled passes, and of the library's matrix products."""
     from fdda_fast.ops import (
         _few_outputs,
+        _linear_maps,
         _max_pool,
         _norm_few_outputs,
         _winograd,
@@ -98,6 +99,7 @@ def _register_compositions() -> None:
         (_winograd_upsample, "upsample_conv3x3"),
         (_few_outputs, "conv3x3_few_outputs"),
         (_norm_few_outputs, "conditional_bn_lrelu_conv3x3"),
+        (_linear_maps, "linear_to_maps"),
         (_max_pool, "max_pool2d"),
     ):
         for operator in (name, f"{name}_backward"):

@@ -36,6 +36,7 @@ from fdda_fast.ops.reference.fake_quantize import (
     fake_quantize_range_backward,
     observe_range,
 )
+from fdda_fast.ops.reference.linear_maps import linear_to_maps, linear_to_maps_backward
 from fdda_fast.ops.reference.max_pool import max_pool2d, max_pool2d_backward
 from fdda_fast.ops.reference.packed import (
     BLOCK_DEPTH,
@@ -74,6 +75,8 @@ __all__ = [
     "fake_quantize_range",
     "fake_quantize_range_backward",
     "file_weight",
+    "linear_to_maps",
+    "linear_to_maps_backward",
     "max_pool2d",
     "max_pool2d_backward",
     "max_pool2d_codes",
