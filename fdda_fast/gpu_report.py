@@ -19,18 +19,22 @@ from rich.table import Table
 
 from .ops._library import cuda_library
 
-# Of SASS: tensor cores on integers and on halves, copies from global to shared memory past the
-# registers, accesses of 128 bits. Hopper's wgmma and Blackwell's tcgen05 have names of their own.
+# Of SASS: tensor cores on integers (of those, on 4 bits) and on halves, copies from global to shared
+# memory past the registers, loads of matrices, accesses of 128 bits. Hopper's wgmma and Blackwell's tcgen05 have names of their own.
 INSTRUCTIONS = {
     "IMMA": r"\b(?:IMMA|IGMMA|UTCIMMA)\b",
+    "on s4": r"\bIMMA\.16864\b",
     "HMMA": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
     "LDGSTS": r"\bLDGSTS\b",
+    "LDSM": r"\bLDSM\b",
     "128 bits": r"\b(?:LDG|LDS|STG|STS|LDGSTS)\.\S*128\b",
 }
 _AMD_INSTRUCTIONS = {
     "IMMA": r"\bv_mfma_i32",
+    "on s4": r"(?!)",  # none
     "HMMA": r"\bv_mfma_f32",
     "LDGSTS": r"\b(?:global_load|buffer_load)\S*_lds\b|\bbuffer_load.* lds$",
+    "LDSM": r"(?!)",
     "128 bits": r"\b(?:global|buffer)_(?:load|store)_dwordx4|\bds_(?:read|write)_b128",
 }
 

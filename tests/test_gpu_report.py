@@ -102,13 +102,20 @@ def test_cuda_kernels():
             assert kernel.shared == 0
         if kernel.mix["IMMA"]:
             assert kernel.mix["LDGSTS"] > 0
+            assert kernel.mix["LDSM"] > 0
             assert kernel.shared > 0
         if "_gemm<128x128" in kernel.name:
             assert kernel.threads == 256
             assert kernel.blocks >= 2
     large = [k for k in kernels if "_gemm<128x128" in k.name and k.mix["IMMA"]]
-    assert large
-    assert all(kernel.mix["128 bits"] for kernel in large)
+    for kernel in large:
+        assert kernel.mix["128 bits"] > 0
+        # 64 x 32 outputs x 64 k of a warp in products of 16 x 8 x 32, or 64.
+        assert (kernel.mix["IMMA"], kernel.mix["on s4"]) in ((32, 0), (16, 16))
+    # Tensor cores have products of 4 bits up to sm_89.
+    on_4_bits = {kernel.architecture for kernel in large if kernel.mix["on s4"]}
+    assert on_4_bits == {"sm_80", "sm_86", "sm_89"}
+    assert {kernel.architecture for kernel in large} == {kernel.architecture for kernel in kernels}
 
 
 def test_triton_kernels(monkeypatch):
