@@ -44,6 +44,10 @@ PyObject* conv_kernel(PyObject*, PyObject*) {
 
 PyObject* peak(PyObject*, PyObject*) { return PyFloat_FromDouble(fdda::peak_macs_per_second()); }
 
+PyObject* prefers_own_products(PyObject*, PyObject*) {
+  return PyBool_FromLong(fdda::prefers_own_products());
+}
+
 constexpr char kProgram[] = "fdda_fast.Program";
 
 bool integers(PyObject* sequence, std::vector<int64_t>* out) {
@@ -118,6 +122,8 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "(name, has kernels of its own, supported here), lowest first."},
     {"peak", peak, METH_NOARGS,
      "8-bit multiply-accumulates per second of one thread on registers; 0: not known."},
+    {"prefers_own_products", prefers_own_products, METH_NOARGS,
+     "Whether this library's float32 products are faster than the framework's here."},
     {"program", program, METH_O, "Decodes a sequence of integers, see program.h."},
     {"run_program", run_program, METH_VARARGS,
      "(program, addresses of its inputs, timed) -> (kernel, seconds) of every step if timed."},

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from .ops._library import cuda_library
 
-# Of SASS: tensor cores on integers (of those, on 4 bits) and on halves, copies from global to shared
-# memory past the registers, loads of matrices, accesses of 128 bits. Hopper's wgmma and Blackwell's tcgen05 have names of their own.
+# Of SASS: tensor cores on integers (of those, on 4 bits) and on halves, copies from global to
+# shared memory past the registers, loads of matrices, accesses of 128 bits. Hopper's wgmma and
+# Blackwell's tcgen05 have names of their own.
 INSTRUCTIONS = {
     "IMMA": r"\b(?:IMMA|IGMMA|UTCIMMA)\b",
     "on s4": r"\bIMMA\.16864\b",

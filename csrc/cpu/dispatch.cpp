@@ -58,6 +58,8 @@ const Isa kIsas[kNumIsas] = {
 };
 #endif
 
+constexpr int kFirstAvx512 = 3;  // of kIsas
+
 std::atomic<const Isa*> active{nullptr};
 
 const Isa* current() {
@@ -72,6 +74,15 @@ const Isa* isas() { return kIsas; }
 const Kernels& active_kernels() { return *current()->kernels; }
 
 const char* active_isa() { return current()->name; }
+
+bool prefers_own_products() {
+#if defined(__x86_64__)
+  // MKL, the framework's library, uses AVX-512 on Intel's processors only.
+  return current() >= &kIsas[kFirstAvx512] && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 const char* select_isa(const char* name) {
   for (int i = kNumIsas - 1; i >= 0; --i) {

@@ -37,6 +37,7 @@ void add_parts(const AddParts&);
 void norm_strip(const NormStrip&);
 void norm_strip_sums(const NormStripSums&);
 void norm_strip_gradient(const NormStripGradient&);
+void products(const Products&);
 void linear_maps(const LinearMaps&);
 void linear_maps_gradient(const LinearMapsGradient&);
 void max_pool2d(const MaxPool2d&);

@@ -131,6 +131,18 @@ struct BnReluFakeQuantizeBackward {
   float *grad_x_min, *grad_x_max;  // with range
 };
 
+// out[i] = a[i] b[i], or added to it, of [count, rows, depth] and [count, depth, columns] with the
+// given strides; out is dense.
+struct Products {
+  int64_t count, rows, depth, columns;
+  const float* a;
+  int64_t a_position, a_row, a_depth;
+  const float* b;
+  int64_t b_position, b_depth, b_column;
+  float* out;
+  bool add;
+};
+
 // y[n, p, c] = sum over k of z[n, k] * weight[c * pixels + p, k] + bias[c * pixels + p].
 struct LinearMaps {
   Dtype dtype;  // of y
@@ -345,6 +357,7 @@ struct Kernels {
   void (*norm_strip)(const NormStrip&);
   void (*norm_strip_sums)(const NormStripSums&);
   void (*norm_strip_gradient)(const NormStripGradient&);
+  void (*products)(const Products&);
   void (*linear_maps)(const LinearMaps&);
   void (*linear_maps_gradient)(const LinearMapsGradient&);
   void (*max_pool2d)(const MaxPool2d&);
@@ -401,6 +414,8 @@ const Kernels& active_kernels();
 const char* active_isa();
 // Selects `name`, or the best supported rung for null. Returns null, or what is wrong.
 const char* select_isa(const char* name);
+// Whether `products` in this rung is to be preferred to the framework's.
+bool prefers_own_products();
 // Measured on the calling thread, see peak.cpp; 0 for the generic rung.
 double peak_macs_per_second();
 // Name of the kernel that this thread's last packed_conv2d ran.

@@ -33,6 +33,7 @@ extern const Kernels kernels = {
     norm_strip,
     norm_strip_sums,
     norm_strip_gradient,
+    products,
     linear_maps,
     linear_maps_gradient,
     max_pool2d,

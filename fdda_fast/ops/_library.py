@@ -172,6 +172,11 @@ def peak_macs_per_second() -> float:
     return _extension.peak() * torch.get_num_threads() if _extension else 0.0
 
 
+def prefers_own_products() -> bool:
+    """Whether the compiled float32 products are faster than the framework's on this processor."""
+    return _extension is not None and _extension.prefers_own_products()
+
+
 def active_isa() -> str | None:
     """The instruction set in use; None: the compiled CPU operators are not loaded."""
     return _extension.isa() if _extension else None

@@ -2,8 +2,8 @@
 
 Tiles of 6 x 6 pixels and the filters are transformed to 36 positions, at each of which one matrix
 product over the channels makes the transform of 4 x 4 outputs. The gradient of x is the convolution
-with the filters rotated; that of the weights is the exact adjoint. The products run in the
-library's GEMM, a group of tiles at a time, so that what is transformed stays in cache;
+with the filters rotated; that of the weights is the exact adjoint. The products run in a
+GEMM (_products.py), a group of tiles at a time, so that what is transformed stays in cache;
 csrc/cpu/winograd.cpp transforms.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
+from fdda_fast.ops._products import add_products, multiply
 
 # Tiles a matrix product takes at most. Measured: 256 to 512 differ little. The weights' gradient
 # sums that many; libraries were seen to split longer sums by the number of threads.
@@ -39,7 +40,7 @@ def conv3x3_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
         grads = grads.view(*values.shape[:2], outputs)
         torch.ops.fdda._winograd_input(x, values, first)
         torch.ops.fdda._winograd_gradient(grad_y, grads, first)
-        total.baddbmm_(grads.transpose(1, 2), values)
+        add_products(grads.transpose(1, 2), values, total)
     grad_weight = x.new_empty(outputs, 3, 3, inputs)
     torch.ops.fdda._winograd_weight_gradient(total, grad_weight)
     return grad_weight.permute(0, 3, 1, 2)
@@ -52,7 +53,7 @@ def _convolution(x: Tensor, weights: Tensor) -> Tensor:
     for first, values, products in tile_groups(x, y, TILES, 36):
         products = products.view(*values.shape[:2], y.shape[3])
         torch.ops.fdda._winograd_input(x, values, first)
-        torch.bmm(values, weights, out=products)
+        multiply(values, weights, products)
         torch.ops.fdda._winograd_output(products, y, first)
     return y.permute(0, 3, 1, 2)
 

@@ -3,7 +3,7 @@
 These make 8 x 8 outputs; _nine_products.py has 144. A tile of 6 x 6 pixels is transformed to 36
 positions. The filters that make the even outputs and those that make the odd ones coincide at some
 of them, so that 9 positions meet one product, 18 two and 9 four. All gradients are the exact
-adjoints. The products run in the library's GEMM, a group of tiles at a time, so that what is
+adjoints. The products run in a GEMM (_products.py), a group of tiles at a time, so that what is
 transformed stays in cache; csrc/cpu/winograd_upsample.cpp transforms.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fdda_fast.ops import _nine_products
 from fdda_fast.ops._layout import nhwc
+from fdda_fast.ops._products import add_products, multiply
 from fdda_fast.ops._winograd import tile_groups, winograd_pays
 
 TILES = 160  # a matrix product takes at most; measured: 96 to 192 differ little, 256 is slower
@@ -33,7 +34,7 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         torch.ops.fdda._winograd_upsample_input(x, values, first)
         terms = _products(products, values.shape[1])
         for value, w, term in zip(_positions(values), weights, terms, strict=True):
-            torch.bmm(value, w, out=term)
+            multiply(value, w, term)
         terms[0][_CENTER] += bias
         torch.ops.fdda._winograd_upsample_output(products, y, first)
     return y.permute(0, 3, 1, 2)
@@ -60,8 +61,8 @@ def upsample_conv3x3_backward(
         for grad, value, w, sums in zip(
             grads, _positions(values), weights, _products(total, inputs), strict=True
         ):
-            sums.baddbmm_(value.transpose(1, 2), grad)
-            torch.bmm(grad, w, out=value)
+            add_products(value.transpose(1, 2), grad, sums)
+            multiply(grad, w, value)
         torch.ops.fdda._winograd_upsample_input_gradient(values, grad_x, first)
     torch.ops.fdda._winograd_upsample_weight_gradient(total, grad_weight)
     grad_weight = grad_weight.permute(3, 0, 1, 2).contiguous()
