@@ -61,6 +61,13 @@ class Ranks:
                 own = Ranks(members.index(self.rank), len(members), group)
         return own, [self.rank % tasks]
 
+    def some(self, count: int) -> Ranks | None:
+        """The first `count` of all processes, where there are more; None to the others."""
+        if count >= self.size:
+            return self
+        group = dist.new_group(list(range(count)))  # by all ranks, also those outside
+        return Ranks(self.rank, count, group) if self.rank < count else None
+
     def share(self, count: int) -> slice:
         """This rank's of `count` rows."""
         return _share(count, self.rank, self.size)
