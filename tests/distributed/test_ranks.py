@@ -113,3 +113,17 @@ def test_collectives(results, size):
         assert found["some"].tolist() == expected
         assert found["tasks"].tolist() == list(range(rank, 7, size))
         assert found["any"].tolist() == [size > 1, False]
+
+
+def test_started_again_on_one_store():
+    """By other numbers of ranks, on machines that differ in what they count as restarts."""
+    server = str(Path(__file__).with_name("elastic_server.py"))
+    starts = [[0, 0], [0, 0], [0, 0, 0], [1, 0], [0], [0, 0, 1, 2]]
+    command = [sys.executable, server, *(",".join(map(str, counts)) for counts in starts)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = iter(result.stdout.splitlines())
+    for counts in starts:
+        size = len(counts)
+        told = sorted(next(lines) for _ in counts)
+        assert told == [f"{rank} {size} {size * (size + 1) // 2}" for rank in range(size)]
