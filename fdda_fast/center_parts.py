@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -74,32 +75,22 @@ class CenterParts:
         folder = path.parent / ".parts"
         folder.mkdir(parents=True, exist_ok=True)
 
-        def file_of(part: int) -> Path:
-            return folder / f"{part:06d}.safetensors"
+        files = [folder / f"{part:06d}.safetensors" for part in range(len(self._parts))]
+        done, total = 0, len(self._calibration.indices)
 
         def leave_if_asked() -> None:
             if interrupted.is_set():
                 raise KeyboardInterrupt
 
-        def work(part: int) -> None:
-            remove_temporaries(file_of(part))
-            classes, labels = self._calibration.labels[self._parts[part]].unique(
-                return_inverse=True
-            )
-            sums = ClassSums(self._teacher, len(classes), self._shape)
-            seen = 0
-            for rows, own in zip(
-                self._parts[part].split(_BATCH), labels.split(_BATCH), strict=True
-            ):
-                if progress is not None and seen:
-                    progress(done + seen, total, {})
-                leave_if_asked()
-                indices = [self._calibration.indices[row] for row in rows.tolist()]
-                sums.observe(self._teacher, self._calibration.source.images(indices), own)
-                seen += len(rows)
-            _save(file_of(part), classes, sums)
+        def between_batches(seen: int) -> None:
+            leave_if_asked()
+            if progress is not None:
+                progress(done + seen, total, {})
 
-        done, total = 0, len(self._calibration.indices)
+        def work(part: int) -> None:
+            remove_temporaries(files[part])
+            _save(files[part], *self._observe(self._parts[part], between_batches))
+
         with (
             Claims(path.parent / ".claims") as claims,
             deferred_interrupt() as interrupted,
@@ -108,7 +99,7 @@ class CenterParts:
             # In this order: parts go once the result is there.
             for part in claims.work_through(
                 len(self._parts),
-                lambda part: file_of(part).is_file() or path.is_file(),
+                lambda part: files[part].is_file() or path.is_file(),
                 work,
                 pause=leave_if_asked,
             ):
@@ -118,12 +109,29 @@ class CenterParts:
             with claims.held(Claims.WHOLE):
                 if not path.is_file():
                     remove_temporaries(path)
-                    sums = ClassSums(self._teacher, self._num_classes, self._shape)
-                    for part in range(len(self._parts)):
-                        sums.add(*_load(file_of(part), len(sums.moments)))
-                    sums.centers().save(path)
+                    self._merge(files).save(path)
                 shutil.rmtree(folder, ignore_errors=True)
         return BNSCenters.load(path)
+
+    def _observe(
+        self, rows: torch.Tensor, between_batches: Callable[[int], None]
+    ) -> tuple[torch.Tensor, ClassSums]:
+        """Classes of a part's images, and what they come to."""
+        classes, labels = self._calibration.labels[rows].unique(return_inverse=True)
+        sums = ClassSums(self._teacher, len(classes), self._shape)
+        for start in range(0, len(rows), _BATCH):
+            if start:
+                between_batches(start)
+            batch = slice(start, start + _BATCH)
+            indices = [self._calibration.indices[row] for row in rows[batch].tolist()]
+            sums.observe(self._teacher, self._calibration.source.images(indices), labels[batch])
+        return classes, sums
+
+    def _merge(self, files: Sequence[Path]) -> BNSCenters:
+        sums = ClassSums(self._teacher, self._num_classes, self._shape)
+        for file in files:
+            sums.add(*_load(file, len(sums.moments)))
+        return sums.centers()
 
 
 def _save(path: Path, classes: torch.Tensor, sums: ClassSums) -> None:
