@@ -89,8 +89,11 @@ def test_prediction_is_the_larger_of_products_and_memory():
     assert layer.seconds(sheet, 2, 4) == (2 * 2 * layer.macs / 4e12, "c")
     slow = sheet._replace(bandwidth=1e9)
     assert layer.seconds(slow, 2, 4) == (layer.bytes(2, 4) / 1e9, "m")
-    table = gpu_report.roofline(sheet)
-    assert table.row_count == len(gpu_report.resnet18()) + 1
+    table = gpu_report.roofline(slow)
+    assert table.row_count == len(gpu_report.resnet18()) + 2
+    all_8, all_4 = (list(table.columns[c].cells)[-2:] for c in (2, 3))
+    assert all_8[0] == all_8[1]
+    assert float(all_4[0]) < float(all_4[1])
     assert len(table.columns) == 2 + 2 * len(gpu_report.BATCHES)
 
 

@@ -79,8 +79,9 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t
   const bool depthwise = cuda::is_depthwise(p), takes = cuda::reordered_takes(p);
   if (x_bits) {
     check_dtype(weight_in, ScalarType::Byte, "weight");
-    STD_TORCH_CHECK(groups == 1 || (depthwise && !x_packed && !out_packed),
-                    "groups: expected 1, or of codes in bytes one a channel, got ", groups);
+    STD_TORCH_CHECK(groups == 1 || depthwise, "groups: expected 1 or one a channel, got ", groups);
+    STD_TORCH_CHECK(groups == 1 || !(x_packed || out_packed),
+                    "groups: expected 1 with packed codes, got ", groups);
     STD_TORCH_CHECK(bits <= 4 || !x_packed, "bits: expected at most 4 with packed x, got ", bits);
     check_numel(weight_in, cuda::reordered_bytes(p.bits, out_channels, depth, depthwise), "weight");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight_in.const_data_ptr<uint8_t>()) % 16 == 0,

@@ -22,9 +22,9 @@ _CHANNELS = ops.reference.PACKED_CHANNELS
 def packed_values(graph: Graph) -> set[int]:
     """Indices of the values that are stored as `PackedCodes`.
 
-    All that can be: no layer's predicted time grows by it (`gpu_report`), those that memory bounds
-    become up to 1.8 times as fast. They are made by a convolution of one group or by `Requantize`
-    and read by such convolutions with weights of up to 4 bits only, not as a residual.
+    All that can be, as no layer moves more bytes by it (`gpu_report.Layer`). They are made by a
+    convolution of one group or by `Requantize`, and read by such convolutions with weights of up to
+    4 bits only, not as a residual.
     """
     types = graph.types()
     readers: dict[int, list[tuple[Op, int]]] = {}

@@ -101,8 +101,10 @@ def reordered_conv2d(
     kernel_size, stride, padding, dilation, depth, out_shape = check_geometry(
         x, out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point, channels
     )
-    depthwise = groups == channels == out_channels and not (x_packed or out_packed)
-    check(groups == 1 or depthwise, "groups", "1, or of bytes one of each channel", groups)
+    if x_packed or out_packed:
+        check(groups == 1, "groups", "1 with packed codes", groups)
+    depthwise = groups == channels == out_channels
+    check(groups == 1 or depthwise, "groups", "1, or one of each channel", groups)
     unit = reference.PACKED_CHANNELS
     if x_packed:
         check(channels % unit == 0, "x", f"packed channels, a multiple of {unit}", channels)

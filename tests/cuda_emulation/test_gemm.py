@@ -136,6 +136,22 @@ def test_some_images_at_once(emulation, residual, output_range, at_once):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("residual", [None, torch.uint8])
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_some_images_of_packed_codes_at_once(emulation, residual, at_once):
+    emulation.reset(0)
+    args = list(arguments(4, (5, 6, 5, 32), 64, 3, 4))
+    if residual is not None:
+        args[13:15] = [(torch.rand(5, 6, 5, 64, generator=generator(1)) * 9).to(residual), 0.7]
+    args[15] = [0, 15]
+    expected = ops.pack_codes(torch.ops.fdda.packed_conv2d(*args))
+    args[0] = ops.pack_codes(args[0])
+    args[1] = run_reorder(emulation, args[1], 4, 64, 9 * 32)
+    kind = {"x_bits": 4, "x_packed": True, "out_packed": True}
+    actual = run_conv(emulation, "conv_gemm_of_images", args, at_once=at_once, **kind)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("batch", "out_channels", "at_once"), [(0, 1, 0), (7, 1, 7), (64, 1, 32), (2, 65535 * 64, 0)]
 )

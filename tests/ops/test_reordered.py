@@ -115,7 +115,7 @@ def test_packed_codes(bits):
     [
         ({2: 5}, {"x_packed": True}, "bits: expected 2 to 4, got 5"),
         ({9: 16}, {"x_packed": True}, "x_zero_point: expected 0 to 15, got 16"),
-        ({8: 64}, {"out_packed": True}, "groups: expected 1, or of bytes one of each channel"),
+        ({8: 64}, {"out_packed": True}, "groups: expected 1 with packed codes, got 64"),
         ({15: (0, 16)}, {"out_packed": True}, r"output_range: expected up to 15, got \(0, 16\)"),
         ({15: None}, {"out_packed": True}, "output_range: expected up to 15, got None"),
         ({3: 24}, {"out_packed": True}, "out_channels: expected a multiple of 32, got 24"),
@@ -164,7 +164,7 @@ def test_opcheck():
         (0, torch.zeros(2, 5, 6, 20), TypeError, "x: expected torch.uint8, got torch.float32"),
         (1, torch.zeros(7, dtype=torch.uint8), ValueError, r"weight: expected shape \[3200\]"),
         (2, 9, ValueError, "bits: expected 2 to 8, got 9"),
-        (8, 2, ValueError, "groups: expected 1, or of bytes one of each channel, got 2"),
+        (8, 2, ValueError, "groups: expected 1, or one of each channel, got 2"),
         (9, 256, ValueError, "x_zero_point: expected 0 to 255, got 256"),
     ],
 )
