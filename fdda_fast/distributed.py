@@ -8,6 +8,8 @@ rounding.
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from .teacher import Moments
 
 # Smaller tensors travel together.
 _LARGE = 1 << 20
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,13 @@ class Ranks:
             if self.rank in members:
                 own = Ranks(members.index(self.rank), len(members), group)
         return own, [self.rank % tasks]
+
+    def some(self, count: int) -> Ranks | None:
+        """The first `count` of all processes, where there are more; None to the others."""
+        if count >= self.size:
+            return self
+        group = dist.new_group(list(range(count)))  # by all ranks, also those outside
+        return Ranks(self.rank, count, group) if self.rank < count else None
 
     def share(self, count: int) -> slice:
         """This rank's of `count` rows."""
@@ -148,15 +158,34 @@ def process_group() -> Iterator[Ranks]:
         yield Ranks.world()
         return
     store, rank, size = next(dist.rendezvous("env://"))
-    # Its entries outlive processes that torchrun starts again, whose addresses are others.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt {attempt}", store)
+    store = dist.PrefixStore(_name_of_this_start(store, rank, size), store)
     # No backend named: gloo between CPUs, NCCL between GPUs.
     dist.init_process_group(store=store, rank=rank, world_size=size)
     try:
         yield Ranks.world()
     finally:
         dist.destroy_process_group()
+
+
+def _name_of_this_start(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the first process gives and that all others agree on.
+
+    What a store holds outlives processes that torchrun starts again, whose addresses are others,
+    and machines that join do not count restarts as the others do. So a process tells what it was
+    told from what was left there by a number of its own, which the first one must have answered.
+    """
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set("start", own)
+        numbers = [store.get(f"{own} {other}").decode() for other in range(1, size)]
+        store.set(f"{own} all", " ".join(numbers))
+        return own
+    while True:
+        name = store.get("start").decode()
+        store.set(f"{name} {rank}", own)
+        if store.check([f"{name} all"]) and own in store.get(f"{name} all").decode().split():
+            return name
+        time.sleep(_POLL_SECONDS)
 
 
 def merged(count: Tensor, mean: Tensor, var: Tensor) -> Moments:

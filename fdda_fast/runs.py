@@ -326,6 +326,13 @@ def teacher_record(model: str, weights: Path | None, num_classes: int | None) ->
     return record
 
 
+def file_record(path: Path) -> dict[str, str]:
+    """Raises FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return {"file": str(path.resolve()), "sha256": digest(path)}
+
+
 def load_recorded_teacher(record: Mapping[str, Any]) -> nn.Module:
     """Raises FileNotFoundError or ValueError where model or weights are not what they were."""
     weights = record.get("weights")

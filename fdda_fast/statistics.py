@@ -157,7 +157,7 @@ def collect_centers(
     """
     check_labelled_images("images", images, labels, num_classes)
     count = torch.bincount(labels, minlength=num_classes)
-    teacher = _teacher(model, tuple(images.shape[1:]))
+    teacher = teacher_with_norms(model, tuple(images.shape[1:]))
     sums = [Moments(*torch.zeros(2, num_classes, m.mean.shape[1])) for m in teacher.running]
     logits = torch.zeros(num_classes, teacher(images[:1]).shape[1])
     for rows in _whole_classes(labels, batch_size):
@@ -196,32 +196,70 @@ def stream_centers(
     ranks, batches = ranks or Ranks.world(), iter(batches)
     first = next(batches, None)
     image_shape = _common_shape(None if first is None else first[0], ranks)
-    teacher = _teacher(model, image_shape)
-    count = torch.zeros(num_classes, dtype=torch.int64)
-    total = [
-        Moments(*torch.zeros(2, num_classes, m.mean.shape[1], dtype=torch.float64))
-        for m in teacher.running
-    ]
-    logits = torch.zeros(num_classes, teacher(torch.zeros(1, *image_shape)).shape[1])
+    teacher = teacher_with_norms(model, image_shape)
+    sums = ClassSums(teacher, num_classes, image_shape)
     for images, labels in itertools.chain([] if first is None else [first], batches):
         check_labelled_images("images", images, labels, num_classes)
-        present, groups, more = labels.unique(return_inverse=True, return_counts=True)
-        out, moments = teacher.with_moments(images, groups, len(present))
-        logits.index_add_(0, labels, out)
-        counts = torch.stack([count[present], more])
-        for sums, batch in zip(total, moments, strict=True):
-            pairs = (torch.stack([s[present], b]) for s, b in zip(sums, batch, strict=True))
-            sums.mean[present], sums.var[present] = merged(counts, *pairs)
-        count[present] += more
+        sums.observe(teacher, images, labels)
     for rows in torch.arange(num_classes).split(_GATHERED_CLASSES):
-        own = [Moments(m.mean[rows], m.var[rows]) for m in total]
-        everyone, count[rows] = merged_over_ranks(own, count[rows], ranks)
-        for sums, union in zip(total, everyone, strict=True):
-            sums.mean[rows], sums.var[rows] = union
-    ranks.sum_([logits])
-    return _centers(
-        [Moments(m.mean.float(), m.var.float()) for m in total], count, logits, image_shape
-    )
+        own = [Moments(m.mean[rows], m.var[rows]) for m in sums.moments]
+        everyone, sums.count[rows] = merged_over_ranks(own, sums.count[rows], ranks)
+        for total, union in zip(sums.moments, everyone, strict=True):
+            total.mean[rows], total.var[rows] = union
+    ranks.sum_([sums.logits])
+    return sums.centers()
+
+
+class ClassSums:
+    """What a teacher's images of each class have come to so far.
+
+    Args:
+        teacher: of images of `image_shape`.
+        num_classes: K.
+
+    Attributes:
+        count: int64 [K], images. moments: of their BN inputs, per layer float64 [K, C_l].
+        logits: their sums, float64 [K, num_logits].
+    """
+
+    def __init__(
+        self, teacher: FrozenTeacher, num_classes: int, image_shape: tuple[int, int, int]
+    ) -> None:
+        def zeros(width: int) -> torch.Tensor:
+            return torch.zeros(num_classes, width, dtype=torch.float64)
+
+        self.image_shape = image_shape
+        self.count = torch.zeros(num_classes, dtype=torch.int64)
+        widths = [layer.mean.shape[1] for layer in teacher.running]
+        self.moments = [Moments(zeros(width), zeros(width)) for width in widths]
+        self.logits = zeros(teacher(torch.zeros(1, *image_shape)).shape[1])
+
+    def observe(self, teacher: FrozenTeacher, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds images float32 [N, C, H, W] of classes int64 [N]."""
+        present, groups, count = labels.unique(return_inverse=True, return_counts=True)
+        out, moments = teacher.with_moments(images, groups, len(present))
+        logits = self.logits.new_zeros(len(present), out.shape[1])
+        self.add(present, count, moments, logits.index_add_(0, groups, out.double()))
+
+    def add(
+        self,
+        classes: torch.Tensor,
+        count: torch.Tensor,
+        moments: Sequence[Moments],
+        logits: torch.Tensor,
+    ) -> None:
+        """Adds what other images came to, of `classes` int64 [G], which differ."""
+        counts = torch.stack([self.count[classes], count])
+        for total, more in zip(self.moments, moments, strict=True):
+            pairs = (torch.stack([t[classes], m]) for t, m in zip(total, more, strict=True))
+            total.mean[classes], total.var[classes] = merged(counts, *pairs)
+        self.count[classes] += count
+        self.logits[classes] += logits
+
+    def centers(self) -> BNSCenters:
+        """The centers of the classes. `logits` then hold averages."""
+        moments = [Moments(m.mean.float(), m.var.float()) for m in self.moments]
+        return _centers(moments, self.count, self.logits, self.image_shape)
 
 
 def _common_shape(images: torch.Tensor | None, ranks: Ranks) -> tuple[int, int, int]:
@@ -235,7 +273,8 @@ def _common_shape(images: torch.Tensor | None, ranks: Ranks) -> tuple[int, int, 
     return found.pop()
 
 
-def _teacher(model: nn.Module, image_shape: tuple[int, int, int]) -> FrozenTeacher:
+def teacher_with_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> FrozenTeacher:
+    """Raises ValueError for a model without BatchNorm2d, or one that cannot be traced."""
     teacher = FrozenTeacher(model, image_shape)
     if not teacher.running:
         raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
@@ -255,7 +294,7 @@ def _centers(
         [m.mean for m in moments],
         [m.var for m in moments],
         count,
-        logits,
+        logits.float(),
         reliable,
         image_shape,
     )

@@ -47,6 +47,15 @@ class _Part(NamedTuple):
     share: float = 1.0  # of the batch
 
 
+def batch_sizes(config: SynthesisConfig, centers: BNSCenters) -> dict[str, int]:
+    """Images of a step's two batches, of which every process needs one."""
+    classes = min(config.classes_per_step, int(centers.reliable.sum()))
+    return {
+        "SynthesisConfig.batch_size": config.batch_size,
+        "images_per_class * classes per step": config.images_per_class * classes,
+    }
+
+
 class GeneratorTrainer:
     """The generator, its optimizer and the step that trains it.
 
@@ -71,9 +80,8 @@ class GeneratorTrainer:
                 "the teacher misclassifies the calibration images of every class; "
                 "check their labels and preprocessing"
             )
-        ranks.check_batch("SynthesisConfig.batch_size", config.batch_size)
-        classes = min(config.classes_per_step, int(centers.reliable.sum()))
-        ranks.check_batch("images_per_class * classes per step", config.images_per_class * classes)
+        for name, images in batch_sizes(config, centers).items():
+            ranks.check_batch(name, images)
         self.ranks = ranks
         self.teacher = FrozenTeacher(model, centers.image_shape, getattr(torch, config.dtype))
         self.centers = centers

@@ -23,6 +23,7 @@ from fdda_fast.generator import Generator
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.runs import load_quantized
 from fdda_fast.shards import ShardDataset
+from fdda_fast.statistics import BNSCenters
 
 FACTORY = """
 import torch
@@ -146,12 +147,55 @@ def test_centers(tmp_path):
     out = tmp_path / "run"
     told = succeed("centers", *OWN, "--per-class", 2, "--out", out)
     assert "3 of 3 classes" in told
-    assert {p.name for p in out.iterdir()} == {
+    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {
         "calibration.csv", "centers.safetensors", "config.toml", "environment.toml"
     }  # fmt: skip
-    assert "finished already" in succeed(
-        "centers", *OWN, "--per-class", 2, "--out", out, "--resume"
-    )
+    assert BNSCenters.load(out / "centers.safetensors").count.tolist() == [2, 2, 2]
+    assert "finished already" in succeed("centers", *OWN, "--per-class", 2, "--out", out)
+
+
+def test_centers_of_all_images(tmp_path):
+    out = tmp_path / "run"
+    assert "12 images" in succeed("centers", *OWN, "--all", "--out", out)
+    assert len((out / "calibration.csv").read_text().splitlines()) == 1 + 12
+    told = run("centers", *OWN, "--per-class", 2, "--out", out).stderr
+    assert "was started with other settings: data.per_class was not set, now 2" in told
+
+
+def test_synthesize_with_finished_centers(results, tmp_path):
+    drawn, file = tmp_path / "drawn", tmp_path / "centers" / "centers.safetensors"
+    succeed("centers", *OWN, "--out", file.parent)
+    options = ["--steps", 2, "--num-images", 64, "--shards", "--shard-size", 64, "--out"]
+    succeed("synthesize", *OWN, *options, drawn)
+    succeed("synthesize", *OWN, "--centers", file, *options, tmp_path / "given")
+    # The images are those that would be drawn.
+    for name in ("generator.safetensors", "metrics.csv", "gallery.png"):
+        assert (tmp_path / "given" / name).read_bytes() == (drawn / name).read_bytes()
+    assert shards_of(tmp_path / "given") == shards_of(drawn)
+    assert not (tmp_path / "given" / "calibration.csv").exists()
+    told = run("synthesize", *OWN, *options, tmp_path / "given").stderr
+    assert "centers was {" in told
+
+
+def test_bad_centers(results, tmp_path):
+    file = tmp_path / "centers" / "centers.safetensors"
+    succeed("centers", *DIGITS, "--out", file.parent)
+    for options, message in [
+        (["--centers", file], "classes 0..9 of (1, 8, 8) images, 9 BN layers of 336 channels, the"),
+        (["--centers", "nothing"], "no such file"),
+        (["--centers", "tiny.safetensors"], "not a file of BNS centers"),
+        (["--centers", file, "--per-class", 2], "--centers takes no --per-class, got 2"),
+    ]:
+        for command in ("synthesize", "train-generator"):
+            assert message in refused(results, command, *OWN, *options, "--out", "new")
+    told = refused(results, "centers", *OWN, "--all", "--per-class", 2, "--out", "new")
+    assert "--all takes no --per-class, got 2" in told
+
+
+def test_several_processes_need_shards(results, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = refused(results, "synthesize", *OWN, "--out", "new")
+    assert "several processes need --shards" in told
 
 
 def test_synthesize(results):
@@ -216,17 +260,6 @@ def test_verify(sharded, tmp_path):
     told = run(*command, copy)
     assert told.exit_code == 2
     assert "shard-000001.tar: its sum is another one" in told.stderr
-
-
-def test_torchrun_gives_the_same_shards(sharded, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "fdda_fast", "synthesize", *OWN, *SHARDS, "--out", tmp_path / "run"]
-    done = subprocess.run(
-        [str(a) for a in launcher + command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert shards_of(tmp_path / "run") == shards_of(sharded)
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_shards_of_several_generators(tmp_path):
@@ -571,7 +604,7 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fdda_fast.cli.train.collect_centers", broken)
+    monkeypatch.setattr("fdda_fast.cli.train.CenterParts", broken)
     with pytest.raises(ZeroDivisionError):
         run("centers", *OWN, "--out", tmp_path / "run")
 

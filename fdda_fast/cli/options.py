@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -16,15 +16,19 @@ import typer
 from torch import nn
 
 from ..config import PRESETS, QuantizeConfig, from_dict, preset, read_toml
-from ..data import Calibration, ImageSource, draw, open_source
+from ..data import Calibration, ImageSource, draw, every, open_source
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from ..models import SHIPPED
 from ..quantization.bits import Bits
-from ..runs import load_recorded_teacher, teacher_record
+from ..runs import file_record, load_recorded_teacher, teacher_record
 from ..shards.plan import IMAGE_FORMATS, ShardConfig
+from ..statistics import BNSCenters, collect_centers, teacher_with_norms
 
 _MEAN, _STD = (",".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
+CentersFile = Annotated[
+    Path | None, typer.Option(help="Finished centers, in place of those of drawn images.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default PyTorch's choice.")]
 
 
@@ -69,6 +73,33 @@ class Inputs:
     calibration: Calibration
     num_classes: int
     record: dict[str, Any]
+    centers_file: Path | None = None
+
+    @functools.cached_property
+    def centers(self) -> BNSCenters:
+        """Those of the file, or of the calibration images.
+
+        Raises:
+            ValueError: the file holds centers of another teacher.
+        """
+        if self.centers_file is None:
+            images, labels = self.calibration.images, self.calibration.labels
+            return collect_centers(self.teacher, images, labels, self.num_classes)
+        centers = BNSCenters.load(self.centers_file)
+        running = teacher_with_norms(self.teacher, self.image_shape).running
+        found = _described(
+            centers.first_class, centers.num_classes, centers.image_shape, centers.mean
+        )
+        own = _described(0, self.num_classes, self.image_shape, [m.mean for m in running])
+        if found != own:
+            raise ValueError(f"{self.centers_file}: holds {found}, the teacher has {own}")
+        return centers
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the teacher reads."""
+        size = self.source.preprocessing.image_size
+        return (self.source.preprocessing.channels, size, size)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -109,8 +140,18 @@ class InputOptions:
     std: Annotated[str, typer.Option(help="For folders: standard deviation per channel.")] = _STD
     per_class: Annotated[int, typer.Option(help="Calibration images per class.")] = 1
 
-    def open(self, seed: int) -> Inputs:
-        """Loads the teacher and draws the calibration images."""
+    def open(self, seed: int, *, whole: bool = False, centers: Path | None = None) -> Inputs:
+        """Loads the teacher and draws the calibration images.
+
+        Args:
+            seed: of the draw.
+            whole: takes all images in its place.
+            centers: a file of them, so that no images are needed.
+        """
+        drawn = not whole and centers is None
+        if not drawn and self.per_class != 1:
+            option = "--all" if whole else "--centers"
+            raise ValueError(f"{option} takes no --per-class, got {self.per_class}")
         if self.weights is not None and not self.weights.is_file():
             raise FileNotFoundError(f"{self.weights}: no such weights file")
         teacher_table = teacher_record(self.model, self.weights, self.num_classes)
@@ -123,38 +164,48 @@ class InputOptions:
             mean=_numbers("--mean", self.mean),
             std=_numbers("--std", self.std),
         )
-        calibration = draw(source, self.per_class, seed)
+        calibration = every(source) if whole else draw(source, self.per_class, seed)
         num_classes = self._count_logits(teacher, calibration)
         if source.num_classes > num_classes:
             raise ValueError(
                 f"{source.name} has {source.num_classes} classes, {self.model} only {num_classes}"
             )
-        inputs = Inputs(teacher, source, calibration, num_classes, {})
+        inputs = Inputs(teacher, source, calibration, num_classes, {}, centers)
         inputs.record.update(
             teacher=teacher_table,
             data={
                 "source": str(Path(self.data).resolve()) if Path(self.data).is_dir() else self.data,
-                "per_class": self.per_class,
-                "seed": seed,
+                **({"per_class": self.per_class, "seed": seed} if drawn else {}),
             },
             preprocessing=source.preprocessing.to_dict(),
             class_names=inputs.class_names,
+            centers=file_record(centers) if centers is not None else None,
         )
         return inputs
 
     def _count_logits(self, teacher: nn.Module, calibration: Calibration) -> int:
         """How many the teacher returns per image."""
         with torch.no_grad():
+            image = calibration.source.images(calibration.indices[:1])
             try:
-                logits = teacher(calibration.images[:1])
+                logits = teacher(image)
             except RuntimeError as error:
-                shape = tuple(calibration.images.shape[1:])
                 raise ValueError(
-                    f"{self.model} cannot take images of shape {shape}: {error}"
+                    f"{self.model} cannot take images of shape {tuple(image.shape[1:])}: {error}"
                 ) from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise ValueError(f"{self.model} must return one tensor of logits [N, K]")
         return logits.shape[1]
+
+
+def _described(
+    first: int, classes: int, shape: tuple[int, int, int], layers: Sequence[torch.Tensor]
+) -> str:
+    channels = sum(values.shape[1] for values in layers)
+    return (
+        f"classes {first}..{first + classes - 1} of {shape} images, {len(layers)} BN layers of "
+        f"{channels} channels"
+    )
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

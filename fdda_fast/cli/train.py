@@ -7,28 +7,31 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..center_parts import CenterParts
+from ..claims import Claims
 from ..config import SynthesisConfig
-from ..distributed import Ranks, process_group
+from ..distributed import ALONE, Ranks, process_group
 from ..files import digest, written_whole
 from ..gallery import save_gallery
 from ..generator import Generator
 from ..quantization.finetune import quantize as quantize_stage
-from ..runs import RunFolder, display, save_quantized
+from ..runs import RunFolder, display, file_record, save_quantized
 from ..shards import ShardConfig, synthesize_shards, verify_shards
-from ..shards.claims import Claims
-from ..statistics import BNSCenters, collect_centers
-from ..synthesis import train_generator
+from ..statistics import BNSCenters
+from ..synthesis import batch_sizes, train_generator
 from ..training import Progress
 from ..writing import synthesize as write_images
 from .app import app
 from .options import (
+    CentersFile,
     InputOptions,
     Inputs,
     RunOptions,
@@ -40,6 +43,7 @@ from .options import (
 )
 
 _SHARDS = "shards"  # folder of a run
+_POLL_SECONDS = 0.5
 
 
 @contextmanager
@@ -71,31 +75,38 @@ def _open_run(
 def _begin(run: RunFolder, inputs: Inputs) -> None:
     """Makes the run folder, with what any command puts there first."""
     run.begin()
-    inputs.calibration.save_record(run.path / "calibration.csv")
-
-
-def _collect_centers(inputs: Inputs) -> BNSCenters:
-    calibration = inputs.calibration
-    return collect_centers(
-        inputs.teacher, calibration.images, calibration.labels, inputs.num_classes
-    )
+    if inputs.centers_file is None:
+        inputs.calibration.save_record(run.path / "calibration.csv")
 
 
 @app.command()
 @grouped
-def centers(where: InputOptions, to: RunOptions) -> None:
-    """Draw calibration images and collect the BNS center of every class."""
+def centers(
+    where: InputOptions,
+    to: RunOptions,
+    whole: Annotated[
+        bool, typer.Option("--all", help="Every image, in place of --per-class of each class.")
+    ] = False,
+) -> None:
+    """Draw calibration images and collect the BNS center of every class.
+
+    Images are read a batch at a time. The same command can run in many processes at once, by
+    torchrun or by hand, and again after whatever ended it: they share the work.
+    """
     use_threads(to.threads)
-    inputs = where.open(to.seed or 0)
-    run = _open_run(to, "centers", inputs.record)
-    result = _collect_centers(inputs)
-    _begin(run, inputs)
-    result.save(run.result)
-    print(
-        f"{len(inputs.calibration.labels)} images, {result.num_layers} BN layers; "
-        f"{int(result.reliable.sum())} of {result.num_classes} classes have a reliable center"
-    )
-    print(run.result)
+    inputs = where.open(to.seed or 0, whole=whole)
+    parts = CenterParts(inputs.teacher, inputs.calibration, inputs.num_classes)
+    record = {**inputs.record, "fingerprint": parts.fingerprint}
+    run = _open_run(dataclasses.replace(to, resume=True), "centers", record)
+    with _interruptible(run), _shown("images") as progress:
+        _begin(run, inputs)
+        result = parts.collect(run.result, progress)
+    if _rank()[0] == 0:
+        print(
+            f"{len(inputs.calibration.labels)} images, {result.num_layers} BN layers; "
+            f"{int(result.reliable.sum())} of {result.num_classes} classes have a reliable center"
+        )
+        print(run.result)
 
 
 @app.command()
@@ -105,6 +116,7 @@ def synthesize(
     to: RunOptions,
     settings: SettingsOptions,
     into: ShardOptions,
+    centers: CentersFile = None,
     num_images: Annotated[int, typer.Option(min=1, help="Synthetic images to write.")] = 1000,
     generator: Annotated[
         list[Path] | None,
@@ -115,7 +127,8 @@ def synthesize(
     """Train the generator and write a synthetic data set.
 
     With --shards, the same command can run in many processes at once, by torchrun or by hand, and
-    again after whatever ended it: they share the work.
+    again after whatever ended it: they share the work. Those of one torchrun train the generator
+    together.
     """
     use_threads(to.threads)
     config = settings.load(to.seed)[0].synthesis
@@ -123,11 +136,13 @@ def synthesize(
         config = config.replace(steps=steps)
     files = generator or []
     into.check(len(files))
-    inputs = where.open(config.seed)
+    if _rank()[1] > 1 and not into.shards:
+        raise ValueError("several processes need --shards")
+    inputs = where.open(config.seed, centers=centers)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
     generators = _fitting_generators(files, inputs)
     if files:
-        record["generators"] = [_file_record(file) for file in files]
+        record["generators"] = [file_record(file) for file in files]
     if into.shards:
         record["shards"] = into.config(num_images, config.seed, inputs.num_classes)
         to = dataclasses.replace(to, resume=True)
@@ -138,8 +153,7 @@ def synthesize(
     preprocessing = inputs.source.preprocessing
     with _interruptible(run):
         if not generators:
-            with _one_at_a_time(run) if into.shards else nullcontext():
-                generators = [_own_generator(run, inputs, config, resume=to.resume)]
+            generators = [_own_generator(run, inputs, config, to.resume, shared=into.shards)]
         if into.verify:
             _verify_shards(run, inputs, into, generators)
             return
@@ -169,6 +183,7 @@ def train_generators(
     where: InputOptions,
     to: RunOptions,
     settings: SettingsOptions,
+    centers: CentersFile = None,
     class_groups: Annotated[
         int, typer.Option(min=1, help="Split the classes among that many generators.")
     ] = 1,
@@ -184,11 +199,11 @@ def train_generators(
     if steps is not None:
         config = config.replace(steps=steps)
     with process_group() as ranks:
-        inputs = where.open(config.seed)
+        inputs = where.open(config.seed, centers=centers)
         groups = _class_groups(inputs.num_classes, class_groups)
         record = {**inputs.record, "class_groups": class_groups, "synthesis": config}
         run = _open_run(to, "train-generator", record)
-        collected = _collect_centers(inputs)
+        collected = inputs.centers
         for first, stop in groups:
             if not bool(collected.reliable[first:stop].any()):
                 raise ValueError(
@@ -260,7 +275,7 @@ def _judges(inputs: Inputs, into: ShardOptions) -> dict[str, Any]:
     """The teacher and the centers that measure the images, where they are to be measured."""
     if not into.logits:
         return {}
-    return {"teacher": inputs.teacher, "centers": _collect_centers(inputs)}
+    return {"teacher": inputs.teacher, "centers": inputs.centers}
 
 
 def _write_shards(
@@ -305,22 +320,46 @@ def _generator_file(
 
 
 @contextmanager
-def _one_at_a_time(run: RunFolder) -> Iterator[None]:
-    """Of the processes that share the folder, one trains and the others find what it made."""
-    run.begin()
-    with Claims(run.path / ".claims") as claims, claims.held(0):
-        yield
+def _one_team_at_a_time(run: RunFolder, ranks: Ranks) -> Iterator[Claims]:
+    """Of those that share the folder, one trains and the others find what it made."""
+    if ranks.first:
+        run.begin()
+    ranks.wait()
+    with Claims(run.path / ".claims") as claims:  # dropped at the end
+        # The first one does not wait alone: the others' patience would end after half an hour.
+        while not ranks.any(ranks.first and claims.take(Claims.WHOLE)):
+            time.sleep(_POLL_SECONDS)
+        yield claims
 
 
 def _own_generator(
-    run: RunFolder, inputs: Inputs, config: SynthesisConfig, *, resume: bool
+    run: RunFolder, inputs: Inputs, config: SynthesisConfig, resume: bool, *, shared: bool
 ) -> Generator:
-    """The run's, trained unless it is there."""
+    """The run's, trained unless it is there.
+
+    `shared`: among whoever has the folder. Of torchrun's processes, as many train as a batch has
+    images for.
+    """
     own = _generator_file(run)
-    if own.is_file():
-        return Generator.load(own)
-    collected = _collect_centers(inputs)
-    with run.following("generator") as progress:
+    if not shared:
+        if own.is_file():
+            return Generator.load(own)
+        return _train_own(run, inputs, config, resume, ALONE)
+    with process_group() as ranks, _one_team_at_a_time(run, ranks) as claims:
+        if ranks.any(ranks.first and own.is_file()):
+            return Generator.load(own)
+        team = ranks.some(max(1, min(batch_sizes(config, inputs.centers).values())))
+        if team is not None:
+            return _train_own(run, inputs, config, resume, team)
+        with claims.held(Claims.WHOLE):  # once the first one drops it
+            return Generator.load(own)
+
+
+def _train_own(
+    run: RunFolder, inputs: Inputs, config: SynthesisConfig, resume: bool, ranks: Ranks
+) -> Generator:
+    collected = inputs.centers
+    with run.following("generator", shown=ranks.first) as progress:
         generator = train_generator(
             inputs.teacher,
             collected,
@@ -328,9 +367,11 @@ def _own_generator(
             checkpoint=run.checkpoint,
             resume=resume,
             progress=progress,
+            ranks=ranks,
         )
-    _begin(run, inputs)
-    generator.save(own)
+    if ranks.first:
+        _begin(run, inputs)
+        generator.save(_generator_file(run))
     return generator
 
 
@@ -388,7 +429,7 @@ def quantize(
         loaded = None
         if generator is not None:
             (loaded,) = _fitting_generators([generator], inputs)
-            record["generator"] = _file_record(generator)
+            record["generator"] = file_record(generator)
         run = _open_run(to, "quantize", record)
         ranks.wait()  # all have looked at the folder as it was
         following = run.following("quantize", shown=ranks.first)
@@ -409,14 +450,10 @@ def quantize(
                 print(run.result)
 
 
-def _file_record(path: Path) -> dict[str, str]:
-    return {"file": str(path.resolve()), "sha256": digest(path)}
-
-
 def _fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
     """Raises ValueError unless they make the teacher's classes, and images that it reads."""
     generators = [Generator.load(file) for file in files]
-    shape = tuple(inputs.calibration.images.shape[1:])
+    shape = inputs.image_shape
     classes = sum(generator.num_classes for generator in generators)
     other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
     if generators and (classes, other) != (inputs.num_classes, shape):

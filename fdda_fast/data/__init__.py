@@ -1,7 +1,7 @@
 """Data sets, the calibration draw and image augmentation."""
 
 from .augment import blended, random_resized_crop, random_shift
-from .calibration import Calibration, draw, from_record
+from .calibration import Calibration, draw, every, from_record
 from .preprocessing import Preprocessing
 from .sources import ImageSource, open_source
 
@@ -11,6 +11,7 @@ __all__ = [
     "Preprocessing",
     "blended",
     "draw",
+    "every",
     "from_record",
     "open_source",
     "random_resized_crop",

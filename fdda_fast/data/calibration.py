@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,17 +18,29 @@ _DRAW_STREAM = 20
 
 @dataclass(frozen=True)
 class Calibration:
-    """The few real images.
+    """The real images.
 
     Attributes:
-        images: float32 [N, C, H, W], normalised. labels: int64 [N].
-        indices: rows of the source. files: where each image was read from.
+        source: where they come from. indices: its rows.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    source: ImageSource
     indices: tuple[int, ...]
-    files: tuple[str, ...]
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """float32 [N, C, H, W], normalised; read when they are first asked for."""
+        return self.source.images(self.indices)
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """int64 [N]"""
+        return self.source.labels[list(self.indices)]
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """Where each image is read from."""
+        return tuple(self.source.file_of(i) for i in self.indices)
 
     def save_record(self, path: str | Path) -> None:
         """Writes label, index and file of every image as CSV."""
@@ -70,8 +83,12 @@ def at(source: ImageSource, indices: list[int]) -> Calibration:
     wrong = [i for i in indices if not 0 <= i < len(source)]
     if wrong:
         raise ValueError(f"{source.name} has rows 0..{len(source) - 1}, not {wrong[:5]}")
-    files = tuple(source.file_of(i) for i in indices)
-    return Calibration(source.images(indices), source.labels[indices], tuple(indices), files)
+    return Calibration(source, tuple(indices))
+
+
+def every(source: ImageSource) -> Calibration:
+    """All images of the source, class by class."""
+    return at(source, source.labels.argsort(stable=True).tolist())
 
 
 def from_record(source: ImageSource, path: str | Path) -> Calibration:

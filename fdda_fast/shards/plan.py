@@ -149,11 +149,6 @@ class ShardFolder:
             return None
         return record if whole else None
 
-    def clean(self, path: Path) -> None:
-        """Removes what killed processes left of a file; only for who has claimed it."""
-        for temporary in self.path.glob(f".{path.name}.*.tmp"):
-            temporary.unlink(missing_ok=True)
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises FileNotFoundError, or ValueError where it is no JSON object."""

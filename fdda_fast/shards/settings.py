@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import to_dict
 from ..data.preprocessing import Preprocessing
+from ..files import remove_temporaries
 from ..generator import Generator
 from ..statistics import BNSCenters
 from ..synthesis import fingerprint
@@ -45,7 +46,7 @@ def agree(folder: ShardFolder, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: they do not.
     """
-    folder.clean(folder.settings)
+    remove_temporaries(folder.settings)
     if not folder.settings.is_file():
         write_json(folder.settings, settings)
     found = read_json(folder.settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,21 +12,19 @@ from typing import Any
 
 from torch import nn
 
+from ..claims import Claims
 from ..data.preprocessing import Preprocessing
-from ..files import written_whole
+from ..files import remove_temporaries, written_whole
 from ..generator import Generator
 from ..memory import resident_memory
 from ..statistics import BNSCenters
 from ..training import Progress, deferred_interrupt
 from .blocks import Block, BlockMaker
-from .claims import Claims
 from .plan import BLOCK, ShardConfig, ShardFolder, read_json, write_json
 from .settings import FORMAT, agree, describe
 from .writer import ShardWriter
 
-_WHOLE_SET = 0  # the claim on the settings and the index; that on shard n is n + 1
 _WAITING_BLOCKS = 2  # made and not yet written
-_POLL_SECONDS = 0.2
 
 
 def synthesize_shards(
@@ -81,12 +78,12 @@ def synthesize_shards(
         deferred_interrupt() as interrupted,
         resident_memory(),
     ):
-        with claims.held(_WHOLE_SET):
+        with claims.held(Claims.WHOLE):
             agree(folder, settings)
         _Worker(folder, claims, config, make, interrupted, progress).run()
-        with claims.held(_WHOLE_SET):
+        with claims.held(Claims.WHOLE):
             if not folder.index.is_file():
-                folder.clean(folder.index)
+                remove_temporaries(folder.index)
                 write_json(folder.index, _index(folder, config))
     return read_json(folder.index)
 
@@ -108,32 +105,18 @@ class _Worker:
         self._done = 0
 
     def run(self) -> None:
-        missing = range(self._config.num_shards)
-        while missing := [shard for shard in missing if not self._attend(shard)]:
-            # Others have these. Should one of them die, its shard is free again.
-            time.sleep(_POLL_SECONDS)
-            self._leave_if_asked()
-
-    def _attend(self, shard: int) -> bool:
-        """Whether the shard is there, be it that it is made now."""
-        if not self._folder.finished(shard):
-            if not self._claims.take(shard + 1):
-                return False
-            try:
-                if not self._folder.finished(shard):
-                    self._write(shard)
-            finally:
-                self._claims.drop(shard + 1)
-        self._done += len(self._config.indices(shard))
-        self._tell(0)
-        return True
+        for shard in self._claims.work_through(
+            self._config.num_shards, self._folder.finished, self._write, pause=self._leave_if_asked
+        ):
+            self._done += len(self._config.indices(shard))
+            self._tell(0)
 
     def _write(self, shard: int) -> None:
         """The next blocks are made while one is encoded and written."""
         tar, record = self._folder.shard(shard), self._folder.record(shard)
         indices = self._config.indices(shard)
         for path in (tar, record):
-            self._folder.clean(path)
+            remove_temporaries(path)
         # An index that was there tells of a shard that is not.
         self._folder.index.unlink(missing_ok=True)
         with written_whole(tar) as temporary, temporary.open("wb") as file:

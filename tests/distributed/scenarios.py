@@ -7,8 +7,9 @@ import signal
 
 import torch
 
+from fdda_fast import center_parts
 from fdda_fast.config import QuantizeConfig, SynthesisConfig
-from fdda_fast.data import draw, open_source
+from fdda_fast.data import draw, every, open_source
 from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
@@ -78,9 +79,21 @@ def stream(folder):
     centers = stream_centers(
         digits()[0], ((source.images(b), source.labels[b]) for b in batches), 10
     )
+    return tensors_of(centers)
+
+
+def tensors_of(centers):
     layers = {f"mean{i}": m for i, m in enumerate(centers.mean)}
     layers |= {f"var{i}": v for i, v in enumerate(centers.var)}
     return {**layers, "count": centers.count, "logits": centers.logits}
+
+
+def parts(folder):
+    """All training images, part by part."""
+    center_parts._PART = 100
+    calibration = every(open_source("digits", "train"))
+    path = folder / f"centers-{Ranks.world().size}" / "centers.safetensors"
+    return tensors_of(center_parts.CenterParts(digits()[0], calibration, 10).collect(path))
 
 
 def tune(folder, config, generator=None):
@@ -151,6 +164,9 @@ def collectives(folder):
     team, tasks = ranks.teams(max(1, ranks.size // 2))
     sums = [torch.tensor(float(own))]
     team.sum_(sums)
+    few_ranks, few_sums = ranks.some(2), [torch.tensor(float(own))]
+    if few_ranks is not None:
+        few_ranks.sum_(few_sums)
     rows = torch.arange(14).view(7, 2)
     own_rows = ranks.gather_rows(rows[ranks.share(7)], 7)
     few = rows[:2].clone()
@@ -162,6 +178,7 @@ def collectives(folder):
         "few_rows": none,
         "team": torch.tensor([team.rank, team.size, *tasks]),
         "team_sum": sums[0],
+        "some": torch.tensor([few_ranks.size if few_ranks else 0, few_sums[0]]),
         "tasks": torch.tensor(more_tasks),
         "any": torch.tensor([ranks.any(ranks.rank == 1), ranks.any(False)]),
     }
@@ -177,6 +194,7 @@ SCENARIOS = {
     "paper": functools.partial(tune, config=PAPER),
     "frozen": frozen,
     "stream": stream,
+    "parts": parts,
     "interrupted": interrupted,
     "resumed": resumed,
     "other_checkpoint": other_checkpoint,

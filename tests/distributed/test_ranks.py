@@ -56,6 +56,7 @@ TOLERANCES = {
     "paper": (1e-5, 1e-5),
     "frozen": (1e-3, 1e-4),
     "stream": (0.0, 1e-6),
+    "parts": (0.0, 0.0),
 }
 # A norm follows the last convolution's tanh: what its bias gets from the pixels nearly cancels.
 CANCELS = {"bfloat16_gradients": ("conv3.bias",)}
@@ -107,5 +108,22 @@ def test_collectives(results, size):
         members = list(range(rank % tasks, size, tasks))
         assert found["team"].tolist() == [members.index(rank), len(members), rank % tasks]
         assert found["team_sum"] == sum(m + 1 for m in members)
+        few = min(size, 2)  # of whom the sum is 1 or 1 + 2
+        expected = [few, few * (few + 1) / 2] if rank < few else [0, rank + 1]
+        assert found["some"].tolist() == expected
         assert found["tasks"].tolist() == list(range(rank, 7, size))
         assert found["any"].tolist() == [size > 1, False]
+
+
+def test_started_again_on_one_store():
+    """By other numbers of ranks, on machines that differ in what they count as restarts."""
+    server = str(Path(__file__).with_name("elastic_server.py"))
+    starts = [[0, 0], [0, 0], [0, 0, 0], [1, 0], [0], [0, 0, 1, 2]]
+    command = [sys.executable, server, *(",".join(map(str, counts)) for counts in starts)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = iter(result.stdout.splitlines())
+    for counts in starts:
+        size = len(counts)
+        told = sorted(next(lines) for _ in counts)
+        assert told == [f"{rank} {size} {size * (size + 1) // 2}" for rank in range(size)]

@@ -1,4 +1,4 @@
-"""train-generator and quantize, by one process and by torchrun."""
+"""Commands by one process and by torchrun."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ from fdda_fast.cli import app
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.runs import load_quantized
+from fdda_fast.statistics import BNSCenters
 
 DIGITS = ["--model", "digits-resnet8", "--data", "digits"]
 # A teacher that ends the process of rank 1 by SIGKILL in its second step, the first time.
@@ -132,6 +133,58 @@ def test_a_generator_by_two_ranks(one, two):
     assert len(found) == 2
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+
+
+def test_centers_of_all_images_by_two_ranks(tmp_path):
+    options = ["centers", *DIGITS, "--all", "--out"]
+    alone, shared = (tmp_path / name / "centers.safetensors" for name in ("alone", "shared"))
+    told = run(*options, alone.parent).stdout
+    assert "1257 images, " in told
+    assert told.rstrip().endswith(str(alone))
+    assert torchrun(2, *options, shared.parent).stdout.count("1257 images") == 1
+    assert shared.read_bytes() == alone.read_bytes()
+    assert int(BNSCenters.load(alone).count.sum()) == 1257
+    options = ["train-generator", *DIGITS, "--centers", alone, "--steps", 1, "--out"]
+    run(*options, tmp_path / "generator")
+    assert not (tmp_path / "generator" / "calibration.csv").exists()
+
+
+def shards_of(out):
+    return {p.name: p.read_bytes() for p in (out / "shards").iterdir() if p.name != ".claims"}
+
+
+def test_synthesize_to_shards_by_two_ranks(one, two, tmp_path):
+    """They train one generator together, and share the images of it."""
+    options = ["--num-images", 150, "--shards", "--shard-size", 64, "--out"]
+    torchrun(2, "synthesize", *DIGITS, "--steps", 2, *options, tmp_path / "shared")
+    made = tmp_path / "shared" / "generator.safetensors"
+    assert len(losses(tmp_path / "shared" / "metrics.csv")) == 2
+    assert made.read_bytes() == (two / made.name).read_bytes()
+    assert made.read_bytes() != (one / made.name).read_bytes()  # rounding tells them apart
+    run("synthesize", *DIGITS, "--generator", made, *options, tmp_path / "alone")
+    assert shards_of(tmp_path / "alone") == shards_of(tmp_path / "shared")
+
+
+def test_more_ranks_than_a_batch_has_images(tmp_path):
+    """One of them trains, as one process does."""
+    (tmp_path / "one.toml").write_text("[synthesis]\nbatch_size = 1\n")
+    options = ["synthesize", *DIGITS, "--config", tmp_path / "one.toml", "--steps", 2,
+               "--num-images", 150, "--shards", "--shard-size", 64, "--out"]  # fmt: skip
+    run(*options, tmp_path / "alone")
+    torchrun(2, *options, tmp_path / "shared")
+    assert shards_of(tmp_path / "alone") == shards_of(tmp_path / "shared")
+
+
+def test_processes_started_by_hand_train_one_generator(tmp_path):
+    options = ["synthesize", *DIGITS, "--steps", 2, "--num-images", 150, "--shards", "--shard-size",
+               64, "--out", tmp_path / "run"]  # fmt: skip
+    command = [sys.executable, "-m", "fdda_fast", *map(str, options)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        told = process.communicate()[1]
+        assert process.returncode == 0, told
+    assert len(losses(tmp_path / "run" / "metrics.csv")) == 2
+    assert len(shards_of(tmp_path / "run")) == 3 * 2 + 2
 
 
 def test_a_rank_killed_and_started_again(two, tmp_path):

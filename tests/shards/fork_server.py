@@ -10,10 +10,10 @@ import sys
 
 import torch
 
+from fdda_fast.claims import Claims
 from fdda_fast.data import Preprocessing
 from fdda_fast.generator import Generator
 from fdda_fast.shards import ShardConfig, synthesize_shards
-from fdda_fast.shards.claims import Claims
 from fdda_fast.shards.writer import ShardWriter
 
 GREY = Preprocessing(8, 8, (0.4,), (0.3,))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from fork_server import GREY, config, tiny_generator
 
-from fdda_fast.shards import claims as claims_module
+from fdda_fast import claims as claims_module
+from fdda_fast.claims import Claims
 from fdda_fast.shards import synthesize_shards
-from fdda_fast.shards.claims import Claims
 from fdda_fast.shards.dataset import read_shard
 from fdda_fast.shards.writer import ShardWriter
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_POLL_SECONDS = 0.2
 
 
 class Claims:
@@ -16,9 +19,13 @@ class Claims:
     network file systems pass such locks between machines. They keep processes apart, not the
     threads of one, and end when their process closes the file anywhere: one object per file.
 
+    Number 0 is for the whole of what is shared, n + 1 for its task n.
+
     Args:
         path: a file that stays; it is made where it is missing.
     """
+
+    WHOLE = 0
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -46,6 +53,48 @@ class Claims:
             yield
         finally:
             self.drop(number)
+
+    def work_through(
+        self,
+        tasks: int,
+        finished: Callable[[int], object],
+        work: Callable[[int], None],
+        *,
+        pause: Callable[[], None],
+    ) -> Iterator[int]:
+        """Yields tasks 0..tasks-1 as each is done, be it by another process.
+
+        Args:
+            finished: whether a task is done. work: does it, for it has been claimed.
+            pause: called now and then while others do the last ones.
+        """
+        missing = list(range(tasks))
+        while missing:
+            others = []
+            for task in missing:
+                if self._attend(task, finished, work):
+                    yield task
+                else:
+                    others.append(task)
+            if missing := others:
+                # Should one of them die, its task is free again.
+                time.sleep(_POLL_SECONDS)
+                pause()
+
+    def _attend(
+        self, task: int, finished: Callable[[int], object], work: Callable[[int], None]
+    ) -> bool:
+        """Whether the task is done, be it that it is now."""
+        if finished(task):
+            return True
+        if not self.take(task + 1):
+            return False
+        try:
+            if not finished(task):
+                work(task)
+        finally:
+            self.drop(task + 1)
+        return True
 
     def __enter__(self) -> Claims:
         return self

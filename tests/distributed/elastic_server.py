@@ -1,0 +1,55 @@
+"""Forks ranks as torchrun does, several times on one store: python elastic_server.py COUNT,... ...
+
+Each argument is one start: a rank per comma-separated number, which is what its machine counts as
+restarts. Every rank prints its number, how many there are, and the sum of (their numbers + 1).
+"""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from fdda_fast.distributed import process_group
+
+SECONDS = 30
+
+
+def work(rank, size, count, port):
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": count,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    if rank == 0:
+        time.sleep(0.3)  # the others find what was there before
+    with process_group() as ranks:
+        total = torch.tensor([float(rank + 1)])
+        ranks.sum_([total])
+        os.write(1, f"{ranks.rank} {ranks.size} {int(total)}\n".encode())
+
+
+def main():
+    torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for start in sys.argv[1:]:
+        counts = start.split(",")
+        running = []
+        for rank, count in enumerate(counts):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(SECONDS)
+                try:
+                    work(rank, len(counts), count, store.port)
+                finally:
+                    os._exit(0)
+            running.append(pid)
+        failed = [os.waitpid(pid, 0)[1] for pid in running]
+        if any(failed):
+            sys.exit(f"{start}: {failed}")
+
+
+if __name__ == "__main__":
+    main()
