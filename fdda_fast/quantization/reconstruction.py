@@ -223,7 +223,8 @@ class Reconstruction:
         ranks: do the steps together, each with its share of every batch.
 
     Raises:
-        ValueError: `cache_mib` does not hold the inputs of one batch.
+        ValueError: `cache_mib` does not hold the inputs of one batch, or a batch has fewer images
+            than there are ranks.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class Reconstruction:
         shrink_ranges: bool = True,
         ranks: Ranks = ALONE,
     ) -> None:
+        ranks.check_batch("ReconstructConfig.batch", config.batch)
         self.student, self.config, self.seed, self.ranks = student.eval(), config, seed, ranks
         self.units = find_units(model, student)
         self.exact = trace(model).requires_grad_(False)
