@@ -141,10 +141,10 @@ class ReconstructConfig(Section):
     steps: int = 400
     images: int = 1024
     batch: int = 32
-    lr: float = 3e-2
+    lr: float = 0.1
     range_lr: float = 5e-3
-    affine_lr: float = 1e-3
-    rounding_weight: float = 1.0
+    affine_lr: float = 3e-3
+    rounding_weight: float = 3.0
     warmup: float = 0.2
     betas: tuple[float, float] = (20.0, 2.0)
     drop: float = 0.5

@@ -241,9 +241,9 @@ class Reconstruction:
     ) -> None:
         ranks.check_batch("ReconstructConfig.batch", config.batch)
         self.student, self.config, self.seed, self.ranks = student.eval(), config, seed, ranks
-        self.units = find_units(model, student)
         self.exact = trace(model).requires_grad_(False)
         note_shapes(self.exact, image_shape)
+        self.units = find_units(self.exact, student)
         self.parts = [self._parts(unit) for unit in self.units]
         use_layers(self.exact, layers_of(torch.float32))
         self._images = images

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import fx, nn
+from torch import fx
 
-from ..tracing import trace
 from .modules import QuantConv2d, QuantLinear
 from .prepare import reader_of
 
@@ -25,20 +24,20 @@ class Unit(NamedTuple):
     layers: tuple[str, ...]
 
 
-def find_units(model: nn.Module, student: fx.GraphModule) -> list[Unit]:
+def find_units(graph_module: fx.GraphModule, student: fx.GraphModule) -> list[Unit]:
     """Splits a network at tensors that are alone alive, the last ones before a layer's quantiser.
 
     That makes a unit of every residual block and of every layer outside of such, whatever the
     network's modules are called (blocks as in BRECQ, Li et al., ICLR 2021, section 3.2).
 
     Args:
-        model: the network that `student` was prepared from.
+        graph_module: the network that `student` was prepared from, traced; its nodes must carry
+            their shapes, see `fdda_fast.tracing.note_shapes`.
         student: from `prepare`.
 
     Returns:
         Units in forward order, from the image to the logits; each has a quantised layer.
     """
-    graph_module = trace(model)
     modules = dict(student.named_modules())
     nodes = list(graph_module.graph.nodes)
     layers = {
@@ -94,13 +93,13 @@ def part_of(graph_module: fx.GraphModule, entry: str, exit: str) -> fx.GraphModu
 
 
 def _alone_alive(nodes: list[fx.Node]) -> list[int]:
-    """Where the nodes are behind which nothing that was computed before them is read."""
+    """Where the tensors are behind which nothing that was computed before them is read."""
     order = {node: i for i, node in enumerate(nodes)}
     alone, last_read = [], 0
     for at, node in enumerate(nodes):
         if node.op == "get_attr":  # a constant
             continue
-        if last_read <= at:
+        if last_read <= at and node.meta["shape"] is not None:
             alone.append(at)
         last_read = max([last_read, *(order[user] for user in node.users)])
     return alone

@@ -122,8 +122,8 @@ def test_resuming_is_bit_identical(teacher, calibration, tmp_path, stop):
     assert equal(state(straight), state(resumed))
 
 
-def reconstruction(teacher, images, config, bits=Bits(2, 3), **options):
-    student = prepare(teacher, bits)
+def reconstruction(teacher, images, config, **options):
+    student = prepare(teacher, Bits(2, 3))
     made = Reconstruction(student, teacher, lambda: images, (1, 8, 8), config, 0, **options)
     return student, made
 

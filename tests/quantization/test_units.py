@@ -11,7 +11,7 @@ from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.modules import quantizer_mode
 from fdda_fast.quantization.prepare import prepare
 from fdda_fast.quantization.units import find_units, part_of
-from fdda_fast.tracing import trace
+from fdda_fast.tracing import note_shapes, trace
 
 
 class PreAct(nn.Module):
@@ -97,12 +97,18 @@ def prepared(model):
     return student
 
 
+def units_of(model, student, channels=3):
+    graph_module = trace(model)
+    note_shapes(graph_module, (channels, 16, 16))
+    return find_units(graph_module, student)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_units_and_their_parts(name):
     make, expected = NETWORKS[name]
     model = make().eval()
     student = prepared(model)
-    units = find_units(model, student)
+    units = units_of(model, student)
     assert [unit.layers for unit in units] == expected
     x = torch.randn(3, 3, 16, 16)
     for network in (trace(model), student):
@@ -124,7 +130,7 @@ def test_units_and_their_parts(name):
 def test_units_of_the_shipped_networks(make, count):
     """Residual blocks, and single layers where there are none."""
     model = make()
-    units = find_units(model, prepare(model, Bits()))
+    units = units_of(model, prepare(model, Bits()), channels=1)
     assert len(units) == count
     layers = [name for unit in units for name in unit.layers]
     kinds = nn.Conv2d | nn.Linear
@@ -135,7 +141,7 @@ def test_layers_left_in_float():
     """They belong to the units of their neighbours."""
     model = nn.Sequential(stem(), PreAct(), head())
     student = prepare(model, Bits(), keep_float=("0.0", "2.2"))
-    (unit,) = find_units(model, student)
+    (unit,) = units_of(model, student)
     assert unit.layers == ("1.conv1", "1.conv2")
     assert unit.entry == "input_1"
     assert unit.exit.endswith("2_2")
