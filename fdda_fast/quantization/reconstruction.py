@@ -98,7 +98,7 @@ class _Learner:
     """One unit of the student while it is learned.
 
     Args:
-        known: parameters that earlier units have, since a module may be used twice.
+        known: modules that earlier units have, since one may be used twice; they stay as they are.
     """
 
     def __init__(
@@ -125,16 +125,13 @@ class _Learner:
                 affine += [module.weight, module.bias]
         for quantizer in self.quantizers:
             quantizer.log_range.requires_grad_()
-        groups = {
-            "rounding": ([r.variable for r in self.roundings], config.lr),
-            "ranges": ([q.log_range for q in self.quantizers], config.range_lr),
-            "affine": ([p for p in affine if p is not None], config.affine_lr),
-        }
-        self.fading = config.range_lr, config.affine_lr
-        self.parameters = [p for parameters, _ in groups.values() for p in parameters]
-        self.optimizer = torch.optim.Adam(
-            [{"params": parameters, "lr": lr} for parameters, lr in groups.values()], fused=True
-        )
+        groups = [
+            {"params": [r.variable for r in self.roundings], "lr": config.lr},
+            {"params": [q.log_range for q in self.quantizers], "lr": config.range_lr},
+            {"params": [p for p in affine if p is not None], "lr": config.affine_lr},
+        ]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
 
     @torch.no_grad()
     def calibrate(self, images: torch.Tensor, shrink: bool) -> None:
@@ -166,7 +163,7 @@ class _Learner:
         dropping.rng, dropping.batch = rng, len(inputs.target)
         dropping.rows = rows = ranks.share(len(inputs.target))
         x, target = inputs.student[rows], inputs.target[rows]
-        if config.drop:
+        if config.drop:  # the input like the unit's own activations
             x = torch.where(dropping.mask(x), inputs.exact[rows], x)
         share = len(x) / len(inputs.target)
         error = F.mse_loss(self.network(x), target) / spread
@@ -176,8 +173,9 @@ class _Learner:
             weights = sum(r.variable.numel() for r in self.roundings)
             undecided = torch.stack([r.undecided(beta) for r in self.roundings]).sum() / weights
             loss = loss + config.rounding_weight * undecided
-        for group, lr in zip(self.optimizer.param_groups[1:], self.fading, strict=True):
-            group["lr"] = _annealed((lr, 0.0), progress)
+        _, ranges, affine = self.optimizer.param_groups
+        ranges["lr"] = _annealed((config.range_lr, 0.0), progress)
+        affine["lr"] = _annealed((config.affine_lr, 0.0), progress)
         self.optimizer.zero_grad()
         (share * loss).backward()
         dropping.rng = None
@@ -270,6 +268,10 @@ class Reconstruction:
         rows = torch.randint(len(inputs.target), (self.config.batch,), generator=rng)
         batch = _Inputs(*(tensor[rows] for tensor in inputs))
         metrics = self._learner.step(batch, spread, progress, rng, self.ranks)
+        if not math.isfinite(metrics["reconstruction_loss"]):
+            raise ValueError(
+                f"reconstruction diverged at {self.units[number].exit!r}: lower the learning rates"
+            )
         if step + 1 == self.config.steps:
             self._learner.finish()
             self._learner = None
@@ -335,9 +337,7 @@ def _outputs(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
         # A copy: the network may work in place.
         y = network(x[start : start + _BATCH].clone())
         if made is None:
-            shape, layout = (len(x), *y.shape[1:]), torch.contiguous_format
-            if y.dim() == 4:
-                layout = torch.channels_last
-            made = torch.empty(shape, memory_format=layout)
+            layout = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+            made = torch.empty(len(x), *y.shape[1:], memory_format=layout).to(y)
         made[start : start + len(y)] = y
     return made

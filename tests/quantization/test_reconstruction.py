@@ -189,6 +189,13 @@ def test_a_small_cache_holds_one_part_of_the_images_at_a_time(teacher):
         reconstruction(teacher, images, config.replace(batch=100))
 
 
+def test_divergence_is_reported(teacher):
+    config = RECONSTRUCT.replace(affine_lr=1e38)
+    _, made = reconstruction(teacher, torch.randn(40, 1, 8, 8), config)
+    with pytest.raises(ValueError, match=r"reconstruction diverged at 'relu': lower"):
+        [made.step(index) for index in range(4)]
+
+
 def test_more_ranks_than_images(teacher):
     with pytest.raises(ValueError, match=r"ReconstructConfig.batch must be >= the number"):
         reconstruction(teacher, torch.zeros(40, 1, 8, 8), RECONSTRUCT, ranks=Ranks(0, 9))
