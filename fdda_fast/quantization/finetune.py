@@ -349,8 +349,8 @@ def quantize(
         calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; classes may
             be missing.
         bits: default Bits(4, 4).
-        config: default the preset `fast`. With steps=0 only the activation ranges are taken,
-            from the calibration images.
+        config: default the preset `fast`. With steps=0 nothing is fine-tuned; `fdda` then takes
+            only the activation ranges, from the calibration images.
         generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
         method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
             ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
@@ -371,8 +371,8 @@ def quantize(
     bits, config = bits or Bits(), config or QuantizeConfig()
     _check_method(method, config, generator)
     if method == "reconstruct":
-        images = config.real_batch + config.synthetic_batch
-        config = config.replace(steps=0, real_batch=images, synthetic_batch=0)
+        batch = config.real_batch + config.synthetic_batch
+        config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
     images, labels = calibration
     check_labelled_images("calibration images", images, labels, 1 << 31)
     with torch.no_grad():
