@@ -25,6 +25,7 @@ PRESETS = ("fast", "reference")
 DTYPES = ("float32", "bfloat16")
 RANGES = ("mse", "minmax", "reference")
 AUGMENTATIONS = ("shift", "crop")
+METHODS = ("fdda", "reconstruct", "fdda+reconstruct")
 _EPOCH = 200  # steps, in the paper's settings
 _Config = TypeVar("_Config", bound="Section")
 
@@ -119,6 +120,50 @@ class SynthesisConfig(Section):
 
 
 @dataclass(frozen=True)
+class ReconstructConfig(Section):
+    """How rounding and ranges are learned, see `fdda_fast.quantization.reconstruction`.
+
+    Args:
+        steps: per unit (a residual block, or a layer outside of such).
+        images: that the units learn on, made like those of fine-tuning steps.
+        batch: images per step.
+        lr, range_lr, affine_lr: of Adam, for the rounding, the logarithm of the activation ranges,
+            and the unit's BatchNorm weights and biases. The first is constant, the others fade.
+        rounding_weight: of the rounding's regulariser, beside the error in units of the target's
+            variance. warmup: share of the steps without it. betas: its exponent, from the first to
+            the second along a cosine.
+        drop: share of the unit's input and of its quantised activations that a step draws at
+            random and leaves in FP32; 0: none.
+        cache_mib: MiB for what a unit reads and should make, beside the images themselves; where
+            it is more, the unit's steps see one part of the images after the other.
+    """
+
+    steps: int = 400
+    images: int = 1024
+    batch: int = 32
+    lr: float = 0.1
+    range_lr: float = 5e-3
+    affine_lr: float = 3e-3
+    rounding_weight: float = 3.0
+    warmup: float = 0.2
+    betas: tuple[float, float] = (20.0, 2.0)
+    drop: float = 0.5
+    cache_mib: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "cache_mib"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        self._require("images", self.images >= self.batch, f">= batch ({self.batch})")
+        self._require("lr", self.lr > 0, "> 0")
+        for name in ("range_lr", "affine_lr", "rounding_weight"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        self._require("drop", 0 <= self.drop < 1, "in [0, 1)")
+        first, last = self.betas
+        self._require("betas", first >= last > 0, "(first, last) with first >= last > 0")
+
+
+@dataclass(frozen=True)
 class QuantizeConfig(Section):
     """How the student is quantised and fine-tuned.
 
@@ -158,6 +203,7 @@ class QuantizeConfig(Section):
         dtype: of the convolutions and what is between them in fine-tuning steps; parameters,
             ranges, batch norms and losses are float32.
         synthesis: how the generator is trained when none is given.
+        reconstruct: for the methods that reconstruct.
     """
 
     steps: int = 1200
@@ -188,6 +234,7 @@ class QuantizeConfig(Section):
     label_weight: float = 0.0
     dtype: str = "float32"
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup_steps", "seed", "real_batch", "synthetic_batch"):

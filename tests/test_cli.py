@@ -321,6 +321,21 @@ def test_quantize_ranges_only(tmp_path):
     load_quantized(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("method", "rows"), [("reconstruct", 5 * 2), ("fdda+reconstruct", 1 + 5 * 2 + 3)]
+)
+def test_quantize_by_reconstruction(tmp_path, method, rows):
+    file = tmp_path / "settings.toml"
+    file.write_text("steps = 3\nwarmup_steps = 1\n[reconstruct]\nsteps = 2\nimages = 32\n")
+    options = ["--bits", "W4A4", "--method", method, "--config", file]
+    succeed("quantize", *DIGITS, *options, "--out", tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + rows
+    assert f'method = "{method}"' in (tmp_path / "run" / "config.toml").read_text()
+    succeed("pack", tmp_path / "run", "--out", tmp_path / "m.fdda")
+    images, packed = torch.randn(8, 1, 8, 8), load_packed(tmp_path / "m.fdda")
+    torch.testing.assert_close(packed(images), load_quantized(tmp_path / "run")(images))
+
+
 def test_settings_file(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text("ranges = 'minmax'\n[bits.overrides]\nconv1 = [8, 8]\n[synthesis]\nlr = 0.01\n")
@@ -508,6 +523,8 @@ def refused(place, *arguments):
         (["--generator", "tiny.safetensors"], "not a generator file"),
         (["--generator", "truncated.safetensors"], "not a valid safetensors file"),
         (["--ptq"], "--ptq takes no"),
+        (["--method", "brecq"], "method must be one of"),
+        (["--method", "reconstruct"], "--method reconstruct takes no"),
         (["--bits", "W9A4"], "2..8"),
         (["--bits", "W4A1"], "2..8"),
         (["--bits", "four"], "must look like"),

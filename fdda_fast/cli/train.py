@@ -17,7 +17,7 @@ import typer
 
 from ..center_parts import CenterParts
 from ..claims import Claims
-from ..config import SynthesisConfig
+from ..config import METHODS, SynthesisConfig
 from ..distributed import ALONE, Ranks, process_group
 from ..files import digest, written_whole
 from ..gallery import save_gallery
@@ -397,6 +397,13 @@ def quantize(
     to: RunOptions,
     settings: SettingsOptions,
     bits: Annotated[str, typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(METHODS)}: fine-tune on calibration and synthetic images; learn "
+            "rounding and ranges block by block from calibration images alone; both."
+        ),
+    ] = METHODS[0],
     generator: Annotated[
         Path | None, typer.Option(help="Finished generator; default: one is trained along the way.")
     ] = None,
@@ -408,13 +415,16 @@ def quantize(
         int | None, typer.Option(min=0, help="Generator steps before fine-tuning.")
     ] = None,
 ) -> None:
-    """Quantise a network and fine-tune it on calibration and synthetic images.
+    """Quantise a network and tune it on calibration and synthetic images.
 
     Under torchrun the processes share every batch.
     """
     use_threads(to.threads)
-    if ptq and (steps is not None or warmup_steps is not None or generator is not None):
-        raise ValueError("--ptq takes no --steps, --warmup-steps or --generator")
+    tuned = method != METHODS[0] or steps is not None or warmup_steps is not None
+    if ptq and (tuned or generator is not None):
+        raise ValueError("--ptq takes no --method, --steps, --warmup-steps or --generator")
+    if method == "reconstruct" and (steps is not None or warmup_steps is not None):
+        raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
     if ptq:
         config = config.replace(steps=0)
@@ -425,7 +435,7 @@ def quantize(
     with process_group() as ranks:
         inputs = where.open(config.seed)
         config = config.replace(flip=config.flip and inputs.source.flip)
-        record = {**inputs.record, "bits": widths, "quantize": config}
+        record = {**inputs.record, "method": method, "bits": widths, "quantize": config}
         loaded = None
         if generator is not None:
             (loaded,) = _fitting_generators([generator], inputs)
@@ -440,6 +450,7 @@ def quantize(
                 widths,
                 config,
                 loaded,
+                method=method,
                 checkpoint=run.checkpoint,
                 resume=to.resume,
                 progress=progress,
