@@ -324,6 +324,17 @@ def test_evaluate_writes_a_row_per_class(results, tmp_path):
     assert [row.split(",")[1:3] for row in rows] == 3 * [[name, "4"] for name in sorted(COLOURS)]
 
 
+def test_evaluate_writes_a_row_per_layer(results, tmp_path):
+    told = succeed("evaluate", results / "quantized", "--per-layer", tmp_path / "new" / "l.csv")
+    assert "layers' outputs against FP32, 12 images" in told
+    header, *rows = (tmp_path / "new" / "l.csv").read_text().splitlines()
+    assert header == "network,layer,sqnr_db,cosine"
+    cells = [row.split(",") for row in rows]
+    networks = ("fake-quantised", "packed")
+    assert [row[:2] for row in cells] == [[n, layer] for layer in "038" for n in networks]
+    assert all(float(sqnr) > 5 and float(cosine) > 0.8 for *_, sqnr, cosine in cells)
+
+
 def test_evaluate_a_packed_file(results):
     model = results / "quantized" / "model.fdda"
     assert "5 test images" in succeed("evaluate", model, "--data", "tree", "--limit", 5)
@@ -519,6 +530,7 @@ def test_generator_of_another_teacher(results):
         (["evaluate", "quantized", "--limit", 0], "limit must be >= 1"),
         (["evaluate", "quantized", "--packed", "text.fdda"], "not a valid safetensors"),
         (["evaluate", "quantized/model.fdda"], "--data"),
+        (["evaluate", "quantized/model.fdda", "--data", "tree", "--per-layer", "l.csv"], "FP32"),
         (["run", "nothing.fdda", "tree"], "no such file"),
         (["run", "truncated.fdda", "tree"], "not a valid safetensors"),
         (["run", "flipped.fdda", "tree"], "damaged"),
