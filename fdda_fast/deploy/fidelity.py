@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..tracing import trace
-from .fold import Codes, activation_codes
-from .fuse import Group, find_groups
+from .fold import activation_codes
+from .fuse import Group, layer_groups
 from .graph import Node
 from .integer import Dequantize, PackedConv2d, PackedLinear
 from .runtime import PackedModel
-from .shapes import annotate
-from .translate import remove_bypassed
 
 _BATCH = 8  # the exact outputs of all layers are kept for so many images
 
@@ -54,16 +50,6 @@ class Fidelity:
         return Fidelity(
             self.signal + other.signal, self.output + other.output, self.noise + other.noise
         )
-
-
-@dataclass(frozen=True)
-class _Point:
-    """Where a layer's output is looked at: nodes of the exact and of the quantised network."""
-
-    name: str
-    exact: str
-    quantized: str
-    group: Group
 
 
 class _Observer(fx.Interpreter):
@@ -112,13 +98,18 @@ def layer_fidelity(
     """
     if not len(images):
         raise ValueError("images must be one at least, got none")
-    points, exact = _points(student, images[:1]), trace(model)
-    names = {node.name for node in exact.graph.nodes}
-    foreign = [point.name for point in points if point.exact not in names]
+    groups, exact = layer_groups(student, images[:1]), trace(model)
+    ends = {last.name: name for name, (last, _) in groups.items()}
+    # A quantiser is all that a group has and the exact network has not.
+    exact_ends = {
+        (last.args[0] if last is group.quantizer else last).name: name
+        for name, (last, group) in groups.items()
+    }
+    foreign = exact_ends.keys() - {node.name for node in exact.graph.nodes}
     if foreign:
-        raise ValueError(f"student was not made from model, which has no {foreign[0]!r}")
-    readers = {} if packed is None else _readers(student, packed, points)
-    found: dict[str, dict[str, Fidelity]] = {point.name: {} for point in points}
+        raise ValueError(f"student was not made from model, which has no {min(foreign)!r}")
+    readers = {} if packed is None else _readers(student, packed, groups)
+    found: dict[str, dict[str, Fidelity]] = {name: {} for name in groups}
     signals: dict[str, torch.Tensor] = {}
 
     def keep(layer: str, x: torch.Tensor) -> None:
@@ -131,11 +122,9 @@ def layer_fidelity(
 
     def observe(node: Node, tensors: object, inputs: object, y: Any) -> None:
         if node.name in readers:
-            layer, read = readers[node.name]
-            compare("packed", layer, read(y))
+            compare("packed", node.name, readers[node.name](y))
 
-    run_exact = _Observer(exact, {p.exact: p.name for p in points}, keep).run
-    ends = {p.quantized: p.name for p in points}
+    run_exact = _Observer(exact, exact_ends, keep).run
     run_student = _Observer(student, ends, partial(compare, "fake-quantised")).run
     for batch in images.split(_BATCH):
         run_exact(batch)
@@ -149,44 +138,25 @@ def _squares(x: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
-def _points(student: fx.GraphModule, image: torch.Tensor) -> list[_Point]:
-    """The groups that `pack` makes of a student, in its order."""
-    student = copy.deepcopy(student)
-    annotate(student, image)
-    remove_bypassed(student)
-    groups, points, calls = find_groups(student), [], {}
-    for last in student.graph.nodes:
-        if last in groups:
-            group = groups[last]
-            name = group.layer.target
-            calls[name] = call = calls.get(name, -1) + 1
-            exact = last.args[0] if last is group.quantizer else last
-            points.append(_Point(f"{name}_{call}" if call else name, exact.name, last.name, group))
-    return points
-
-
 def _readers(
-    student: fx.GraphModule, packed: PackedModel, points: list[_Point]
-) -> dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """Packed node -> the layer, and what makes floats of its output."""
-    layers = [n for n in packed.graph.nodes if isinstance(n.op, PackedConv2d | PackedLinear)]
-    readers = {}
-    for point, node in zip_longest(points, layers):
-        codes = None
-        if point is not None and point.group.quantizer is not None:
-            name = point.group.quantizer.target
-            codes = activation_codes(name, student.get_submodule(name))
-        if point is None or node is None or not _belongs(student, point, node, codes):
-            raise ValueError(f"packed was not made from student: {(point or node).name!r} differs")
+    student: fx.GraphModule, packed: PackedModel, groups: Mapping[str, tuple[fx.Node, Group]]
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Layer -> what makes floats of the output that it has in the packed network."""
+    nodes = {n.name: n for n in packed.graph.nodes if isinstance(n.op, PackedConv2d | PackedLinear)}
+    if list(nodes) != list(groups):
+        raise ValueError("packed was not made from student: its layers are others")
+    readers: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for name, (_, group) in groups.items():
+        codes, op = None, nodes[name].op
+        if group.quantizer is not None:
+            target = group.quantizer.target
+            codes = activation_codes(target, student.get_submodule(target))
+        bits = student.get_submodule(group.layer.target).weight_bits
+        if (op.weight_bits, op.output_bits) != (bits, codes and codes.bits):
+            raise ValueError(f"packed was not made from student: {name} has other widths")
         if codes is None:
-            readers[node.name] = point.name, lambda y: y
+            readers[name] = lambda y: y
         else:
             read = Dequantize(scale=codes.scale, zero_point=codes.zero_point)
-            readers[node.name] = point.name, partial(read.run, {})
+            readers[name] = partial(read.run, {})
     return readers
-
-
-def _belongs(student: fx.GraphModule, point: _Point, node: Node, codes: Codes | None) -> bool:
-    bits = student.get_submodule(point.group.layer.target).weight_bits
-    made = (point.name, bits, codes and codes.bits)
-    return (node.name, node.op.weight_bits, node.op.output_bits) == made
