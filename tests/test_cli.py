@@ -309,6 +309,60 @@ def test_pack(results, tmp_path):
     torch.testing.assert_close(packed(images), load_quantized(results / "quantized")(images))
 
 
+def test_allocate_then_quantize_then_pack(tmp_path):
+    """Within the budget to the end; another budget needs no new measurement."""
+    command = ["allocate", *DIGITS, "--out", tmp_path / "widths", "--weight-bits", "2,8",
+               "--input-bits", "4"]  # fmt: skip
+    told = succeed(*command, "--size-bytes", 50_000)
+    assert "fc" in told
+    file = tmp_path / "widths" / "bits.toml"
+    widths = parse_bits(str(file)).overrides
+    assert {w for w, _ in widths.values()} == {2, 8}
+    assert widths["conv1"][1] == 8
+    assert {a for name, (_, a) in widths.items() if name != "conv1"} == {4}
+
+    succeed("quantize", *DIGITS, "--bits", file, "--ptq", "--out", tmp_path / "run")
+    succeed("pack", tmp_path / "run")
+    packed = tmp_path / "run" / "model.fdda"
+    assert 25_000 < packed.stat().st_size <= 50_000
+    assert load_packed(packed).bits == widths
+
+    measured = (tmp_path / "widths" / "losses.json").stat().st_mtime_ns
+    succeed(*command, "--average-bits", 3, "--resume")
+    assert (tmp_path / "widths" / "losses.json").stat().st_mtime_ns == measured
+    assert parse_bits(str(file)).overrides != widths
+    assert "finished run" in run(*command, "--average-bits", 3).stderr
+    for budget, message in [
+        (["--latency-ms", 0], "budget must be at least"),
+        (["--bit-operations", 10], "budget must be at least"),
+    ]:
+        assert message in run(*command, *budget, "--resume").stderr
+
+
+def test_allocate_on_images_of_a_generator(results, tmp_path):
+    command = ["allocate", *OWN, "--average-bits", 4, "--out", tmp_path / "widths"]
+    generator = results / "synthetic" / "generator.safetensors"
+    succeed(*command, "--weight-bits", "2,4", "--generator", generator, "--num-images", 5)
+    config = (tmp_path / "widths" / "config.toml").read_text()
+    assert "num_images = 5" in config
+    assert "weight_bits = [\n    2,\n    4,\n]" in config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected one budget of --size-bytes, --average-bits"),
+        (["--size-bytes", 9, "--latency-ms", 9], "got 2"),
+        (["--size-bytes", "small"], "--size-bytes"),
+        (["--size-bytes", 9, "--weight-bits", "2,9"], "--weight-bits: expected widths of 2 to 8"),
+        (["--size-bytes", 9, "--input-bits", "x"], "--input-bits: expected widths of 2 to 8 bits"),
+        (["--size-bytes", 9, "--generator", "nothing.safetensors"], "no such file"),
+    ],
+)
+def test_bad_input_of_allocate(place, options, message):
+    assert message in refused(place, "allocate", *OWN, "--out", "new", *options)
+
+
 def test_evaluate_a_run(results):
     told = succeed("evaluate", results / "quantized")
     assert "tree, 12 test images" in told
@@ -489,6 +543,9 @@ def refused(place, *arguments):
         (["--bits", "W9A4"], "2..8"),
         (["--bits", "W4A1"], "2..8"),
         (["--bits", "four"], "must look like"),
+        (["--bits", "nothing.toml"], "no such file"),
+        (["--bits", "float.toml"], "has no table bits"),
+        (["--bits", "pair.toml"], "must be a list"),
         (["--bits", "W4A4F8L4"], "must look like"),
         (["--steps", "0"], "--steps"),
         (["--warmup-steps", "-1"], "--warmup-steps"),

@@ -34,6 +34,8 @@ from .options import (
     RunOptions,
     SettingsOptions,
     ShardOptions,
+    file_record,
+    fitting_generators,
     grouped,
     parse_bits,
     use_threads,
@@ -125,9 +127,9 @@ def synthesize(
     into.check(len(files))
     inputs = where.open(config.seed)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
-    generators = _fitting_generators(files, inputs)
+    generators = fitting_generators(files, inputs)
     if files:
-        record["generators"] = [_file_record(file) for file in files]
+        record["generators"] = [file_record(file) for file in files]
     if into.shards:
         record["shards"] = into.config(num_images, config.seed, inputs.num_classes)
         to = dataclasses.replace(to, resume=True)
@@ -355,7 +357,10 @@ def quantize(
     where: InputOptions,
     to: RunOptions,
     settings: SettingsOptions,
-    bits: Annotated[str, typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits.")],
+    bits: Annotated[
+        str,
+        typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits; or a file of `allocate`."),
+    ],
     generator: Annotated[
         Path | None, typer.Option(help="Finished generator; default: one is trained along the way.")
     ] = None,
@@ -387,8 +392,8 @@ def quantize(
         record = {**inputs.record, "bits": widths, "quantize": config}
         loaded = None
         if generator is not None:
-            (loaded,) = _fitting_generators([generator], inputs)
-            record["generator"] = _file_record(generator)
+            (loaded,) = fitting_generators([generator], inputs)
+            record["generator"] = file_record(generator)
         run = _open_run(to, "quantize", record)
         ranks.wait()  # all have looked at the folder as it was
         following = run.following("quantize", shown=ranks.first)
@@ -407,21 +412,3 @@ def quantize(
                 _begin(run, inputs)
                 save_quantized(run, student)
                 print(run.result)
-
-
-def _file_record(path: Path) -> dict[str, str]:
-    return {"file": str(path.resolve()), "sha256": digest(path)}
-
-
-def _fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
-    """Raises ValueError unless they make the teacher's classes, and images that it reads."""
-    generators = [Generator.load(file) for file in files]
-    shape = tuple(inputs.calibration.images.shape[1:])
-    classes = sum(generator.num_classes for generator in generators)
-    other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
-    if generators and (classes, other) != (inputs.num_classes, shape):
-        raise ValueError(
-            f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
-            f"the teacher reads {inputs.num_classes} classes of {shape}"
-        )
-    return generators
