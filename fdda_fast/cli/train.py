@@ -364,9 +364,7 @@ def quantize(
     generator: Annotated[
         Path | None, typer.Option(help="Finished generator; default: one is trained along the way.")
     ] = None,
-    ptq: Annotated[
-        bool, typer.Option("--ptq", help="Activation ranges only: no generator, no tuning.")
-    ] = False,
+    ptq: Annotated[bool, typer.Option("--ptq", help="Activation ranges only: no tuning.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps.")] = None,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Generator steps before fine-tuning.")
@@ -377,8 +375,8 @@ def quantize(
     Under torchrun the processes share every batch.
     """
     use_threads(to.threads)
-    if ptq and (steps is not None or warmup_steps is not None or generator is not None):
-        raise ValueError("--ptq takes no --steps, --warmup-steps or --generator")
+    if ptq and (steps is not None or warmup_steps is not None):
+        raise ValueError("--ptq takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
     if ptq:
         config = config.replace(steps=0)

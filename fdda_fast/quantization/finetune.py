@@ -102,12 +102,13 @@ class Finetuner:
         batches = list(batches)
         for images in batches:
             self.observe(images)
-        if self.config.ranges == "mse":
+        if self.config.ranges in ("mse", "percentile"):
             with quantizer_mode(self.student, "measure"):
                 for images in batches:
                     self.student(images)
+            percentile = self.config.percentile if self.config.ranges == "percentile" else None
             for quantizer in activation_quantizers(self.student):
-                quantizer.shrink_range()
+                quantizer.shrink_range(percentile)
         if self.config.correct_batch_norms:
             images = torch.cat(batches)[:_CORRECTION_IMAGES]
             exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
@@ -273,7 +274,7 @@ def quantize(
             be missing.
         bits: default Bits(4, 4).
         config: default the preset `fast`. With steps=0 only the activation ranges are taken,
-            from the calibration images.
+            from the calibration images or, with a generator, from batches like those of the steps.
         generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
         centers: of the calibration images, when they are known already.
         checkpoint: file to keep unfinished training in. resume: go on from it.
@@ -307,12 +308,17 @@ def quantize(
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
     )
-    if config.ranges == "mse":
-        clip_weights(student)
+    if config.weight_ranges != "auto" or config.ranges == "mse":
+        clip_weights(student, config.weight_ranges, config.percentile)
     ranks = Ranks.world()
     tuner = Finetuner(student, model, (images, labels), config, ranks)
-    if config.steps == 0:
+    if config.steps == 0 and generator is None:
+        if config.range_images == "synthetic":
+            raise ValueError("QuantizeConfig.range_images='synthetic' needs a generator or steps")
         tuner.calibrate([images])
+        return tuner.finish()
+    if config.steps == 0:
+        tuner.calibrate(_range_batches(tuner, _synthetic_source(generator, config, ranks)))
         return tuner.finish()
     step: Callable[[int], Metrics]
     if generator is None and config.synthetic_batch:
@@ -345,10 +351,16 @@ def quantize(
 def _range_batches(
     tuner: Finetuner, source: Callable[[int], Batch | None]
 ) -> Iterator[torch.Tensor]:
-    """Batches like those of the fine-tuning steps, but none of these."""
-    first = tuner.config.steps
-    for index in range(first, first + tuner.config.range_steps):
-        yield tuner.batch(index, source(index))[0]
+    """Batches like those of the fine-tuning steps, or a part of them, but none of these."""
+    config, first = tuner.config, tuner.config.steps
+    # A batch begins with the real images.
+    rows = {
+        "all": slice(None),
+        "real": slice(config.real_batch),
+        "synthetic": slice(config.real_batch, None),
+    }[config.range_images]
+    for index in range(first, first + config.range_steps):
+        yield tuner.batch(index, source(index))[0][rows]
 
 
 def _synthetic_source(
