@@ -315,7 +315,7 @@ def quantize(
     if config.steps == 0 and generator is None:
         if config.range_images == "synthetic":
             raise ValueError("QuantizeConfig.range_images='synthetic' needs a generator or steps")
-        tuner.calibrate([images])
+        tuner.calibrate(images.split(_CORRECTION_IMAGES))
         return tuner.finish()
     if config.steps == 0:
         tuner.calibrate(_range_batches(tuner, _synthetic_source(generator, config, ranks)))
