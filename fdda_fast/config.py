@@ -23,7 +23,9 @@ else:
 
 PRESETS = ("fast", "reference")
 DTYPES = ("float32", "bfloat16")
-RANGES = ("mse", "minmax", "reference")
+RANGES = ("mse", "minmax", "percentile", "reference")
+WEIGHT_RANGES = ("auto", "minmax", "percentile", "mse")
+RANGE_IMAGES = ("all", "real", "synthetic")
 AUGMENTATIONS = ("shift", "crop")
 METHODS = ("fdda", "reconstruct", "fdda+reconstruct")
 _EPOCH = 200  # steps, in the paper's settings
@@ -175,10 +177,14 @@ class QuantizeConfig(Section):
         seed: decides every draw of the fine-tuning.
         placement, keep_float: see `fdda_fast.quantization.prepare`.
         ranges: of the activations. `mse`: taken just before fine-tuning from `range_steps` batches
-            like those of the steps, then shrunk to the least squared error, and 2-bit weights
-            clipped likewise; `minmax`: the same without shrinking or clipping; `reference`: the
-            paper's, a moving average from zero over the first `range_steps` generator steps'
+            like those of the steps, then shrunk to the least squared error; `percentile`: shrunk
+            to the percentiles 100 - p and p; `minmax`: not shrunk; `reference`: the paper's, a
+            moving average from zero over the first `range_steps` generator steps'
             images, however untrained the generator then is.
+        range_images: of these batches, `all`, the `real` or the `synthetic` ones.
+        weight_ranges: how weights are clipped beforehand, see
+            `fdda_fast.quantization.clipping`; `auto` does so where `ranges` is `mse`.
+        percentile: p of both ranges, 50..100.
         correct_batch_norms: also take the shift that quantisation causes out of the student's
             BatchNorm statistics, see `fdda_fast.quantization.correction`; never with `reference`
             ranges.
@@ -213,6 +219,9 @@ class QuantizeConfig(Section):
     keep_float: tuple[str, ...] = ()
     ranges: str = "mse"
     range_steps: int = 20
+    range_images: str = "all"
+    weight_ranges: str = "auto"
+    percentile: float = 99.9
     correct_batch_norms: bool = True
     real_batch: int = 16
     synthetic_batch: int = 16
@@ -244,6 +253,14 @@ class QuantizeConfig(Section):
         )
         self._require("ranges", self.ranges in RANGES, f"one of {RANGES}")
         self._require("range_steps", self.range_steps >= 1, ">= 1")
+        known = f"one of {RANGE_IMAGES}"
+        self._require("range_images", self.range_images in RANGE_IMAGES, known)
+        batches = {"real": self.real_batch, "synthetic": self.synthetic_batch}
+        some = batches.get(self.range_images, 1) > 0
+        self._require("range_images", some, "of images of which there are some in a batch")
+        known = f"one of {WEIGHT_RANGES}"
+        self._require("weight_ranges", self.weight_ranges in WEIGHT_RANGES, known)
+        self._require("percentile", 50 < self.percentile <= 100, "in (50, 100]")
         self._require("augmentation", self.augmentation in AUGMENTATIONS, f"one of {AUGMENTATIONS}")
         for name in ("max_shift", "blend"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
@@ -264,7 +281,9 @@ class QuantizeConfig(Section):
 
     def plain_minmax(self) -> QuantizeConfig:
         """The same without tuning: activation ranges are the calibration images' min and max."""
-        return self.replace(steps=0, ranges="minmax", correct_batch_norms=False)
+        return self.replace(
+            steps=0, ranges="minmax", weight_ranges="minmax", correct_batch_norms=False
+        )
 
     @classmethod
     def reference(cls) -> QuantizeConfig:

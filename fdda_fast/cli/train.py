@@ -37,6 +37,7 @@ from .options import (
     RunOptions,
     SettingsOptions,
     ShardOptions,
+    fitting_generators,
     grouped,
     parse_bits,
     use_threads,
@@ -140,7 +141,7 @@ def synthesize(
         raise ValueError("several processes need --shards")
     inputs = where.open(config.seed, centers=centers)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
-    generators = _fitting_generators(files, inputs)
+    generators = fitting_generators(files, inputs)
     if files:
         record["generators"] = [file_record(file) for file in files]
     if into.shards:
@@ -396,7 +397,10 @@ def quantize(
     where: InputOptions,
     to: RunOptions,
     settings: SettingsOptions,
-    bits: Annotated[str, typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits.")],
+    bits: Annotated[
+        str,
+        typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits; or a file of `allocate`."),
+    ],
     method: Annotated[
         str,
         typer.Option(
@@ -407,9 +411,7 @@ def quantize(
     generator: Annotated[
         Path | None, typer.Option(help="Finished generator; default: one is trained along the way.")
     ] = None,
-    ptq: Annotated[
-        bool, typer.Option("--ptq", help="Activation ranges only: no generator, no tuning.")
-    ] = False,
+    ptq: Annotated[bool, typer.Option("--ptq", help="Activation ranges only: no tuning.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps.")] = None,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Generator steps before fine-tuning.")
@@ -421,8 +423,8 @@ def quantize(
     """
     use_threads(to.threads)
     tuned = method != METHODS[0] or steps is not None or warmup_steps is not None
-    if ptq and (tuned or generator is not None):
-        raise ValueError("--ptq takes no --method, --steps, --warmup-steps or --generator")
+    if ptq and tuned:
+        raise ValueError("--ptq takes no --method, --steps or --warmup-steps")
     if method == "reconstruct" and (steps is not None or warmup_steps is not None):
         raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
@@ -438,7 +440,7 @@ def quantize(
         record = {**inputs.record, "method": method, "bits": widths, "quantize": config}
         loaded = None
         if generator is not None:
-            (loaded,) = _fitting_generators([generator], inputs)
+            (loaded,) = fitting_generators([generator], inputs)
             record["generator"] = file_record(generator)
         run = _open_run(to, "quantize", record)
         ranks.wait()  # all have looked at the folder as it was
@@ -459,17 +461,3 @@ def quantize(
                 _begin(run, inputs)
                 save_quantized(run, student)
                 print(run.result)
-
-
-def _fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
-    """Raises ValueError unless they make the teacher's classes, and images that it reads."""
-    generators = [Generator.load(file) for file in files]
-    shape = inputs.image_shape
-    classes = sum(generator.num_classes for generator in generators)
-    other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
-    if generators and (classes, other) != (inputs.num_classes, shape):
-        raise ValueError(
-            f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
-            f"the teacher reads {inputs.num_classes} classes of {shape}"
-        )
-    return generators

@@ -103,12 +103,13 @@ class Finetuner:
         batches = list(batches)
         for images in batches:
             self.observe(images)
-        if self.config.ranges == "mse":
+        if self.config.ranges in ("mse", "percentile"):
             with quantizer_mode(self.student, "measure"):
                 for images in batches:
                     self.student(images)
+            percentile = self.config.percentile if self.config.ranges == "percentile" else None
             for quantizer in activation_quantizers(self.student):
-                quantizer.shrink_range()
+                quantizer.shrink_range(percentile)
         if self.config.correct_batch_norms:
             images = torch.cat(batches)[:_CORRECTION_IMAGES]
             exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
@@ -350,7 +351,8 @@ def quantize(
             be missing.
         bits: default Bits(4, 4).
         config: default the preset `fast`. With steps=0 nothing is fine-tuned; `fdda` then takes
-            only the activation ranges, from the calibration images.
+            only the activation ranges, from the calibration images or, with a generator, from
+            batches like those of the steps.
         generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
         method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
             ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
@@ -392,12 +394,17 @@ def quantize(
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
     )
-    if config.ranges == "mse":
-        clip_weights(student)
+    if config.weight_ranges != "auto" or config.ranges == "mse":
+        clip_weights(student, config.weight_ranges, config.percentile)
     ranks = Ranks.world()
     tuner = Finetuner(student, model, (images, labels), config, ranks)
     if config.steps == 0 and method == "fdda":
-        tuner.calibrate([images])
+        if generator is not None:
+            tuner.calibrate(_range_batches(tuner, _synthetic_source(generator, config, ranks)))
+            return tuner.finish()
+        if config.range_images == "synthetic":
+            raise ValueError("QuantizeConfig.range_images='synthetic' needs a generator or steps")
+        tuner.calibrate(images.split(_CORRECTION_IMAGES))
         return tuner.finish()
     trainer = None
     if generator is None and config.synthetic_batch:
@@ -450,10 +457,16 @@ def _check_method(method: str, config: QuantizeConfig, generator: Generator | No
 def _range_batches(
     tuner: Finetuner, source: Callable[[int], Batch | None]
 ) -> Iterator[torch.Tensor]:
-    """Batches like those of the fine-tuning steps, but none of these."""
-    first = tuner.config.steps
-    for index in range(first, first + tuner.config.range_steps):
-        yield tuner.batch(index, source(index))[0]
+    """Batches like those of the fine-tuning steps, or a part of them, but none of these."""
+    config, first = tuner.config, tuner.config.steps
+    # A batch begins with the real images.
+    rows = {
+        "all": slice(None),
+        "real": slice(config.real_batch),
+        "synthetic": slice(config.real_batch, None),
+    }[config.range_images]
+    for index in range(first, first + config.range_steps):
+        yield tuner.batch(index, source(index))[0][rows]
 
 
 def _synthetic_source(
