@@ -62,21 +62,29 @@ def trained(name, images):
     weight = torch.linalg.pinv(centered) @ (4 * torch.eye(len(images)))
     last.weight.copy_(weight.T)
     last.bias.copy_(-seen[0].mean(0) @ weight)
-    return model.state_dict()
+    return model
+
+
+@torch.no_grad()
+def predictions(model, images):
+    return model(images).argmax(1)
 
 
 @pytest.mark.parametrize("name", imagenet.MODELS)
 def test_a_row_per_method_once(tree, tmp_path, name, capsys):
     train = imagenet.open_source(str(tree), "train")
     (tmp_path / "weights").mkdir()
-    torch.save(trained(name, train.images(range(3))), tmp_path / "weights" / f"{name}-01ab.pth")
+    model = trained(name, train.images(range(3)))
+    torch.save(model.state_dict(), tmp_path / "weights" / f"{name}-01ab.pth")
+    val = imagenet.open_source(str(tree), "test")
+    right = (predictions(model, val.images(range(6))) == torch.arange(6) // 2).float().mean()
     (tmp_path / "few.toml").write_text(SETTINGS)
     command = [
         "--data", tree, "--weights", tmp_path / "weights", "--models", name, "--bits", "W4A4F8L8",
         "--out", tmp_path / "out", "--config", tmp_path / "few.toml",
     ]  # fmt: skip
     imagenet.main([str(word) for word in command])
-    assert "FP32 100.00" in capsys.readouterr().out
+    assert f"FP32 {100 * right:.2f}" in capsys.readouterr().out
     file = tmp_path / "out" / f"{name}.csv"
     with file.open(newline="") as rows:
         methods = [row["method"] for row in csv.DictReader(rows)]
