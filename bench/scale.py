@@ -46,7 +46,7 @@ class Case:
     batch: int  # of the plain loop; as the library's
 
 
-CASES = {c.pixels: c for c in (Case(224, 512, 16), Case(32, 16384, 64))}
+CASES = {c.pixels: c for c in (Case(224, 1024, 16), Case(32, 16384, 64))}
 
 
 def preprocessing_of(case: Case) -> Preprocessing:
@@ -150,7 +150,8 @@ def ranks_seconds(case: Case, cores: Sequence[int], clock: Clock) -> float:
             rank.stdin.write("\n")
             rank.stdin.flush()
         used = [float(rank.stdout.readline()) for rank in ranks]
-        seconds = max(used) if clock is time.process_time else clock() - start
+        # Whoever is held up by other processes takes fewer shards.
+        seconds = sum(used) / len(used) if clock is time.process_time else clock() - start
         if any(rank.wait() for rank in ranks):
             raise RuntimeError("a rank failed")
         return seconds / case.images
