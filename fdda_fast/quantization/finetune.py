@@ -33,7 +33,7 @@ from .bits import Bits
 from .clipping import clip_weights
 from .correction import correct_batch_norms
 from .fusion import cast_convolutions, fuse_norms
-from .modules import activation_quantizers, quantizer_mode
+from .modules import activation_quantizers, quantizer_mode, take_ranges
 from .prepare import prepare
 from .reconstruction import Reconstruction
 
@@ -101,15 +101,7 @@ class Finetuner:
     def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
         """Takes the activation ranges from `batches`, then corrects the batch norms on them."""
         batches = list(batches)
-        for images in batches:
-            self.observe(images)
-        if self.config.ranges in ("mse", "percentile"):
-            with quantizer_mode(self.student, "measure"):
-                for images in batches:
-                    self.student(images)
-            percentile = self.config.percentile if self.config.ranges == "percentile" else None
-            for quantizer in activation_quantizers(self.student):
-                quantizer.shrink_range(percentile)
+        take_ranges(self.student, batches, self.config.ranges, self.config.percentile)
         if self.config.correct_batch_norms:
             images = torch.cat(batches)[:_CORRECTION_IMAGES]
             exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
@@ -282,10 +274,8 @@ class ReconstructedTuning:
             tuner.model,
             self._images,
             tuple(tuner.images.shape[1:]),
-            config.reconstruct,
-            config.seed,
-            shrink_ranges=config.ranges == "mse",
-            ranks=tuner.ranks,
+            config,
+            tuner.ranks,
         )
         self._made: torch.Tensor | None = None
         self.warmup = 0 if trainer is None else config.warmup_steps
@@ -449,8 +439,13 @@ def _check_method(method: str, config: QuantizeConfig, generator: Generator | No
         raise ValueError("method 'reconstruct' takes no generator, its images are real ones")
     if method != "fdda" and config.ranges == "reference":
         raise ValueError(
-            f"QuantizeConfig.ranges must be 'mse' or 'minmax' with method {method!r}, "
-            "got 'reference'"
+            f"QuantizeConfig.ranges must not be 'reference' with method {method!r}, whose ranges "
+            "come from the images that it learns on"
+        )
+    if method != "fdda" and config.range_images != "all":
+        raise ValueError(
+            f"QuantizeConfig.range_images must be 'all' with method {method!r}, "
+            f"got {config.range_images!r}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -164,3 +164,25 @@ def quantizer_mode(model: nn.Module, mode: str) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             quantizer.mode = "quantize"
+
+
+@torch.no_grad()
+def take_ranges(
+    network: nn.Module, batches: Sequence[torch.Tensor], ranges: str, percentile: float
+) -> None:
+    """Takes the activation ranges of a network from what it reads.
+
+    Args:
+        ranges: `mse`, `percentile` or another name, with which they are not shrunk.
+        percentile: 50..100.
+    """
+    with quantizer_mode(network, "observe"):
+        for batch in batches:
+            network(batch)
+    if ranges not in ("mse", "percentile"):
+        return
+    with quantizer_mode(network, "measure"):
+        for batch in batches:
+            network(batch)
+    for quantizer in activation_quantizers(network):
+        quantizer.shrink_range(percentile if ranges == "percentile" else None)

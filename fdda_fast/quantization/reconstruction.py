@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..config import ReconstructConfig
+from ..config import QuantizeConfig, ReconstructConfig
 from ..distributed import ALONE, Ranks
 from ..layers import convolved, layers_of, use_layers
 from ..seeding import stream
 from ..tracing import note_shapes, trace
 from ..training import Metrics, below, load_optimizer_tensors, optimizer_tensors, prefixed
-from .modules import ActivationQuantizer, QuantConv2d, QuantLinear, quantizer_mode
+from .modules import ActivationQuantizer, QuantConv2d, QuantLinear, take_ranges
 from .rounding import LearnedRounding
 from .units import Unit, find_units, part_of
 
@@ -133,17 +133,6 @@ class _Learner:
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
-    @torch.no_grad()
-    def calibrate(self, images: torch.Tensor, shrink: bool) -> None:
-        """Takes the ranges from the unit's input, while nothing is rounded yet."""
-        for mode in ("observe", "measure") if shrink else ("observe",):
-            with quantizer_mode(self.network, mode):
-                for batch in images[:_RANGE_IMAGES].split(_BATCH):
-                    self.network(batch)
-        if shrink:
-            for quantizer in self.quantizers:
-                quantizer.shrink_range()
-
     def step(
         self,
         inputs: _Inputs,
@@ -216,8 +205,7 @@ class Reconstruction:
         model: the FP32 network; not changed.
         images: makes float32 [N, C, H, W], always the same; called when a step needs them.
         image_shape: (C, H, W).
-        seed: decides every draw.
-        shrink_ranges: to the least squared error, as `ActivationQuantizer.shrink_range` does.
+        config: of it `reconstruct`, the seed, and how ranges are taken.
         ranks: do the steps together, each with its share of every batch.
 
     Raises:
@@ -231,21 +219,18 @@ class Reconstruction:
         model: nn.Module,
         images: Callable[[], torch.Tensor],
         image_shape: tuple[int, int, int],
-        config: ReconstructConfig,
-        seed: int,
-        *,
-        shrink_ranges: bool = True,
+        config: QuantizeConfig,
         ranks: Ranks = ALONE,
     ) -> None:
-        ranks.check_batch("ReconstructConfig.batch", config.batch)
-        self.student, self.config, self.seed, self.ranks = student.eval(), config, seed, ranks
+        self.config, self.settings = config.reconstruct, config
+        ranks.check_batch("ReconstructConfig.batch", self.config.batch)
+        self.student, self.ranks = student.eval(), ranks
         self.exact = trace(model).requires_grad_(False)
         note_shapes(self.exact, image_shape)
         self.units = find_units(self.exact, student)
         self.parts = [self._parts(unit) for unit in self.units]
         use_layers(self.exact, layers_of(torch.float32))
         self._images = images
-        self._shrink_ranges = shrink_ranges
         self._learner: _Learner | None = None
         self._number = 0
         self._held: tuple[int, int] | None = None
@@ -261,10 +246,12 @@ class Reconstruction:
         number, step = divmod(index, self.config.steps)
         if self._learner is None:
             self._begin(number)
-            self._learner.calibrate(self._cached(number, 0)[0].student, self._shrink_ranges)
+            # Before anything is rounded.
+            read = self._cached(number, 0)[0].student[:_RANGE_IMAGES].split(_BATCH)
+            take_ranges(self._learner.network, read, self.settings.ranges, self.settings.percentile)
         progress = step / self.config.steps
         inputs, spread = self._cached(number, int(progress * self.parts[number]))
-        rng = stream(self.seed, _STREAM, index)
+        rng = stream(self.settings.seed, _STREAM, index)
         rows = torch.randint(len(inputs.target), (self.config.batch,), generator=rng)
         batch = _Inputs(*(tensor[rows] for tensor in inputs))
         metrics = self._learner.step(batch, spread, progress, rng, self.ranks)

@@ -120,8 +120,8 @@ def reconstruct(folder):
     teacher, images, _ = digits()
     config = ReconstructConfig(steps=4, images=10, batch=9, warmup=0.3, lr=1e-4, affine_lr=1e-6)
     made = Reconstruction(
-        prepare(teacher, Bits(3, 3)), teacher, lambda: images, (1, 8, 8), config, 0,
-        ranks=Ranks.world(),
+        prepare(teacher, Bits(3, 3)), teacher, lambda: images, (1, 8, 8),
+        QuantizeConfig(reconstruct=config), Ranks.world(),
     )  # fmt: skip
     history = [made.step(index) for index in range(3)]
     return {**made.state_tensors(), **losses(history)}

@@ -94,6 +94,25 @@ def test_seed_and_method_decide(teacher, calibration, generator, method):
     assert equal(before, state(teacher))
 
 
+def test_ranges_are_taken_as_the_settings_say(teacher):
+    images = torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ends = {}
+    for ranges in ("minmax", "mse", "percentile"):
+        config = CONFIG.replace(
+            ranges=ranges, percentile=90, reconstruct=RECONSTRUCT.replace(range_lr=0.0)
+        )
+        student = prepare(teacher, Bits(4, 4))
+        made = Reconstruction(student, teacher, lambda: images, (1, 8, 8), config)
+        for index in range(8):
+            made.step(index)
+        ends[ranges] = [q.x_max.item() for q in activation_quantizers(student)]
+        assert [bool(q.observed) for q in activation_quantizers(student)[:4]] == [True] * 4
+    batches = torch.tensor([batch.max().item() for batch in images.split(64)])
+    assert ends["minmax"][0] == pytest.approx((0.9 * batches[0] + 0.1 * batches[1]).item())
+    assert ends["percentile"][0] == pytest.approx(images.quantile(0.9).item(), abs=0.02)
+    assert ends["percentile"][1] < ends["mse"][1] < ends["minmax"][1]
+
+
 def interrupt_at(stop):
     def progress(done, total, metrics):
         if done == stop:
@@ -124,7 +143,8 @@ def test_resuming_is_bit_identical(teacher, calibration, tmp_path, stop):
 
 def reconstruction(teacher, images, config, **options):
     student = prepare(teacher, Bits(2, 3))
-    made = Reconstruction(student, teacher, lambda: images, (1, 8, 8), config, 0, **options)
+    config = CONFIG.replace(reconstruct=config)
+    made = Reconstruction(student, teacher, lambda: images, (1, 8, 8), config, **options)
     return student, made
 
 
@@ -206,10 +226,10 @@ def test_refused(teacher, calibration, generator):
         quantize(teacher, calibration, method="brecq")
     with pytest.raises(ValueError, match="'reconstruct' takes no generator"):
         quantize(teacher, calibration, generator=generator, method="reconstruct")
-    with pytest.raises(ValueError, match=r"QuantizeConfig.ranges must be 'mse' or 'minmax'"):
-        quantize(
-            teacher, calibration, config=CONFIG.replace(ranges="reference"), method="reconstruct"
-        )
+    for name, value in {"ranges": "reference", "range_images": "real"}.items():
+        config = CONFIG.replace(**{name: value})
+        with pytest.raises(ValueError, match=rf"QuantizeConfig.{name} must"):
+            quantize(teacher, calibration, config=config, method="reconstruct")
 
 
 @pytest.mark.parametrize(
