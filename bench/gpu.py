@@ -7,8 +7,8 @@ units of the largest value. A wrong result ends the run with exit code 1, before
 Times are medians of bursts between CUDA events, all in turn, in microseconds: the layers of
 ResNet-18 with weights, packed in 4 and in 8 bits with everything that follows the products, against
 the bare products in cuBLAS fp16 (of a matrix that an im2col would have to write first) and in
-torch._int_mm, and against a convolution and ReLU in fp16 under torch.compile. Without a GPU it says
-so and ends with exit code 2.
+torch._int_mm, and against a convolution and ReLU in fp16 under torch.compile; then the operators on
+codes against a copy. Without a GPU it says so and ends with exit code 2.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,11 @@ from torch import Tensor
 
 from fdda_fast import ops
 from fdda_fast.gpu_report import BATCHES, Layer, resnet18
+from fdda_fast.ops._library import has_cuda_kernels
 
 EPS = 1e-5
 TOLERANCE = 1e-5  # of float32 sums, in units of the largest value
+CUDA = torch.device("cuda")
 BURST = 20  # calls between two events
 NO_GPU = "bench/gpu.py: no GPU: torch sees no CUDA or ROCm device, nothing was checked or timed"
 Run = Callable[[], object]
@@ -87,6 +90,8 @@ def cases() -> Iterator[Case]:
     large = torch.randn(4, 32, 28, 28, generator=g)
     yield Case("upsample_conv3x3_backward", (large, x, filters), exact=False)
     yield from packed_cases(g)
+    yield from reordered_cases(g)
+    yield from code_cases(g)
 
 
 def packed_cases(g: torch.Generator) -> Iterator[Case]:
@@ -98,7 +103,7 @@ def packed_cases(g: torch.Generator) -> Iterator[Case]:
             (48, 48, 48, 3, 1),
             (40, 60, 2, 1, 1),
         ):
-            x = torch.randint(0, 256, (2, 15, 13, channels), generator=g, dtype=torch.uint8)
+            x = _codes((2, 15, 13, channels), 8, g)
             depth = kernel * kernel * channels // groups
             packed = _packed(filters, depth, bits, g)
             geometry = ([kernel] * 2, [stride] * 2, [kernel // 2] * 2, [1, 1], groups, 17)
@@ -111,6 +116,56 @@ def packed_cases(g: torch.Generator) -> Iterator[Case]:
             parameters = _parameters(filters, depth, g)
             yield Case("packed_linear", (x, packed, bits, filters, 9, *parameters))
             yield Case("unpack_weight", (packed, bits, filters, depth))
+
+
+def reordered_cases(g: torch.Generator) -> Iterator[Case]:
+    """Weights in the kernels' order: few and many pixels, depthwise, linear; residuals of both
+    kinds; inputs that are multiplied as bytes, as halves, and that lie packed, as outputs may.
+    """
+    for bits in range(2, 9):
+        for size, channels, filters, groups, kernel in (
+            (7, 64, 96, 1, 3),
+            (48, 96, 128, 1, 1),
+            (15, 48, 48, 48, 3),
+            (1, 224, 160, 1, 1),
+        ):
+            depth = kernel * kernel * channels // groups
+            packed = _packed(filters, depth, bits, g)
+            yield Case("reorder_weight", (packed, bits, filters, depth, groups > 1))
+            weight = ops.reorder_weight(packed, bits, filters, depth, groups > 1)
+            geometry = ([kernel] * 2, [1, 1], [kernel // 2] * 2, [1, 1], groups, 5)
+            parameters = _parameters(filters, depth, g)
+            shape = (4, size, size)
+            added = torch.randint(0, 256, (*shape, filters), generator=g, dtype=torch.uint8)
+            for x_bits, residual in ((8, None), (4, added), (4, added.float())):
+                x = _codes((*shape, channels), x_bits, g)
+                tail = (*parameters, residual, 0.01, [0, 15], x_bits)
+                arguments = (weight, bits, filters, *geometry, *tail)
+                yield Case("reordered_conv2d", (x, *arguments))
+                if x_bits == 4 and bits <= 4 and groups == 1:
+                    for out_packed in (False, True):
+                        packed_tail = (*arguments, True, out_packed)
+                        yield Case("reordered_conv2d", (ops.pack_codes(x), *packed_tail))
+
+
+def code_cases(g: torch.Generator) -> Iterator[Case]:
+    """Into, out of and between codes; sizes that vectors divide or not."""
+    meaning = (0.4, 130, 0.05, -3.0)
+    for shape in ((4, 14, 14, 64), (3, 9, 7, 5)):
+        x = _codes(shape, 8, g)
+        image = torch.randn(*shape, generator=g) * 4
+        yield Case("quantize", (image, 3.3, -2.0, 5))
+        yield Case("quantize", (image.contiguous(memory_format=torch.channels_last), 3.3, -2.0, 8))
+        yield Case("requantize_codes", (x, *meaning, 4))
+        yield Case("dequantize_codes", (x, 30.1, 128))
+        yield Case("dequantize_sums", (x.int() * 1000, 49, 30.1, 128))
+        yield Case("sum_pool_codes", (x,))
+        yield Case("max_pool2d_codes", (x, [3, 3], [2, 2], [1, 1], [1, 1], True))
+    yield Case("requantize_codes_packed", (_codes((4, 14, 14, 64), 8, g), *meaning, 4))
+
+
+def _codes(shape: tuple[int, ...], bits: int, g: torch.Generator) -> Tensor:
+    return torch.randint(0, 2**bits, shape, generator=g, dtype=torch.uint8)
 
 
 def _packed(filters: int, depth: int, bits: int, g: torch.Generator) -> Tensor:
@@ -173,20 +228,37 @@ def check(device: str) -> bool:
     return right
 
 
+def packed_layer(
+    layer: Layer, batch: int, bits: int, reordered: bool, g: torch.Generator
+) -> tuple[str, tuple]:
+    """Operator and arguments of a layer as `PackedModel` runs it, on the CPU, without an addition.
+
+    reordered: as with the CUDA kernels, else on the file's order of the weights.
+    """
+    filters, depth = layer.out_channels, layer.in_channels * layer.kernel**2
+    x = _codes((batch, layer.size, layer.size, layer.in_channels), bits, g)
+    weight = _packed(filters, depth, bits, g)
+    geometry = ([layer.kernel] * 2, [layer.stride] * 2, [layer.kernel // 2] * 2, [1, 1], 1, 0)
+    tail = (*_parameters(filters, depth, g), None, 0.0, [0, 2**bits - 1])
+    if not reordered:
+        return "packed_conv2d", (x, weight, bits, filters, *geometry, *tail)
+    weight = ops.reorder_weight(weight, bits, filters, depth)
+    x_packed, out_packed = (bits == 4 and flag for flag in (layer.packed_in, layer.packed_out))
+    x = ops.pack_codes(x) if x_packed else x
+    arguments = (x, weight, bits, filters, *geometry, *tail, bits, x_packed, out_packed)
+    return "reordered_conv2d", arguments
+
+
 def layer_runs(layer: Layer, batch: int) -> dict[str, Run]:
     """The providers of a layer, on the GPU; torch._int_mm where it takes the shape."""
     g = torch.Generator().manual_seed(0)
     runs: dict[str, Run] = {}
     depth = layer.in_channels * layer.kernel**2
-    shape = (batch, layer.size, layer.size, layer.in_channels)
     kernel, stride, padding = [layer.kernel] * 2, [layer.stride] * 2, [layer.kernel // 2] * 2
     for bits in (4, 8):
-        x = torch.randint(0, 2**bits, shape, generator=g, dtype=torch.uint8).cuda()
-        args = (x, _packed(layer.out_channels, depth, bits, g).cuda(), bits, layer.out_channels)
-        parameters = [t.cuda() for t in _parameters(layer.out_channels, depth, g)]
-        args = (*args, kernel, stride, padding, [1, 1], 1, 0, *parameters)
-        args = (*args, None, 0.0, [0, 2**bits - 1])
-        runs[f"W{bits}A{bits}"] = lambda args=args: torch.ops.fdda.packed_conv2d(*args)
+        operator, args = packed_layer(layer, batch, bits, has_cuda_kernels(CUDA), g)
+        args = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+        runs[f"W{bits}A{bits}"] = partial(getattr(torch.ops.fdda, operator), *args)
     rows = batch * layer.out_size**2
     a, b = torch.randn(rows, depth), torch.randn(depth, layer.out_channels)
     a, b = a.half().cuda(), b.half().cuda()
@@ -204,6 +276,30 @@ def layer_runs(layer: Layer, batch: int) -> dict[str, Run]:
     )
     runs["torch.compile fp16"] = lambda: compiled(image, filters)
     return runs
+
+
+def code_runs(batch: int, device: str) -> dict[str, tuple[int, Run]]:
+    """Operators on codes at their sizes in ResNet-18: the bytes each must move, and how to run it.
+
+    The first is a copy, the most that memory gives.
+    """
+    g = torch.Generator().manual_seed(0)
+    maps, stem, last = (
+        _codes((batch, size, size, channels), 8, g).to(device)
+        for size, channels in ((56, 64), (112, 64), (7, 512))
+    )
+    image = torch.randn(batch, 3, 224, 224, generator=g).to(device)
+    meaning = (0.4, 130, 0.05, -3.0)
+    n, window = maps.numel(), (3, 2, 1, 1, False)
+    return {
+        "copy": (2 * n, maps.clone),
+        "quantize": (5 * image.numel(), partial(ops.quantize, image, 30.0, 3.0, 8)),
+        "requantize_codes": (2 * n, partial(ops.requantize_codes, maps, *meaning, 4)),
+        "... packed": (n + n // 2, partial(ops.requantize_codes_packed, maps, *meaning, 4)),
+        "max_pool2d_codes": (stem.numel() + n, partial(ops.max_pool2d_codes, stem, *window)),
+        "sum_pool_codes": (last.numel() * 53 // 49, partial(ops.sum_pool_codes, last)),
+        "dequantize_codes": (5 * n, partial(ops.dequantize_codes, maps, 0.4, 130)),
+    }
 
 
 def event_seconds(run: Run) -> float:
@@ -263,12 +359,23 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("layer", "batch", title="microseconds")
     for name in (*PROVIDERS, "W4A4: x faster"):
         table.add_column(name, justify="right")
-    shapes = {layer._replace(name="", residual=False): layer for layer in resnet18()}
+    shapes = {layer._replace(name="", residual=0, out_bytes=1): layer for layer in resnet18()}
     for layer in shapes.values():
         for batch in options.batch:
             times = medians(layer_runs(layer, batch), options.rounds, event_seconds)
             table.add_row(*row(layer.name, batch, times))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    table = Table("operator on codes", "batch")
+    for name in ("microseconds", "GB/s"):
+        table.add_column(name, justify="right")
+    for batch in options.batch:
+        runs = code_runs(batch, "cuda")
+        times = medians({k: run for k, (_, run) in runs.items()}, options.rounds, event_seconds)
+        for name, seconds in times.items():
+            rate = runs[name][0] / seconds / 1e9
+            table.add_row(name, str(batch), f"{1e6 * seconds:.1f}", f"{rate:.0f}")
+    console.print(table)
     return 0
 
 

@@ -14,33 +14,42 @@ from fdda_fast.memory import resident_memory
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
-_SETTLED, _MOST_CALLS = 256, 6  # page faults (1 MiB), untimed calls
+_SETTLED, _MOST_CALLS = 256, 12  # page faults (1 MiB), calls
 
 
 def interleaved(
     runs: Mapping[str, Run], rounds: int, plain_memory: Container[str] = ()
 ) -> dict[str, float]:
-    """Median seconds of every run: all in turn, `rounds` times, each after untimed calls.
+    """Median seconds of every run: all in turn, `rounds` times, each after an untimed call.
 
     Args:
         plain_memory: runs for which memory is as PyTorch has it. For all others it stays with the
-            process, as in this library's training loop, and untimed calls are repeated until one
-            asks for no new pages: that state, not the way to it, is what a long training sees.
+            process, as in this library's training loop, and calls are repeated until one asks for
+            no new pages, which counts: that state, not the way to it, is what a long training sees.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             plain = name in plain_memory
             with nullcontext() if plain else resident_memory():
-                for _ in range(1 if plain else _MOST_CALLS):
-                    before = _page_faults()
-                    run()
-                    if _page_faults() - before < _SETTLED:
-                        break
-                start = time.perf_counter()
                 run()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_plain_call(run) if plain else _settled_call(run))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _plain_call(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _settled_call(run: Run) -> float:
+    for _ in range(_MOST_CALLS):
+        before = _page_faults()
+        seconds = _plain_call(run)
+        if _page_faults() - before < _SETTLED:
+            break
+    return seconds
 
 
 def bursts(

@@ -23,8 +23,11 @@ else:
 
 PRESETS = ("fast", "reference")
 DTYPES = ("float32", "bfloat16")
-RANGES = ("mse", "minmax", "reference")
+RANGES = ("mse", "minmax", "percentile", "reference")
+WEIGHT_RANGES = ("auto", "minmax", "percentile", "mse")
+RANGE_IMAGES = ("all", "real", "synthetic")
 AUGMENTATIONS = ("shift", "crop")
+METHODS = ("fdda", "reconstruct", "fdda+reconstruct")
 _EPOCH = 200  # steps, in the paper's settings
 _Config = TypeVar("_Config", bound="Section")
 
@@ -119,6 +122,50 @@ class SynthesisConfig(Section):
 
 
 @dataclass(frozen=True)
+class ReconstructConfig(Section):
+    """How rounding and ranges are learned, see `fdda_fast.quantization.reconstruction`.
+
+    Args:
+        steps: per unit (a residual block, or a layer outside of such).
+        images: that the units learn on, made like those of fine-tuning steps.
+        batch: images per step.
+        lr, range_lr, affine_lr: of Adam, for the rounding, the logarithm of the activation ranges,
+            and the unit's BatchNorm weights and biases. The first is constant, the others fade.
+        rounding_weight: of the rounding's regulariser, beside the error in units of the target's
+            variance. warmup: share of the steps without it. betas: its exponent, from the first to
+            the second along a cosine.
+        drop: share of the unit's input and of its quantised activations that a step draws at
+            random and leaves in FP32; 0: none.
+        cache_mib: MiB for what a unit reads and should make, beside the images themselves; where
+            it is more, the unit's steps see one part of the images after the other.
+    """
+
+    steps: int = 400
+    images: int = 1024
+    batch: int = 32
+    lr: float = 0.1
+    range_lr: float = 5e-3
+    affine_lr: float = 3e-3
+    rounding_weight: float = 3.0
+    warmup: float = 0.2
+    betas: tuple[float, float] = (20.0, 2.0)
+    drop: float = 0.5
+    cache_mib: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "cache_mib"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        self._require("images", self.images >= self.batch, f">= batch ({self.batch})")
+        self._require("lr", self.lr > 0, "> 0")
+        for name in ("range_lr", "affine_lr", "rounding_weight"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        self._require("drop", 0 <= self.drop < 1, "in [0, 1)")
+        first, last = self.betas
+        self._require("betas", first >= last > 0, "(first, last) with first >= last > 0")
+
+
+@dataclass(frozen=True)
 class QuantizeConfig(Section):
     """How the student is quantised and fine-tuned.
 
@@ -130,10 +177,14 @@ class QuantizeConfig(Section):
         seed: decides every draw of the fine-tuning.
         placement, keep_float: see `fdda_fast.quantization.prepare`.
         ranges: of the activations. `mse`: taken just before fine-tuning from `range_steps` batches
-            like those of the steps, then shrunk to the least squared error, and 2-bit weights
-            clipped likewise; `minmax`: the same without shrinking or clipping; `reference`: the
-            paper's, a moving average from zero over the first `range_steps` generator steps'
+            like those of the steps, then shrunk to the least squared error; `percentile`: shrunk
+            to the percentiles 100 - p and p; `minmax`: not shrunk; `reference`: the paper's, a
+            moving average from zero over the first `range_steps` generator steps'
             images, however untrained the generator then is.
+        range_images: of these batches, `all`, the `real` or the `synthetic` ones.
+        weight_ranges: how weights are clipped beforehand, see
+            `fdda_fast.quantization.clipping`; `auto` does so where `ranges` is `mse`.
+        percentile: p of both ranges, 50..100.
         correct_batch_norms: also take the shift that quantisation causes out of the student's
             BatchNorm statistics, see `fdda_fast.quantization.correction`; never with `reference`
             ranges.
@@ -158,6 +209,7 @@ class QuantizeConfig(Section):
         dtype: of the convolutions and what is between them in fine-tuning steps; parameters,
             ranges, batch norms and losses are float32.
         synthesis: how the generator is trained when none is given.
+        reconstruct: for the methods that reconstruct.
     """
 
     steps: int = 1200
@@ -167,6 +219,9 @@ class QuantizeConfig(Section):
     keep_float: tuple[str, ...] = ()
     ranges: str = "mse"
     range_steps: int = 20
+    range_images: str = "all"
+    weight_ranges: str = "auto"
+    percentile: float = 99.9
     correct_batch_norms: bool = True
     real_batch: int = 16
     synthetic_batch: int = 16
@@ -188,6 +243,7 @@ class QuantizeConfig(Section):
     label_weight: float = 0.0
     dtype: str = "float32"
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup_steps", "seed", "real_batch", "synthetic_batch"):
@@ -197,6 +253,14 @@ class QuantizeConfig(Section):
         )
         self._require("ranges", self.ranges in RANGES, f"one of {RANGES}")
         self._require("range_steps", self.range_steps >= 1, ">= 1")
+        known = f"one of {RANGE_IMAGES}"
+        self._require("range_images", self.range_images in RANGE_IMAGES, known)
+        batches = {"real": self.real_batch, "synthetic": self.synthetic_batch}
+        some = batches.get(self.range_images, 1) > 0
+        self._require("range_images", some, "of images of which there are some in a batch")
+        known = f"one of {WEIGHT_RANGES}"
+        self._require("weight_ranges", self.weight_ranges in WEIGHT_RANGES, known)
+        self._require("percentile", 50 < self.percentile <= 100, "in (50, 100]")
         self._require("augmentation", self.augmentation in AUGMENTATIONS, f"one of {AUGMENTATIONS}")
         for name in ("max_shift", "blend"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
@@ -217,7 +281,9 @@ class QuantizeConfig(Section):
 
     def plain_minmax(self) -> QuantizeConfig:
         """The same without tuning: activation ranges are the calibration images' min and max."""
-        return self.replace(steps=0, ranges="minmax", correct_batch_norms=False)
+        return self.replace(
+            steps=0, ranges="minmax", weight_ranges="minmax", correct_batch_norms=False
+        )
 
     @classmethod
     def reference(cls) -> QuantizeConfig:

@@ -139,8 +139,8 @@ def dynamic_shared(name: str) -> int:
     )
     if not found:
         return 0
-    rows, channels, halves = (int(group) for group in found.groups())
-    stage = rows * 64 + channels // 16 * (512 if halves else 1024)
+    rows, channels, operands = (int(group) for group in found.groups())
+    stage = rows * (32 if operands > 2 else 64) + channels // 16 * (512 if operands else 1024)
     return stage * (4 if 4 * stage <= 48 * 1024 else 3)
 
 
@@ -193,7 +193,11 @@ BATCHES = (1, 32, 256)
 
 
 class Layer(NamedTuple):
-    """A convolution of square images or, of size 1, a linear layer."""
+    """A convolution of square images or, of size 1, a linear layer.
+
+    residual: bytes of what is added to an output, 0 without. packed_in, packed_out: codes of 4 bits
+    lie two to a byte there, see deploy/reordered.py.
+    """
 
     name: str
     size: int
@@ -201,9 +205,11 @@ class Layer(NamedTuple):
     out_channels: int
     kernel: int
     stride: int
-    residual: bool = False
+    residual: int = 0
     in_bytes: int = 1  # of an input
     out_bytes: int = 1
+    packed_in: bool = False
+    packed_out: bool = False
 
     @property
     def out_size(self) -> int:
@@ -215,9 +221,11 @@ class Layer(NamedTuple):
         return self.out_size**2 * self.out_channels * self.in_channels * self.kernel**2
 
     def bytes(self, batch: int, bits: int) -> float:
-        """Codes in and out once, a byte each, and packed weights."""
-        outputs = self.out_size**2 * self.out_channels * (self.out_bytes + self.residual)
-        inputs = self.size**2 * self.in_channels * self.in_bytes
+        """What goes in and out once, and packed weights."""
+        out_bytes = 0.5 if self.packed_out and bits == 4 else self.out_bytes
+        in_bytes = 0.5 if self.packed_in and bits == 4 else self.in_bytes
+        outputs = self.out_size**2 * self.out_channels * (out_bytes + self.residual)
+        inputs = self.size**2 * self.in_channels * in_bytes
         weights = self.in_channels * self.kernel**2 * self.out_channels * bits / 8
         return batch * (inputs + outputs) + weights
 
@@ -230,43 +238,61 @@ class Layer(NamedTuple):
 
 
 def resnet18() -> list[Layer]:
-    """Layers with weights of ResNet-18 at 224 pixels; a block's second convolution adds."""
+    """Layers with weights of ResNet-18 at 224 pixels, as `PackedModel` runs them on a GPU.
+
+    A block's last convolution adds the block's input, in 8 bits; where that is reduced first, the
+    reducing one comes last and adds float32.
+    """
     layers = [Layer("conv1", 224, 3, 64, 7, 2)]
     channels, size = 64, 56
     for stage, width in enumerate((64, 128, 256, 512), 1):
         for block in range(2):
             stride = 2 if stage > 1 and block == 0 else 1
             name = f"layer{stage}.{block}"
-            layers.append(Layer(f"{name}.conv1", size, channels, width, 3, stride))
+            # What no addition reads has 4 bits; the pool reads bytes.
+            narrow = block == 1 and stage < 4
+            first = Layer(f"{name}.conv1", size, channels, width, 3, stride, packed_out=True)
+            last = Layer(f"{name}.conv2", size // stride, width, width, 3, 1)
+            added = {"residual": 4 if stride == 2 else 1, "packed_out": narrow}
             if stride == 2:
-                layers.append(Layer(f"{name}.downsample", size, channels, width, 1, stride))
-            size //= stride
-            layers.append(Layer(f"{name}.conv2", size, width, width, 3, 1, residual=True))
-            channels = width
+                down = Layer(f"{name}.downsample", size, channels, width, 1, stride, **added)
+                block_layers = [first, last._replace(out_bytes=4), down]
+            else:
+                block_layers = [first, last._replace(**added)]
+            layers += [layer._replace(packed_in=True) for layer in block_layers]
+            channels, size = width, size // stride
     # The sums of the pooled codes are int32, the logits float32.
     return [*layers, Layer("fc", 1, 512, 1000, 1, 1, in_bytes=4, out_bytes=4)]
 
 
 def roofline(sheet: Sheet) -> Table:
-    """Microseconds of every layer at every batch, in 8 and in 4 bits."""
+    """Microseconds of every layer at every batch, in 8 and in 4 bits, as packed as they are.
+
+    The last row: what all would take if every code had a byte of its own.
+    """
     table = Table("layer")
     table.add_column("MMAC", justify="right")
     columns = [(batch, bits) for batch in BATCHES for bits in (8, 4)]
     for batch, bits in columns:
         table.add_column(f"{batch}, W{bits}A{bits}", justify="right")
-    totals = dict.fromkeys(columns, 0.0)
+    totals, in_bytes = dict.fromkeys(columns, 0.0), dict.fromkeys(columns, 0.0)
     layers = resnet18()
     for layer in layers:
+        loose = layer._replace(packed_in=False, packed_out=False)
         cells = []
         for batch, bits in columns:
             seconds, bound = layer.seconds(sheet, batch, bits)
             totals[batch, bits] += seconds + LAUNCH
+            in_bytes[batch, bits] += loose.seconds(sheet, batch, bits)[0] + LAUNCH
             cells.append(f"{1e6 * seconds:.2f} {bound}")
         table.add_row(layer.name, f"{layer.macs / 1e6:.1f}", *cells)
     table.add_row(
         f"all, and {len(layers)} launches",
         f"{sum(layer.macs for layer in layers) / 1e6:.1f}",
         *(f"{1e6 * seconds:.1f}  " for seconds in totals.values()),
+    )
+    table.add_row(
+        "the same, a byte to a code", "", *(f"{1e6 * s:.1f}  " for s in in_bytes.values())
     )
     return table
 

@@ -12,6 +12,15 @@ from .quantization.modules import QuantConv2d
 from .stem import FrozenStem
 
 
+def convolved(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """What `conv` makes of x with that weight, by `ops.conv3x3` where it fits."""
+    if not Conv3x3.fits(conv):
+        return conv._conv_forward(x, weight, conv.bias)
+    # The layout that forward and backward read: one copy instead of two.
+    y = ops.conv3x3(x, weight.contiguous(memory_format=torch.channels_last))
+    return y if conv.bias is None else y + conv.bias[:, None, None]
+
+
 class Conv3x3(nn.Module):
     """A float32 Conv2d or QuantConv2d by `ops.conv3x3`; its parameters stay shared.
 
@@ -36,9 +45,7 @@ class Conv3x3(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         weight = conv.quantized_weight() if isinstance(conv, QuantConv2d) else conv.weight
-        # The layout that forward and backward read: one copy instead of two.
-        y = ops.conv3x3(x, weight.contiguous(memory_format=torch.channels_last))
-        return y if conv.bias is None else y + conv.bias[:, None, None]
+        return convolved(conv, x, weight)
 
 
 class MaxPool2d(nn.Module):

@@ -49,6 +49,7 @@ RESULTS = {
     "centers": "centers.safetensors",
     "synthesize": "gallery.png",
     "train-generator": "generators.json",
+    "allocate": "bits.toml",
     "quantize": "quantized.safetensors",
     "demo": "results.csv",
 }

@@ -89,11 +89,14 @@ def unpack_kernel(
 
 @triton.jit
 def store_outputs(
-    acc,
+    products,
+    inputs,
     first_row,
+    rows,
     column,
-    inside,
+    known,
     filters,
+    weight_offset,
     multiplier,
     bias,
     addend,
@@ -104,25 +107,29 @@ def store_outputs(
     RESIDUAL: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):
-    """From int64 sums on: rescaling, residual and, QUANTIZED, codes. `column` counts all filters.
+    """From sums on: the weights' offsets, rescaling, residual and, QUANTIZED, codes.
 
-    A clamp to integers may come before the rounding; of NaN it makes `low`.
+    products + weight_offset * inputs are int64. `column` counts all filters, `known` are those of
+    the program. A clamp to integers may come before the rounding; of NaN it makes `low`.
     """
-    known = column < filters
+    place = tl.arange(0, products.shape[0])
+    inside = (first_row + place < rows)[:, None] & known[None, :]
+    offset = tl.load(weight_offset + column, mask=known, other=0)
+    acc = products + offset[None, :] * inputs.to(tl.int64)[:, None]
     factor = tl.load(multiplier + column, mask=known, other=0.0)
     shift = tl.load(bias + column, mask=known, other=0.0)
     v = acc.to(tl.float64).to(tl.float32) * factor[None, :] + shift[None, :]
     start = first_row.to(tl.int64) * filters
-    offset = tl.arange(0, acc.shape[0])[:, None] * filters + column[None, :]
+    target = place[:, None] * filters + column[None, :]
     if RESIDUAL:
-        other = tl.load(addend + start + offset, mask=inside, other=0).to(tl.float32)
+        other = tl.load(addend + start + target, mask=inside, other=0).to(tl.float32)
         v = v + other * residual_scale
     if QUANTIZED:
         v = tl.where(v > low, v, low)
         v = tl.where(v > high, high, v)
-        tl.store(result + start + offset, round_code(v).to(tl.int32).to(tl.uint8), mask=inside)
+        tl.store(result + start + target, round_code(v).to(tl.int32).to(tl.uint8), mask=inside)
     else:
-        tl.store(result + start + offset, v, mask=inside)
+        tl.store(result + start + target, v, mask=inside)
 
 
 @kernel
@@ -220,14 +227,15 @@ def packed_conv_kernel(
     left_out = 128 - x_zero_point
     known = filter < filters
     acc += left_out * tl.load(sums + column, mask=known, other=0)[None, :]
-    total = tl.max(inputs, 1) + left_out * BLOCK_K * steps
-    shift = tl.load(weight_offset + column, mask=known, other=0)
     store_outputs(
-        acc + shift[None, :] * total.to(tl.int64)[:, None],
+        acc,
+        tl.max(inputs, 1) + left_out * BLOCK_K * steps,
         first_row,
+        pixels,
         column,
-        (row < pixels)[:, None] & known[None, :],
+        known,
         filters * groups,
+        weight_offset,
         multiplier,
         bias,
         addend,
@@ -289,14 +297,15 @@ def packed_linear_s32_kernel(
             acc += tl.dot(a, b, out_dtype=tl.int32).to(tl.int64) << 8 * byte
     zero_point = x_zero_point.to(tl.int64)
     acc += (128 * 0x010101 - zero_point) * sums[None, :]
-    shift = tl.load(weight_offset + column, mask=column < filters, other=0)
-    acc += shift[None, :] * (total - zero_point * depth)[:, None]
     store_outputs(
         acc,
+        total - zero_point * depth,
         first_row,
+        rows,
         column,
-        (row < rows)[:, None] & (column < filters)[None, :],
+        column < filters,
         filters,
+        weight_offset,
         multiplier,
         bias,
         addend,
@@ -357,11 +366,7 @@ def packed_conv2d(
         x.contiguous(),
         q,
         q.sum(1, dtype=torch.int32),
-        weight_offset.contiguous(),
-        multiplier.contiguous(),
-        bias.contiguous(),
-        out if residual is None else residual.contiguous(),
-        out,
+        *_epilogue(out, weight_offset, multiplier, bias, residual),
         pixels,
         height,
         width,
@@ -434,11 +439,7 @@ def packed_linear(
     packed_linear_s32_kernel[(blocks[0] * blocks[1],)](
         F.pad(x, (0, missing), value=x_zero_point) if missing else x.contiguous(),
         q,
-        weight_offset.contiguous(),
-        multiplier.contiguous(),
-        bias.contiguous(),
-        out if residual is None else residual.contiguous(),
-        out,
+        *_epilogue(out, weight_offset, multiplier, bias, residual),
         rows,
         (depth + missing) // VECTOR,
         out_features,
@@ -463,6 +464,14 @@ def _tile(pixels: int, filters: int, groups: int, align: int) -> Tile:
 
 def _output(x: Tensor, shape: tuple[int, ...], output_range: Sequence[int] | None) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32 if output_range is None else torch.uint8)
+
+
+def _epilogue(
+    out: Tensor, weight_offset: Tensor, multiplier: Tensor, bias: Tensor, residual: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors of `store_outputs`, in the order of the kernels' arguments."""
+    addend = out if residual is None else residual.contiguous()
+    return weight_offset.contiguous(), multiplier.contiguous(), bias.contiguous(), addend, out
 
 
 def _codes_of(output_range: Sequence[int] | None) -> tuple[float, float]:

@@ -321,6 +321,21 @@ def test_quantize_ranges_only(tmp_path):
     load_quantized(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("method", "rows"), [("reconstruct", 5 * 2), ("fdda+reconstruct", 1 + 5 * 2 + 3)]
+)
+def test_quantize_by_reconstruction(tmp_path, method, rows):
+    file = tmp_path / "settings.toml"
+    file.write_text("steps = 3\nwarmup_steps = 1\n[reconstruct]\nsteps = 2\nimages = 32\n")
+    options = ["--bits", "W4A4", "--method", method, "--config", file]
+    succeed("quantize", *DIGITS, *options, "--out", tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + rows
+    assert f'method = "{method}"' in (tmp_path / "run" / "config.toml").read_text()
+    succeed("pack", tmp_path / "run", "--out", tmp_path / "m.fdda")
+    images, packed = torch.randn(8, 1, 8, 8), load_packed(tmp_path / "m.fdda")
+    torch.testing.assert_close(packed(images), load_quantized(tmp_path / "run")(images))
+
+
 def test_settings_file(tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text("ranges = 'minmax'\n[bits.overrides]\nconv1 = [8, 8]\n[synthesis]\nlr = 0.01\n")
@@ -342,6 +357,60 @@ def test_pack(results, tmp_path):
     torch.testing.assert_close(packed(images), load_quantized(results / "quantized")(images))
 
 
+def test_allocate_then_quantize_then_pack(tmp_path):
+    """Within the budget to the end; another budget needs no new measurement."""
+    command = ["allocate", *DIGITS, "--out", tmp_path / "widths", "--weight-bits", "2,8",
+               "--input-bits", "4"]  # fmt: skip
+    told = succeed(*command, "--size-bytes", 50_000)
+    assert "fc" in told
+    file = tmp_path / "widths" / "bits.toml"
+    widths = parse_bits(str(file)).overrides
+    assert {w for w, _ in widths.values()} == {2, 8}
+    assert widths["conv1"][1] == 8
+    assert {a for name, (_, a) in widths.items() if name != "conv1"} == {4}
+
+    succeed("quantize", *DIGITS, "--bits", file, "--ptq", "--out", tmp_path / "run")
+    succeed("pack", tmp_path / "run")
+    packed = tmp_path / "run" / "model.fdda"
+    assert 25_000 < packed.stat().st_size <= 50_000
+    assert load_packed(packed).bits == widths
+
+    measured = (tmp_path / "widths" / "losses.json").stat().st_mtime_ns
+    succeed(*command, "--average-bits", 3, "--resume")
+    assert (tmp_path / "widths" / "losses.json").stat().st_mtime_ns == measured
+    assert parse_bits(str(file)).overrides != widths
+    assert "finished run" in run(*command, "--average-bits", 3).stderr
+    for budget, message in [
+        (["--latency-ms", 0], "budget must be at least"),
+        (["--bit-operations", 10], "budget must be at least"),
+    ]:
+        assert message in run(*command, *budget, "--resume").stderr
+
+
+def test_allocate_on_images_of_a_generator(results, tmp_path):
+    command = ["allocate", *OWN, "--average-bits", 4, "--out", tmp_path / "widths"]
+    generator = results / "synthetic" / "generator.safetensors"
+    succeed(*command, "--weight-bits", "2,4", "--generator", generator, "--num-images", 5)
+    config = (tmp_path / "widths" / "config.toml").read_text()
+    assert "num_images = 5" in config
+    assert "weight_bits = [\n    2,\n    4,\n]" in config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected one budget of --size-bytes, --average-bits"),
+        (["--size-bytes", 9, "--latency-ms", 9], "got 2"),
+        (["--size-bytes", "small"], "--size-bytes"),
+        (["--size-bytes", 9, "--weight-bits", "2,9"], "--weight-bits: expected widths of 2 to 8"),
+        (["--size-bytes", 9, "--input-bits", "x"], "--input-bits: expected widths of 2 to 8 bits"),
+        (["--size-bytes", 9, "--generator", "nothing.safetensors"], "no such file"),
+    ],
+)
+def test_bad_input_of_allocate(place, options, message):
+    assert message in refused(place, "allocate", *OWN, "--out", "new", *options)
+
+
 def test_evaluate_a_run(results):
     told = succeed("evaluate", results / "quantized")
     assert "tree, 12 test images" in told
@@ -355,6 +424,17 @@ def test_evaluate_writes_a_row_per_class(results, tmp_path):
     header, *rows = (tmp_path / "new" / "c.csv").read_text().splitlines()
     assert header == "network,class,images,top1,low,high"
     assert [row.split(",")[1:3] for row in rows] == 3 * [[name, "4"] for name in sorted(COLOURS)]
+
+
+def test_evaluate_writes_a_row_per_layer(results, tmp_path):
+    told = succeed("evaluate", results / "quantized", "--per-layer", tmp_path / "new" / "l.csv")
+    assert "layers' outputs against FP32, 12 images" in told
+    header, *rows = (tmp_path / "new" / "l.csv").read_text().splitlines()
+    assert header == "network,layer,sqnr_db,cosine"
+    cells = [row.split(",") for row in rows]
+    networks = ("fake-quantised", "packed")
+    assert [row[:2] for row in cells] == [[n, layer] for layer in "038" for n in networks]
+    assert all(float(sqnr) > 5 and float(cosine) > 0.8 for *_, sqnr, cosine in cells)
 
 
 def test_evaluate_a_packed_file(results):
@@ -508,9 +588,14 @@ def refused(place, *arguments):
         (["--generator", "tiny.safetensors"], "not a generator file"),
         (["--generator", "truncated.safetensors"], "not a valid safetensors file"),
         (["--ptq"], "--ptq takes no"),
+        (["--method", "brecq"], "method must be one of"),
+        (["--method", "reconstruct"], "--method reconstruct takes no"),
         (["--bits", "W9A4"], "2..8"),
         (["--bits", "W4A1"], "2..8"),
         (["--bits", "four"], "must look like"),
+        (["--bits", "nothing.toml"], "no such file"),
+        (["--bits", "float.toml"], "has no table bits"),
+        (["--bits", "pair.toml"], "must be a list"),
         (["--bits", "W4A4F8L4"], "must look like"),
         (["--steps", "0"], "--steps"),
         (["--warmup-steps", "-1"], "--warmup-steps"),
@@ -552,6 +637,7 @@ def test_generator_of_another_teacher(results):
         (["evaluate", "quantized", "--limit", 0], "limit must be >= 1"),
         (["evaluate", "quantized", "--packed", "text.fdda"], "not a valid safetensors"),
         (["evaluate", "quantized/model.fdda"], "--data"),
+        (["evaluate", "quantized/model.fdda", "--data", "tree", "--per-layer", "l.csv"], "FP32"),
         (["run", "nothing.fdda", "tree"], "no such file"),
         (["run", "truncated.fdda", "tree"], "not a valid safetensors"),
         (["run", "flipped.fdda", "tree"], "damaged"),

@@ -1,11 +1,14 @@
 """What of bench/gpu.py runs without a GPU: its cases, its comparison, its table's arithmetic."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from fdda_fast import ops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu
@@ -32,7 +35,27 @@ def test_every_kernel_has_a_case():
     pytest.importorskip("triton")
     from fdda_fast.kernels import OPERATORS
 
-    assert {case.name for case in gpu.cases()} >= set(OPERATORS)
+    names = {case.name for case in gpu.cases()}
+    assert names >= set(OPERATORS)
+    registration = Path(__file__).parents[1] / "csrc/cuda/registration.cpp"
+    assert names >= set(re.findall(r'm\.impl\("(\w+)"', registration.read_text()))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_reordered_layers_are_the_packed_ones(bits):
+    layers = {layer.name: layer for layer in gpu.resnet18()}
+    for name in ("layer1.0.conv1", "layer2.0.downsample"):
+        layer = layers[name]._replace(size=6)
+        outputs = []
+        for reordered in (False, True):
+            g = torch.Generator().manual_seed(0)
+            operator, args = gpu.packed_layer(layer, 2, bits, reordered, g)
+            outputs.append(getattr(torch.ops.fdda, operator)(*args))
+            assert operator == ("reordered_conv2d" if reordered else "packed_conv2d")
+        expected, actual = outputs
+        packed = bits == 4 and layer.packed_out
+        assert torch.equal(actual, ops.pack_codes(expected) if packed else expected)
+        assert len(expected.unique()) > 4
 
 
 def test_cases_run_and_equal_themselves(capsys):
@@ -67,6 +90,13 @@ def test_difference():
     assert gpu.difference(x[:1], x) == float("inf")
     assert gpu.difference(x.nan_to_num(0), x) == float("inf")
     assert gpu.difference(x[:2].int(), x[:2]) == float("inf")
+
+
+def test_operators_on_codes_move_what_they_read_and_write():
+    for name, (moved, run) in gpu.code_runs(2, "cpu").items():
+        arguments = [run.__self__] if name == "copy" else [*run.args]
+        read = sum(t.nbytes for t in arguments if isinstance(t, torch.Tensor))
+        assert moved == read + run().nbytes, name
 
 
 def test_medians_take_turns_and_leave_out_the_first_round():

@@ -49,6 +49,8 @@ def test_occupancy_counts_warps():
         (f"{LARGE}Lb1ELi1EEEv", 4 * 12288),
         (f"{LARGE}LNS0_8OperandsE0ELi1EEEv", 3 * 16384),
         (f"{LARGE}LNS0_8OperandsE2ELi1EEEv", 4 * 12288),
+        (f"{LARGE}LNS0_8OperandsE3ELi16EEEv", 4 * 8192),
+        (f"{LARGE}LNS0_8OperandsE4ELi16EEEv", 4 * 8192),
         ("_ZN4fdda4cuda11conv_kernelENS_10PackedConvEl", 0),
     ],
 )
@@ -77,15 +79,21 @@ def test_layers_are_those_of_the_network():
 
 def test_prediction_is_the_larger_of_products_and_memory():
     sheet = gpu_report.Sheet("", int8=2e12, int4=4e12, bandwidth=1e12)
-    layer = gpu_report.Layer("", 10, 20, 30, 3, 2, residual=True)
+    layer = gpu_report.Layer("", 10, 20, 30, 3, 2, residual=1)
     assert (layer.out_size, layer.macs) == (5, 25 * 30 * 20 * 9)
     assert layer.bytes(2, 4) == 2 * (100 * 20 + 25 * 30 * 2) + 30 * 20 * 9 / 2
+    packed = layer._replace(packed_in=True, packed_out=True)
+    assert packed.bytes(2, 8) == layer.bytes(2, 8)
+    assert packed.bytes(2, 4) == 2 * (100 * 20 / 2 + 25 * 30 * 1.5) + 30 * 20 * 9 / 2
     assert layer.seconds(sheet, 2, 8) == (2 * 2 * layer.macs / 2e12, "c")
     assert layer.seconds(sheet, 2, 4) == (2 * 2 * layer.macs / 4e12, "c")
     slow = sheet._replace(bandwidth=1e9)
     assert layer.seconds(slow, 2, 4) == (layer.bytes(2, 4) / 1e9, "m")
-    table = gpu_report.roofline(sheet)
-    assert table.row_count == len(gpu_report.resnet18()) + 1
+    table = gpu_report.roofline(slow)
+    assert table.row_count == len(gpu_report.resnet18()) + 2
+    all_8, all_4 = (list(table.columns[c].cells)[-2:] for c in (2, 3))
+    assert all_8[0] == all_8[1]
+    assert float(all_4[0]) < float(all_4[1])
     assert len(table.columns) == 2 + 2 * len(gpu_report.BATCHES)
 
 

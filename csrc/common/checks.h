@@ -50,6 +50,11 @@ inline void check_packed(const Tensor& weight, int64_t bits, int64_t rows, int64
               "weight");
 }
 
+inline void check_packed_channels(int64_t channels, const char* argument) {
+  STD_TORCH_CHECK(channels % kPackedChannels == 0, argument, ": expected a multiple of ",
+                  kPackedChannels, " channels of packed codes, got ", channels);
+}
+
 inline std::array<int64_t, 2> pair(const std::vector<int64_t>& v, const char* argument) {
   STD_TORCH_CHECK(v.size() == 2, argument, ": expected 2 values, got ", v.size());
   return {v[0], v[1]};
@@ -79,20 +84,26 @@ struct EpilogueTensors {
 inline EpilogueTensors make_epilogue(const Tensor& like, const std::vector<int64_t>& out_size,
                                      const Tensor& multiplier, const Tensor& bias,
                                      const std::optional<Tensor>& residual, double residual_scale,
-                                     const std::optional<std::vector<int64_t>>& output_range) {
+                                     const std::optional<std::vector<int64_t>>& output_range,
+                                     bool packed = false) {
   const int64_t channels = out_size.back();
   check_dtype(multiplier, ScalarType::Float, "multiplier");
   check_numel(multiplier, channels, "multiplier");
   check_dtype(bias, ScalarType::Float, "bias");
   check_numel(bias, channels, "bias");
   const ScalarType type = output_range ? ScalarType::Byte : ScalarType::Float;
+  std::vector<int64_t> stored = out_size;
+  if (packed) {
+    check_packed_channels(channels, "out_channels");
+    stored.back() /= 2;
+  }
   EpilogueTensors e{torch::stable::contiguous(multiplier), torch::stable::contiguous(bias),
-                    torch::stable::new_empty(like, out_size, type), std::nullopt, Epilogue{}};
+                    torch::stable::new_empty(like, stored, type), std::nullopt, Epilogue{}};
   e.view.multiplier = e.multiplier.const_data_ptr<float>();
   e.view.bias = e.bias.const_data_ptr<float>();
   e.view.residual_scale = static_cast<float>(residual_scale);
   if (residual) {
-    check_numel(*residual, e.out.numel(), "residual");
+    check_numel(*residual, e.out.numel() * (packed ? 2 : 1), "residual");
     e.residual = torch::stable::contiguous(*residual);
     if (residual->scalar_type() == ScalarType::Byte) {
       e.view.residual_u8 = e.residual->const_data_ptr<uint8_t>();
@@ -107,8 +118,10 @@ inline EpilogueTensors make_epilogue(const Tensor& like, const std::vector<int64
                     "output_range: expected 0 <= lo <= hi <= 255, got ", lo, " and ", hi);
     e.view.lo = static_cast<float>(lo);
     e.view.hi = static_cast<float>(hi);
-    e.view.out_u8 = e.out.mutable_data_ptr<uint8_t>();
+    STD_TORCH_CHECK(!packed || hi < 16, "output_range: expected hi < 16 of packed codes, got ", hi);
+    (packed ? e.view.out_u4 : e.view.out_u8) = e.out.mutable_data_ptr<uint8_t>();
   } else {
+    STD_TORCH_CHECK(!packed, "output_range: expected with packed outputs");
     e.view.out_f32 = e.out.mutable_data_ptr<float>();
   }
   return e;
@@ -127,14 +140,20 @@ inline PackedConv conv_shape(const Tensor& x, int64_t bits, int64_t out_channels
                              const std::vector<int64_t>& stride,
                              const std::vector<int64_t>& padding,
                              const std::vector<int64_t>& dilation, int64_t groups,
-                             int64_t x_zero_point) {
+                             int64_t x_zero_point, bool x_packed = false) {
   check_dtype(x, ScalarType::Byte, "x");
   STD_TORCH_CHECK(x.dim() == 4, "x: expected [N, H, W, C], got ", x.dim(), " dimensions");
   PackedConv p{};
   p.batch = x.size(0);
   p.height = x.size(1);
   p.width = x.size(2);
-  p.channels = x.size(3);
+  p.channels = x.size(3) * (x_packed ? 2 : 1);
+  p.x_packed = x_packed;
+  if (x_packed) {
+    check_packed_channels(p.channels, "x");
+    STD_TORCH_CHECK(x_zero_point < 16, "x_zero_point: expected below 16 of packed codes, got ",
+                    x_zero_point);
+  }
   p.bits = static_cast<int>(bits);
   p.out_channels = out_channels;
   p.groups = groups;

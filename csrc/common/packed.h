@@ -7,6 +7,10 @@
 
 namespace fdda {
 
+// Codes below 16 may lie packed, two to a byte, in kernels that say so: of 32 adjacent channels,
+// byte j has channel j in its low half and channel j + 16 in its high one.
+constexpr int kPackedChannels = 32;
+
 // What happens to an accumulator: dequantize, add the residual, store as float32 or as a code.
 struct Epilogue {
   const float* multiplier;     // [O]
@@ -16,13 +20,19 @@ struct Epilogue {
   float residual_scale;
   uint8_t* out_u8;  // [rows, O]; null: store out_f32
   float* out_f32;
-  float lo, hi;  // range of the codes in out_u8
+  float lo, hi;     // range of the codes
+  uint8_t* out_u4;  // packed [rows, O / 2] in place of both, of the tensor cores' kernels only
 };
+
+FDDA_HOST_DEVICE static inline float add_residual(const Epilogue& e, int64_t index, float v) {
+  if (e.residual_u8) v = v + static_cast<float>(e.residual_u8[index]) * e.residual_scale;
+  if (e.residual_f32) v = v + e.residual_f32[index] * e.residual_scale;
+  return v;
+}
 
 // From the dequantized accumulator on.
 FDDA_HOST_DEVICE static inline void store_dequantized(const Epilogue& e, int64_t index, float v) {
-  if (e.residual_u8) v = v + static_cast<float>(e.residual_u8[index]) * e.residual_scale;
-  if (e.residual_f32) v = v + e.residual_f32[index] * e.residual_scale;
+  v = add_residual(e, index, v);
   if (e.out_u8) {
     e.out_u8[index] = requantize(v, e.lo, e.hi);
   } else {
@@ -46,6 +56,7 @@ struct PackedConv {
   const int64_t* weight_offset;  // [O]
   bool weight_fits_s8;           // code + offset is in [-128, 127] for every channel and code
   Epilogue epilogue;
+  bool x_packed;  // [batch, height, width, channels / 2], for the tensor cores' kernels only
 };
 
 struct PackedLinearS32 {

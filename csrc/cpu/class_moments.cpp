@@ -26,8 +26,10 @@ constexpr int64_t kRun = 16;        // numbers that are added before their sum i
 constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
-constexpr int64_t kAhead = 64;      // pixels asked for ahead: the processor itself stops at pages
 constexpr int kLanes = 64;
+// Pixels asked for ahead, 4 KiB: the processor itself stops at pages.
+template <class T>
+constexpr int64_t kAhead = 4096 / (kStrip * sizeof(T));
 
 struct Moments {
   double count, mean, m2;
@@ -147,7 +149,7 @@ void add_pixels(const T* x, int64_t rows, int64_t stride, const float* center, f
     for (int k = 0; k < kVectors; ++k) {
       const int64_t at = i * stride + k * kEach;
       const V v = load_lanes<V>(x + at);
-      if (k * kEach * sizeof(T) % kLine == 0) __builtin_prefetch(x + at + kAhead * stride);
+      if (k * kEach * sizeof(T) % kLine == 0) __builtin_prefetch(x + at + kAhead<T> * stride);
       const V d = v - middle[k];
       d_sum[k] = d_sum[k] + d;
       s_sum[k] = s_sum[k] + d * d;
@@ -315,10 +317,10 @@ void move_pixels(const Gradients<T>& t, const Channels<typename LANES::V> (&g)[L
       const int64_t j = at + k * lanes_of<V>();
       const V v = load_lanes<V>(t.x + j);
       const bool new_line = k * lanes_of<V>() * sizeof(T) % kLine == 0;
-      if (new_line) __builtin_prefetch(t.x + j + kAhead * stride);
+      if (new_line) __builtin_prefetch(t.x + j + kAhead<T> * stride);
       V grad = g[k].shift + (v - g[k].mean) * g[k].slope;
       if (NORM) {
-        if (new_line) __builtin_prefetch(t.grad_y + j + kAhead * stride);
+        if (new_line) __builtin_prefetch(t.grad_y + j + kAhead<T> * stride);
         V y = v * g[k].norm_scale + g[k].norm_shift;
         if (ADD) y = y + load_lanes<V>(t.r + j);
         const V through = where_between(y, low, high, load_lanes<V>(t.grad_y + j));

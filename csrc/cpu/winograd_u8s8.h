@@ -12,8 +12,10 @@
 //   inputs:    [16 positions][ceil(C / 64)][tiles][64 channels] u8. The step from tile to tile does
 //              not depend on C: constant displacements in the products' loop.
 //   weights:   [16 positions][C / 4][PANELS][16 outputs][4 inputs] s8, expanded from the bit planes
-//              of PANELS * 16 outputs at a time
-//   products:  [16 positions][tiles of a group][PANELS][16 outputs] s32
+//              of PANELS * 16 outputs at a time; those of the last row of positions are negated
+//   sums:      [2 rows][4 columns][tiles of a group][PANELS][16 outputs] s32: a column of
+//   positions'
+//              products, added and subtracted by A^T
 
 #pragma once
 
@@ -50,10 +52,10 @@ struct Block {
   int64_t ends[4];                       // of the classes
   int64_t line_stride, position_stride;  // of inputs, in bytes
 
-  void range(int position, int64_t* begin, int64_t* end) const {
-    const bool second_row = position / 4 == 3, second_column = position % 4 == 3;
-    *begin = second_column ? ends[0] : 0;
-    *end = second_row ? ends[1] : second_column ? ends[2] : count;
+  // The tiles with or without a second row that need a column of positions.
+  void range(int column, bool below, int64_t* begin, int64_t* end) const {
+    *begin = below ? (column == 3 ? ends[0] : 0) : ends[1];
+    *end = below ? ends[1] : column == 3 ? ends[2] : count;
   }
 
   // End of the group that starts at `begin`: as many whole classes as fit, else an even share of
@@ -199,7 +201,10 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
       sums[t] = add_fours(sums[t], g[t]);
     }
 #pragma GCC unroll 3
-    for (int x = 0; x < 3; ++x) transform_weights(g + x, 3, rows + x, 3);
+    for (int x = 0; x < 3; ++x) {
+      transform_weights(g + x, 3, rows + x, 3);
+      rows[9 + x] = _mm512_subs_epi8(_mm512_setzero_si512(), rows[9 + x]);
+    }
 #pragma GCC unroll 4
     for (int y = 0; y < 4; ++y) transform_weights(rows + 3 * y, 1, u + 4 * y, 1);
 #pragma GCC unroll 16
@@ -221,7 +226,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
       const int factor = -shift * factors[i / 2][t / 3] * factors[i % 2][t % 3];
       s = _mm512_add_epi32(s, _mm512_mullo_epi32(sums[t], _mm512_set1_epi32(factor)));
     }
-    const bool negated = i == 1 || i == 2;  // by A^T
+    const bool negated = i % 2;  // by A^T, the last column of positions
     if (negated) s = _mm512_sub_epi32(_mm512_setzero_si512(), s);
     _mm512_store_si512(panel->starts[i] + half * kPanelRows, s);
   }

@@ -8,18 +8,28 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-// int32s between two positions' products: no power of two, whose addresses would share cache sets.
-constexpr int64_t product_stride(int panels) { return (kGroup + 1) * panels * kPanelRows; }
+// int32s between two columns' sums: no power of two, whose addresses would share cache sets.
+constexpr int64_t sum_stride(int panels) { return (kGroup + 1) * panels * kPanelRows; }
 
 // ---- products ----
 
-struct Product {
-  const uint8_t* inputs;  // first tile, first 64 channels
-  int64_t line_stride;
+// Tiles whose products with two panels are summed at once: two sums of each.
+#if defined(__AVX512VNNI__)
+constexpr int kTiles = 7;
+#else
+constexpr int kTiles = 4;
+#endif
+
+// A column of the 4 x 4 positions: with products m[0..3] the sums m[0] + m[1] + m[2] and
+// m[1] - m[2] - m[3]. Weights of m[3] are negated.
+struct Column {
+  const uint8_t* inputs;  // of position 0: first tile, first 64 channels
+  int64_t line_stride, input_stride;
   const int8_t* weights;
+  int64_t weight_stride;
   int64_t k4, exact_steps;
-  const int32_t* start;
-  int32_t* out;
+  const int32_t* starts[2];
+  int32_t* sums[2];
 };
 
 // Tiles of a line, at constant displacements.
@@ -31,21 +41,19 @@ struct Lines {
 };
 
 template <int ROWS, int PANELS>
-__attribute__((noinline)) void multiply(const Product& m, int64_t first) {
-  __m512i acc[ROWS][PANELS];
-#pragma GCC unroll 2
-  for (int p = 0; p < PANELS; ++p) {
-    const __m512i start = _mm512_load_si512(m.start + p * kPanelRows);
-#pragma GCC unroll 14
-    for (int r = 0; r < ROWS; ++r) acc[r][p] = start;
-  }
-  const uint8_t* line = m.inputs + first * kLine;
-  Panels weights{m.weights, kLine, PANELS * kLine};
-  for (int64_t left = m.k4; left > 0; left -= kLine / kBlockDepth, line += m.line_stride) {
+inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PANELS],
+                                                        const Column& c, int position,
+                                                        int64_t first) {
+  const uint8_t* line = c.inputs + position * c.input_stride + first * kLine;
+  Panels weights{c.weights + position * c.weight_stride, kLine, PANELS * kLine};
+  for (int64_t left = c.k4; left > 0; left -= kLine / kBlockDepth, line += c.line_stride) {
     Lines rows{line};
-    add_products(acc, rows, weights, min64(left, kLine / kBlockDepth), m.exact_steps);
+    add_products(acc, rows, weights, min64(left, kLine / kBlockDepth), c.exact_steps);
   }
-  int32_t* out = m.out + first * PANELS * kPanelRows;
+}
+
+template <int ROWS, int PANELS>
+inline __attribute__((always_inline)) void store(const __m512i (&acc)[ROWS][PANELS], int32_t* out) {
 #pragma GCC unroll 14
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 2
@@ -55,10 +63,37 @@ __attribute__((noinline)) void multiply(const Product& m, int64_t first) {
   }
 }
 
+// below: whether the second sum is needed.
+template <int ROWS, int PANELS>
+__attribute__((noinline)) void multiply(const Column& c, int64_t first, bool below) {
+  __m512i a[ROWS][PANELS] = {}, b[ROWS][PANELS] = {};
+  add_position(a, c, 1, first);
+  add_position(b, c, 2, first);
+#pragma GCC unroll 2
+  for (int p = 0; p < PANELS; ++p) {
+    const __m512i start_a = _mm512_load_si512(c.starts[0] + p * kPanelRows);
+    const __m512i start_b = _mm512_load_si512(c.starts[1] + p * kPanelRows);
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512i difference = _mm512_sub_epi32(a[r][p], b[r][p]);
+      a[r][p] = _mm512_add_epi32(_mm512_add_epi32(a[r][p], b[r][p]), start_a);
+      b[r][p] = _mm512_add_epi32(difference, start_b);
+    }
+  }
+  const int64_t at = first * PANELS * kPanelRows;
+  add_position(a, c, 0, first);
+  store(a, c.sums[0] + at);
+  if (!below) return;
+  add_position(b, c, 3, first);
+  store(b, c.sums[1] + at);
+}
+
+// Tiles [first, last).
 template <int PANELS>
-void multiply_all(const Product& m, int64_t count) {
-  for_each_row_tile<kDotRows>(
-      count, [&](auto rows, int64_t first) { multiply<decltype(rows)::kCount, PANELS>(m, first); });
+void multiply_all(const Column& c, int64_t first, int64_t last, bool below) {
+  for_each_row_tile<2 * kTiles / PANELS>(last - first, [&](auto rows, int64_t tile) {
+    multiply<decltype(rows)::kCount, PANELS>(c, first + tile, below);
+  });
 }
 
 // ---- outputs ----
@@ -66,7 +101,7 @@ void multiply_all(const Product& m, int64_t count) {
 struct Output {
   const PackedConv& conv;
   int64_t channel, columns;
-  const int32_t* products;
+  const int32_t* sums;
   alignas(64) float multiplier[kWide];  // a quarter of the channels'
   alignas(64) float bias[kWide];
 };
@@ -84,27 +119,20 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
     multiplier[p] = _mm512_load_ps(out.multiplier + p * kPanelRows);
     bias[p] = _mm512_load_ps(out.bias + p * kPanelRows);
   }
-  constexpr int64_t stride = product_stride(PANELS);
+  constexpr int64_t stride = sum_stride(PANELS);
   for (int64_t t = 0; t < count; ++t) {
     const TileAt at = tiles[t];
     __m512i y[2][2][PANELS];
-    const int32_t* m = out.products + t * PANELS * kPanelRows;
+    const int32_t* m = out.sums + t * PANELS * kPanelRows;
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p, m += kPanelRows) {
-      __m512i r[2][4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512i m1 = _mm512_load_si512(m + (4 + j) * stride);
-        const __m512i m2 = _mm512_load_si512(m + (8 + j) * stride);
-        const __m512i m0 = _mm512_load_si512(m + j * stride);
-        const __m512i m3 = _mm512_load_si512(m + (12 + j) * stride);
-        r[0][j] = _mm512_add_epi32(_mm512_add_epi32(m1, m2), m0);
-        r[1][j] = _mm512_sub_epi32(_mm512_sub_epi32(m1, m2), m3);
-      }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        y[i][0][p] = _mm512_add_epi32(_mm512_add_epi32(r[i][1], r[i][2]), r[i][0]);
-        y[i][1][p] = _mm512_sub_epi32(_mm512_sub_epi32(r[i][1], r[i][2]), r[i][3]);
+        __m512i r[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) r[j] = _mm512_load_si512(m + (4 * i + j) * stride);
+        y[i][0][p] = _mm512_add_epi32(_mm512_add_epi32(r[1], r[2]), r[0]);
+        y[i][1][p] = _mm512_sub_epi32(_mm512_sub_epi32(r[1], r[2]), r[3]);
       }
     }
     const uint32_t valid[2] = {mask, at.right ? mask : 0};
@@ -151,28 +179,33 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
   }
   const int64_t steps = exact_steps(panel.largest, 4 * b.code);
   if (panel.largest > 126 || steps == 0) return false;
-  int32_t* products = static_cast<int32_t*>(
-      scratch(kLocalRows, kPositions * product_stride(PANELS) * sizeof(int32_t)));
-  Output out{conv, channel, min64(kWide, conv.out_channels - channel), products, {}, {}};
+  constexpr int64_t stride = sum_stride(PANELS);
+  int32_t* sums = static_cast<int32_t*>(scratch(kLocalRows, 8 * stride * sizeof(int32_t)));
+  Output out{conv, channel, min64(kWide, conv.out_channels - channel), sums, {}, {}};
   for (int64_t j = 0; j < out.columns; ++j) {
     out.multiplier[j] = conv.epilogue.multiplier[channel + j] * 0.25f;
     out.bias[j] = conv.epilogue.bias[channel + j];
   }
-  static const int starts[kPositions] = {0, 4, 4, 1, 4, 4, 4, 4, 4, 4, 4, 4, 2, 4, 4, 3};
   while (begin < end) {
     const int64_t group = min64(end, b.group_end(begin));
-    for (int position = 0; position < kPositions; ++position) {
-      int64_t first, last;
-      b.range(position, &first, &last);
-      first = max64(first, begin);
-      last = min64(last, group);
-      if (first >= last) continue;
-      multiply_all<PANELS>(
-          {b.inputs + position * b.position_stride + first * kLine, b.line_stride,
-           panel.weights + position * panel.position_stride, k4, steps,
-           panel.starts[starts[position]],
-           products + position * product_stride(PANELS) + (first - begin) * PANELS * kPanelRows},
-          last - first);
+    for (int j = 0; j < 4; ++j) {
+      const int corner = j == 0 ? 0 : j == 3 ? 1 : 4;
+      const Column column{b.inputs + j * b.position_stride + begin * kLine,
+                          b.line_stride,
+                          4 * b.position_stride,
+                          panel.weights + j * panel.position_stride,
+                          4 * panel.position_stride,
+                          k4,
+                          steps,
+                          {panel.starts[corner], panel.starts[min64(corner + 2, 4)]},
+                          {sums + j * stride, sums + (4 + j) * stride}};
+      for (int without = 0; without < 2; ++without) {
+        int64_t first, last;
+        b.range(j, !without, &first, &last);
+        first = max64(first, begin);
+        last = min64(last, group);
+        if (first < last) multiply_all<PANELS>(column, first - begin, last - begin, !without);
+      }
     }
     if (conv.epilogue.out_u8) {
       store_tiles<PANELS, false>(out, b.tiles + begin, group - begin);

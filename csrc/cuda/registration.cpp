@@ -71,15 +71,18 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t
               int64_t groups, int64_t x_zero_point, const Tensor& weight_offset_in,
               const Tensor& multiplier, const Tensor& bias, const std::optional<Tensor>& residual,
               double residual_scale, const std::optional<std::vector<int64_t>>& output_range,
-              std::optional<int64_t> x_bits) {
+              std::optional<int64_t> x_bits, bool x_packed, bool out_packed) {
   check_bits(bits);
   PackedConv p = conv_shape(x_in, bits, out_channels, kernel_size, stride, padding, dilation,
-                            groups, x_zero_point);
+                            groups, x_zero_point, x_packed);
   const int64_t depth = p.kernel_h * p.kernel_w * p.channels / groups;
   const bool depthwise = cuda::is_depthwise(p), takes = cuda::reordered_takes(p);
   if (x_bits) {
     check_dtype(weight_in, ScalarType::Byte, "weight");
     STD_TORCH_CHECK(groups == 1 || depthwise, "groups: expected 1 or one a channel, got ", groups);
+    STD_TORCH_CHECK(groups == 1 || !(x_packed || out_packed),
+                    "groups: expected 1 with packed codes, got ", groups);
+    STD_TORCH_CHECK(bits <= 4 || !x_packed, "bits: expected at most 4 with packed x, got ", bits);
     check_numel(weight_in, cuda::reordered_bytes(p.bits, out_channels, depth, depthwise), "weight");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight_in.const_data_ptr<uint8_t>()) % 16 == 0,
                     "weight: expected at a multiple of 16 bytes");
@@ -100,10 +103,13 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits, int64_t
   const Tensor x = torch::stable::contiguous(x_in);
   const Tensor weight = torch::stable::contiguous(weight_in);
   const Tensor weight_offset = torch::stable::contiguous(weight_offset_in);
-  EpilogueTensors e = make_epilogue(x, {p.batch, p.out_height, p.out_width, out_channels},
-                                    multiplier, bias, residual, residual_scale, output_range);
+  EpilogueTensors e =
+      make_epilogue(x, {p.batch, p.out_height, p.out_width, out_channels}, multiplier, bias,
+                    residual, residual_scale, output_range, out_packed);
   if (e.out.numel() == 0) return e.out;
   p.x = x.const_data_ptr<uint8_t>();
+  STD_TORCH_CHECK(!x_packed || reinterpret_cast<uintptr_t>(p.x) % 16 == 0,
+                  "x: expected packed codes at a multiple of 16 bytes");
   p.weight = weight.const_data_ptr<uint8_t>();
   p.weight_offset = weight_offset.const_data_ptr<int64_t>();
   p.epilogue = e.view;
@@ -128,7 +134,7 @@ Tensor packed_conv2d(const Tensor& x, const Tensor& weight, int64_t bits, int64_
                      std::optional<std::vector<int64_t>> output_range) {
   return conv2d(x, weight, bits, out_channels, kernel_size, stride, padding, dilation, groups,
                 x_zero_point, weight_offset, multiplier, bias, residual, residual_scale,
-                output_range, std::nullopt);
+                output_range, std::nullopt, false, false);
 }
 
 Tensor reordered_conv2d(const Tensor& x, const Tensor& weight, int64_t bits, int64_t out_channels,
@@ -136,10 +142,11 @@ Tensor reordered_conv2d(const Tensor& x, const Tensor& weight, int64_t bits, int
                         std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                         int64_t x_zero_point, const Tensor& weight_offset, const Tensor& multiplier,
                         const Tensor& bias, std::optional<Tensor> residual, double residual_scale,
-                        std::optional<std::vector<int64_t>> output_range, int64_t x_bits) {
+                        std::optional<std::vector<int64_t>> output_range, int64_t x_bits,
+                        bool x_packed, bool out_packed) {
   return conv2d(x, weight, bits, out_channels, kernel_size, stride, padding, dilation, groups,
                 x_zero_point, weight_offset, multiplier, bias, residual, residual_scale,
-                output_range, x_bits);
+                output_range, x_bits, x_packed, out_packed);
 }
 
 Tensor packed_linear(const Tensor& x_in, const Tensor& weight_in, int64_t bits,
@@ -190,6 +197,24 @@ Tensor requantize_codes(const Tensor& x, double x_scale, int64_t x_zero_point, d
                                on_stream_of(x, cuda::requantize_codes));
 }
 
+Tensor requantize_codes_packed(const Tensor& x_in, double x_scale, int64_t x_zero_point,
+                               double scale, double zero_point, int64_t bits) {
+  check_dtype(x_in, ScalarType::Byte, "x");
+  STD_TORCH_CHECK(bits >= 2 && bits <= 4, "bits: expected 2 to 4, got ", bits);
+  STD_TORCH_CHECK(x_in.dim() > 0, "x: expected [..., C]");
+  check_packed_channels(x_in.size(-1), "x");
+  const DeviceGuard guard(x_in.get_device_index());
+  const Tensor x = torch::stable::contiguous(x_in);
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size.back() /= 2;
+  Tensor out = torch::stable::new_empty(x, size, ScalarType::Byte);
+  on_stream_of(x, cuda::requantize_codes_packed)(
+      {x.const_data_ptr<uint8_t>(), x.numel(), static_cast<float>(x_scale),
+       static_cast<float>(x_zero_point), static_cast<float>(scale), static_cast<float>(zero_point),
+       static_cast<int>(bits), out.mutable_data_ptr<uint8_t>()});
+  return out;
+}
+
 Tensor max_pool2d_codes(const Tensor& x, std::vector<int64_t> kernel_size,
                         std::vector<int64_t> stride, std::vector<int64_t> padding,
                         std::vector<int64_t> dilation, bool ceil_mode) {
@@ -235,6 +260,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CUDA, m) {
   m.impl("reordered_conv2d", TORCH_BOX(&fdda::reordered_conv2d));
   m.impl("quantize", TORCH_BOX(&fdda::quantize));
   m.impl("requantize_codes", TORCH_BOX(&fdda::requantize_codes));
+  m.impl("requantize_codes_packed", TORCH_BOX(&fdda::requantize_codes_packed));
   m.impl("max_pool2d_codes", TORCH_BOX(&fdda::max_pool2d_codes));
   m.impl("sum_pool_codes", TORCH_BOX(&fdda::sum_pool_codes));
   m.impl("dequantize_codes", TORCH_BOX(&fdda::dequantize_codes));

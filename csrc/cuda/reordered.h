@@ -39,13 +39,14 @@ static inline bool reordered_takes(const PackedConv& conv) {
 // The convolution of some of the images.
 static inline PackedConv images_of(PackedConv conv, int64_t first, int64_t count) {
   const int64_t outputs = first * conv.out_height * conv.out_width * conv.out_channels;
-  conv.x += first * conv.height * conv.width * conv.channels;
+  conv.x += first * conv.height * conv.width * conv.channels / (conv.x_packed ? 2 : 1);
   conv.batch = count;
   Epilogue& e = conv.epilogue;
   if (e.residual_u8) e.residual_u8 += outputs;
   if (e.residual_f32) e.residual_f32 += outputs;
   if (e.out_u8) e.out_u8 += outputs;
   if (e.out_f32) e.out_f32 += outputs;
+  if (e.out_u4) e.out_u4 += outputs / 2;
   return conv;
 }
 

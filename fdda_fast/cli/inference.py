@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from .. import demo as demo_stage
 from .. import evaluation, gpu_report
 from ..data import ImageSource, Preprocessing, open_source
 from ..deploy import PackedModel, load_packed, pack
+from ..deploy.fidelity import Fidelity, layer_fidelity
 from ..files import written_whole
 from ..ops import backend_info
 from ..ops._library import peak_macs_per_second
@@ -26,6 +27,7 @@ from .app import app, print_table
 from .options import Threads, parse_bits, use_threads
 
 _BATCH = 32
+_LAYER_IMAGES = 256
 
 RunDir = Annotated[Path, typer.Argument(help="Folder of a finished `quantize` run.")]
 
@@ -83,6 +85,13 @@ def evaluate(
     per_class: Annotated[
         Path | None, typer.Option(help="CSV file to write: accuracy of every class.")
     ] = None,
+    per_layer: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file to write, and table: noise ratio and cosine of every layer's output "
+            f"against FP32, of a run folder, on {_LAYER_IMAGES} of the images.",
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Top-1 and top-5 accuracy on the test split, and agreement with the FP32 teacher."""
@@ -105,6 +114,8 @@ def evaluate(
     else:
         if packed is not None or data is None:
             raise ValueError("with a packed file, name the data set (--data) and nothing else")
+        if per_layer is not None:
+            raise ValueError("--per-layer needs a run folder: it compares with the FP32 teacher")
         model = networks["packed"] = load_packed(target)
         preprocessing, names = model.preprocessing, model.class_names
     source = _test_source(data, preprocessing, names)
@@ -128,24 +139,61 @@ def evaluate(
     if per_class is not None:
         _write_per_class(per_class, scores, source.class_names)
         print(per_class)
+    if per_layer is not None:
+        rows = evaluation.rows(source, min(limit or _LAYER_IMAGES, _LAYER_IMAGES))
+        found = layer_fidelity(
+            networks["FP32"],
+            networks["fake-quantised"],
+            source.images(rows),
+            networks.get("packed"),
+        )
+        print_table(f"layers' outputs against FP32, {len(rows)} images", _layers(found))
+        _write_per_layer(per_layer, found)
+        print(per_layer)
 
 
 def _write_per_class(
     path: Path, scores: Mapping[str, evaluation.Scores], class_names: Sequence[str]
 ) -> None:
     """A row per network and class: top-1 and the 95 % interval, 0..1; empty without images."""
+    rows = []
+    for name, score in scores.items():
+        for label, share in zip(class_names, score.per_class, strict=True):
+            figures = (share.value, *share.interval()) if share.total else ()
+            cells = [f"{figure:.4f}" for figure in figures] or [""] * 3
+            rows.append([name, label, share.total, *cells])
+    _write_csv(path, ["network", "class", "images", "top1", "low", "high"], rows)
+
+
+def _layers(found: Mapping[str, Mapping[str, Fidelity]]) -> Table:
+    """A row per layer, of all networks beside each other."""
+    table = Table()
+    table.add_column("layer")
+    for network in next(iter(found.values())):
+        table.add_column(f"{network}: SQNR dB", justify="right")
+        table.add_column("cosine", justify="right")
+    for layer, networks in found.items():
+        cells = ((f"{f.sqnr:.2f}", f"{f.cosine:.5f}") for f in networks.values())
+        table.add_row(escape(layer), *(cell for pair in cells for cell in pair))
+    return table
+
+
+def _write_per_layer(path: Path, found: Mapping[str, Mapping[str, Fidelity]]) -> None:
+    rows = [
+        [network, layer, f"{fidelity.sqnr:.4f}", f"{fidelity.cosine:.6f}"]
+        for layer, networks in found.items()
+        for network, fidelity in networks.items()
+    ]
+    _write_csv(path, ["network", "layer", "sqnr_db", "cosine"], rows)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         written_whole(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["network", "class", "images", "top1", "low", "high"])
-        for name, score in scores.items():
-            for label, share in zip(class_names, score.per_class, strict=True):
-                figures = (share.value, *share.interval()) if share.total else ()
-                cells = [f"{figure:.4f}" for figure in figures] or [""] * 3
-                writer.writerow([name, label, share.total, *cells])
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def _test_source(

@@ -18,6 +18,7 @@ from torch import nn
 from ..config import PRESETS, QuantizeConfig, from_dict, preset, read_toml
 from ..data import Calibration, ImageSource, draw, every, open_source
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from ..generator import Generator
 from ..models import SHIPPED
 from ..quantization.bits import Bits
 from ..runs import file_record, load_recorded_teacher, teacher_record
@@ -319,7 +320,12 @@ class ShardOptions:
 
 
 def parse_bits(text: str) -> Bits:
-    """`W4A4`, or `W4A4F8L8` with the first and the last layer at 8 bits."""
+    """`W4A4`, `W4A4F8L8` with the first and the last layer at 8 bits, or a TOML file's `bits`."""
+    if text.endswith(".toml"):
+        values = read_toml(text)
+        if "bits" not in values:
+            raise ValueError(f"{text}: has no table bits")
+        return from_dict(Bits(), values["bits"], f"{text}: bits")
     match = re.fullmatch(r"W(\d+)A(\d+)(?: ?F(\d+)L(\d+))?", text.strip(), re.IGNORECASE)
     if match is None or match[3] != match[4]:
         raise ValueError(f"bits must look like W4A4 or W4A4F8L8 (first = last), got {text!r}")
@@ -329,3 +335,17 @@ def parse_bits(text: str) -> Bits:
 def use_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
+    """Raises ValueError unless they make the teacher's classes, and images that it reads."""
+    generators = [Generator.load(file) for file in files]
+    shape = tuple(inputs.calibration.images.shape[1:])
+    classes = sum(generator.num_classes for generator in generators)
+    other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
+    if generators and (classes, other) != (inputs.num_classes, shape):
+        raise ValueError(
+            f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
+            f"the teacher reads {inputs.num_classes} classes of {shape}"
+        )
+    return generators

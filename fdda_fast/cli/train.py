@@ -17,7 +17,7 @@ import typer
 
 from ..center_parts import CenterParts
 from ..claims import Claims
-from ..config import SynthesisConfig
+from ..config import METHODS, SynthesisConfig
 from ..distributed import ALONE, Ranks, process_group
 from ..files import digest, written_whole
 from ..gallery import save_gallery
@@ -37,6 +37,7 @@ from .options import (
     RunOptions,
     SettingsOptions,
     ShardOptions,
+    fitting_generators,
     grouped,
     parse_bits,
     use_threads,
@@ -140,7 +141,7 @@ def synthesize(
         raise ValueError("several processes need --shards")
     inputs = where.open(config.seed, centers=centers)
     record = {**inputs.record, "num_images": num_images, "synthesis": config}
-    generators = _fitting_generators(files, inputs)
+    generators = fitting_generators(files, inputs)
     if files:
         record["generators"] = [file_record(file) for file in files]
     if into.shards:
@@ -396,25 +397,36 @@ def quantize(
     where: InputOptions,
     to: RunOptions,
     settings: SettingsOptions,
-    bits: Annotated[str, typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits.")],
+    bits: Annotated[
+        str,
+        typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits; or a file of `allocate`."),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(METHODS)}: fine-tune on calibration and synthetic images; learn "
+            "rounding and ranges block by block from calibration images alone; both."
+        ),
+    ] = METHODS[0],
     generator: Annotated[
         Path | None, typer.Option(help="Finished generator; default: one is trained along the way.")
     ] = None,
-    ptq: Annotated[
-        bool, typer.Option("--ptq", help="Activation ranges only: no generator, no tuning.")
-    ] = False,
+    ptq: Annotated[bool, typer.Option("--ptq", help="Activation ranges only: no tuning.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps.")] = None,
     warmup_steps: Annotated[
         int | None, typer.Option(min=0, help="Generator steps before fine-tuning.")
     ] = None,
 ) -> None:
-    """Quantise a network and fine-tune it on calibration and synthetic images.
+    """Quantise a network and tune it on calibration and synthetic images.
 
     Under torchrun the processes share every batch.
     """
     use_threads(to.threads)
-    if ptq and (steps is not None or warmup_steps is not None or generator is not None):
-        raise ValueError("--ptq takes no --steps, --warmup-steps or --generator")
+    tuned = method != METHODS[0] or steps is not None or warmup_steps is not None
+    if ptq and tuned:
+        raise ValueError("--ptq takes no --method, --steps or --warmup-steps")
+    if method == "reconstruct" and (steps is not None or warmup_steps is not None):
+        raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
     if ptq:
         config = config.replace(steps=0)
@@ -425,10 +437,10 @@ def quantize(
     with process_group() as ranks:
         inputs = where.open(config.seed)
         config = config.replace(flip=config.flip and inputs.source.flip)
-        record = {**inputs.record, "bits": widths, "quantize": config}
+        record = {**inputs.record, "method": method, "bits": widths, "quantize": config}
         loaded = None
         if generator is not None:
-            (loaded,) = _fitting_generators([generator], inputs)
+            (loaded,) = fitting_generators([generator], inputs)
             record["generator"] = file_record(generator)
         run = _open_run(to, "quantize", record)
         ranks.wait()  # all have looked at the folder as it was
@@ -440,6 +452,7 @@ def quantize(
                 widths,
                 config,
                 loaded,
+                method=method,
                 checkpoint=run.checkpoint,
                 resume=to.resume,
                 progress=progress,
@@ -448,17 +461,3 @@ def quantize(
                 _begin(run, inputs)
                 save_quantized(run, student)
                 print(run.result)
-
-
-def _fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
-    """Raises ValueError unless they make the teacher's classes, and images that it reads."""
-    generators = [Generator.load(file) for file in files]
-    shape = inputs.image_shape
-    classes = sum(generator.num_classes for generator in generators)
-    other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
-    if generators and (classes, other) != (inputs.num_classes, shape):
-        raise ValueError(
-            f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
-            f"the teacher reads {inputs.num_classes} classes of {shape}"
-        )
-    return generators

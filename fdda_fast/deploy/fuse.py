@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from ..tracing import addends, clip_of, node_kind
+from .shapes import annotate
+from .translate import remove_bypassed
 
 LAYERS = (QuantConv2d, QuantLinear)
 NORMS = (nn.BatchNorm2d, nn.BatchNorm1d)
@@ -44,6 +49,29 @@ def find_groups(graph_module: fx.GraphModule) -> dict[fx.Node, Group]:
             groups[node] = group
             taken.update(group.inner)
     return groups
+
+
+def layer_groups(student: fx.GraphModule, image: torch.Tensor) -> dict[str, tuple[fx.Node, Group]]:
+    """The layers that `pack` makes of a student, by their names there and in its order.
+
+    Args:
+        student: from `prepare`; not changed.
+        image: float32 [1, C, H, W].
+
+    Returns:
+        Name, with a number behind it from the second call of a module on -> its last node, its
+        group; nodes of a copy, with the names that they have in `student`.
+    """
+    student = copy.deepcopy(student)
+    annotate(student, image)
+    remove_bypassed(student)
+    groups, found, calls = find_groups(student), {}, Counter()
+    for last in student.graph.nodes:
+        if last in groups:
+            name = groups[last].layer.target
+            found[f"{name}_{calls[name]}" if calls[name] else name] = last, groups[last]
+            calls[name] += 1
+    return found
 
 
 def _match(

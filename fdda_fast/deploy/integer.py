@@ -44,6 +44,20 @@ class Sums(NamedTuple):
     count: int
 
 
+class PackedCodes(NamedTuple):
+    """data: `ops.pack_codes` of codes [N, H, W, C]. The attributes are those of the codes."""
+
+    data: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.data.shape[:3], self.data.shape[3] * 2))
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+
 def to_nhwc(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
 
@@ -102,8 +116,13 @@ class Requantize(Op):
         self.expect(inputs, self.reads)
         return ValueType("codes", self.bits)
 
-    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return ops.requantize_codes(
+    def run(
+        self,
+        tensors: dict[str, torch.Tensor],
+        x: torch.Tensor,
+        operator: Callable[..., torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return (operator or ops.requantize_codes)(
             x, self.x_scale, self.x_zero_point, self.scale, self.zero_point, self.bits
         )
 

@@ -33,10 +33,10 @@ from .shapes import annotate
 from .translate import (
     MAX_POOLS,
     RESHAPES,
-    bypassed,
     check_in_place,
     describe,
     geometry,
+    remove_bypassed,
     translate,
 )
 
@@ -93,19 +93,13 @@ class _Lowering:
         }
         self.fixed_size = annotate(graph_module, example)
         self.example = example
-        self._remove_bypassed()
+        remove_bypassed(graph_module)
         check_in_place(graph_module)
         self.groups = find_groups(graph_module)
         self.nodes: list[Node] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.values: dict[fx.Node, _Value] = {}
         self.floats: dict[tuple[int, int], int] = {}
-
-    def _remove_bypassed(self) -> None:
-        for node in list(self.graph_module.graph.nodes):
-            if bypassed(self.graph_module, node):
-                node.replace_all_uses_with(node.args[0])
-                self.graph_module.graph.erase_node(node)
 
     def run(
         self, preprocessing: Preprocessing | None, class_names: Sequence[str] | None

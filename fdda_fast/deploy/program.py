@@ -21,6 +21,7 @@ from ..ops import _library
 from .graph import Graph, Node
 from .integer import (
     MaxPool2d,
+    PackedCodes,
     PackedConv2d,
     PackedLinear,
     Quantize,
@@ -259,6 +260,9 @@ def logical_shape(value: Any) -> tuple[int, ...]:
     """[N, C, ...], of the first of several tensors."""
     if isinstance(value, Sums):
         return tuple(value.total.shape)
+    if isinstance(value, PackedCodes):
+        batch, height, width, channels = value.shape
+        return batch, channels, height, width
     if isinstance(value, tuple):
         return logical_shape(value[0])
     return tuple(to_nchw(value).shape if value.dtype == torch.uint8 else value.shape)

@@ -17,7 +17,7 @@ from ..ops._library import active_isa, has_cuda_kernels
 from .graph import Graph, Node
 from .integer import PackedConv2d, PackedLinear, domain, weight_bits
 from .program import Program, Step, logical_shape
-from .reordered import reordered_runner
+from .reordered import reordered_runners
 
 _PROGRAMS = 2  # kept for images of as many shapes: those of full and of last batches
 
@@ -53,8 +53,9 @@ class PackedModel(nn.Module):
     Made by `pack` and `load_packed`. It does inference only: no gradients, no parameters.
 
     `to("cuda")` has the integers computed by CUDA kernels, from a second copy of the weights in
-    their order. A call starts kernels on the current stream and waits for nothing, so that CUDA
-    graphs can capture it.
+    their order. A call starts kernels on the current stream and neither waits for it nor copies to
+    or from the device, so that CUDA graphs can capture it; memory is the caching allocator's, in a
+    capture the graph's own pool.
 
     Args:
         graph: what to compute.
@@ -116,18 +117,10 @@ class PackedModel(nn.Module):
             for node, bound in zip(self.graph.nodes, self._bound, strict=True)
         ]
         if has_cuda_kernels(self._device()):
-            self._reorder()
+            self._runners = reordered_runners(self.graph, self._bound)
 
     def _device(self) -> torch.device:
         return next((t.device for t in self.tensors.values()), torch.device("cpu"))
-
-    def _reorder(self) -> None:
-        """Has packed layers run on weights in the order of the CUDA kernels."""
-        types = self.graph.types()
-        self._runners = [
-            reordered_runner(node.op, bound, [types[i] for i in node.inputs])
-            for node, bound in zip(self.graph.nodes, self._bound, strict=True)
-        ]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         tensors = {name: fn(tensor) for name, tensor in self.tensors.items()}

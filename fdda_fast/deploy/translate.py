@@ -72,6 +72,14 @@ def bypassed(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return kind in IDENTITIES
 
 
+def remove_bypassed(graph_module: fx.GraphModule) -> None:
+    """Takes out the nodes that return their first input. Raises as `bypassed`."""
+    for node in list(graph_module.graph.nodes):
+        if bypassed(graph_module, node):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+
+
 def check_in_place(graph_module: fx.GraphModule) -> None:
     """Raises Unsupported where a tensor is read after another node has overwritten it.
 

@@ -8,7 +8,14 @@ from fdda_fast.ops._library import backend_info
 from fdda_fast.ops.bn_relu_class_moments import bn_relu_class_moments
 from fdda_fast.ops.bn_relu_fake_quantize import bn_relu_fake_quantize
 from fdda_fast.ops.class_moments import class_moments
-from fdda_fast.ops.codes import dequantize_codes, dequantize_sums, sum_pool_codes
+from fdda_fast.ops.codes import (
+    dequantize_codes,
+    dequantize_sums,
+    pack_codes,
+    requantize_codes_packed,
+    sum_pool_codes,
+    unpack_codes,
+)
 from fdda_fast.ops.conditional_bn import conditional_bn_lrelu
 from fdda_fast.ops.conditional_bn_conv import conditional_bn_lrelu_conv3x3
 from fdda_fast.ops.convolutions import conv3x3, conv3x3_few_outputs, upsample_conv3x3
@@ -54,6 +61,7 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_codes",
     "observe_range",
+    "pack_codes",
     "pack_weight",
     "packed_conv2d",
     "packed_linear",
@@ -63,7 +71,9 @@ __all__ = [
     "reordered_conv2d",
     "reordered_linear",
     "requantize_codes",
+    "requantize_codes_packed",
     "sum_pool_codes",
+    "unpack_codes",
     "unpack_weight",
     "upsample_conv3x3",
 ]

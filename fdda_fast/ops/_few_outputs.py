@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._strips import PixelProduct, Strip, strips
+from fdda_fast.ops._products import PixelProduct, multiply
+from fdda_fast.ops._strips import Strip, strips
 
 
 def conv3x3_few_outputs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def conv3x3_few_outputs_backward(
     taps = taps_of(weight, x.dtype)
     grad_taps = PixelProduct(x, *taps.shape)
     for strip, planes in backward_strips(grad_y, x, weight):
-        torch.mm(planes.t(), taps, out=_pixels(grad_x, strip))
+        multiply(planes.t(), taps, _pixels(grad_x, strip))
         grad_taps.add(planes.t(), _pixels(x, strip))
     return grad_x.permute(0, 3, 1, 2), *weight_gradients(grad_taps, grad_y, weight)
 

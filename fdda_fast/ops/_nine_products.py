@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._strips import PixelProduct, Strip, strips
+from fdda_fast.ops._products import PixelProduct, multiply
+from fdda_fast.ops._strips import Strip, strips
 
 # Weights of x and of its row, column and mixed differences.
 _MAPS = (1, 2, 2, 4)
@@ -122,7 +123,7 @@ def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         for strip in plan.strips:
             terms, own_terms = products.chained(strip)
             for values, w, out in zip(_write_maps(x, strip, maps), weights, own_terms, strict=True):
-                torch.mm(values, w, out=out)
+                multiply(values, w, out)
             torch.ops.fdda._upsample_sum(*terms, bias, y, *strip.place())
     return y.permute(0, 3, 1, 2)
 
@@ -154,7 +155,7 @@ def upsample_conv3x3_backward(
         for values, grad, w, out, grad_weight in zip(
             _write_maps(x, strip, maps), grads, transposed, own_terms, grad_weights, strict=True
         ):
-            torch.mm(grad, w, out=out)
+            multiply(grad, w, out)
             grad_weight.add(values, grad)
         torch.ops.fdda._upsample_adjoint(*terms, grad_x, *strip.place())
     products = torch.cat([g.total.unflatten(1, (-1, outputs)) for g in grad_weights], 1)

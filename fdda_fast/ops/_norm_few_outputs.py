@@ -16,7 +16,8 @@ from torch import Tensor
 from fdda_fast.ops import _few_outputs
 from fdda_fast.ops._few_outputs import StripMemory, backward_strips, taps_of
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._strips import PixelProduct, Strip
+from fdda_fast.ops._products import PixelProduct, multiply
+from fdda_fast.ops._strips import Strip
 
 
 def conditional_bn_lrelu_conv3x3(
@@ -100,7 +101,7 @@ def conditional_bn_lrelu_conv3x3_backward(
         """Strips with the gradient of the normalised tensor, and the planes it is made of."""
         for strip, planes in backward_strips(grad_y, x, weight):
             grad = grad_memory.pixels(strip)
-            torch.mm(planes.t(), taps, out=grad)
+            multiply(planes.t(), taps, grad)
             yield strip, grad, planes
 
     sums = x.new_zeros(2, len(x), x.shape[3], dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Batched float32 products of the Winograd operators.
+"""Matrix products of the convolutions.
 
-PyTorch's run in MKL, which keeps its AVX-512 kernels to Intel's processors: on AMD's Zen 5 it was
-measured at 45 billion multiply-adds a second where this library's kernel reaches twice that.
+PyTorch's run in MKL and oneDNN. MKL keeps its AVX-512 kernels to Intel's processors: on AMD's Zen 5
+it was measured at 45 billion multiply-adds a second where this library's kernel reaches twice that.
 """
 
 from __future__ import annotations
@@ -13,18 +13,58 @@ from fdda_fast.ops._library import define_pass, prefers_own_products
 
 define_pass("_products(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 
+_CHUNK = 512  # pixels that a matrix product sums; libraries were seen to split longer sums
+
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, of [P, M, K] and [P, K, N] float32 with any strides, out [P, M, N] dense."""
-    if prefers_own_products():
-        torch.ops.fdda._products(a, b, out, False)
+    """out = a @ b, of [M, K] and [K, N], or of as many matrices; out is dense."""
+    if _prefers_own(a):
+        _own(a, b, out, add=False)
     else:
-        torch.bmm(a, b, out=out)
+        torch.matmul(a, b, out=out)
 
 
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a @ b."""
-    if prefers_own_products():
-        torch.ops.fdda._products(a, b, out, True)
+    """out += a @ b, of float32 [P, M, K] and [P, K, N]; out is dense."""
+    if _prefers_own(a):
+        _own(a, b, out, add=True)
     else:
         out.baddbmm_(a, b)
+
+
+class PixelProduct:
+    """Sum of a^T b over matrices [pixels, A] and [pixels, B], strip by strip, in float32.
+
+    The framework's chunk by chunk: the library may cut a long sum by the number of threads, and
+    bfloat16 would round it once at the end.
+    """
+
+    def __init__(self, like: Tensor, a_channels: int, b_channels: int) -> None:
+        self.total = like.new_zeros(a_channels, b_channels, dtype=torch.float32)
+        self.memory = like.new_empty(0, a_channels, b_channels)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if _prefers_own(a):
+            return _own(a.t(), b, self.total, add=True)
+        count = len(a) // _CHUNK
+        whole = count * _CHUNK
+        if len(self.memory) < count + 1:
+            self.memory = self.memory.new_empty(count + 1, *self.total.shape)
+        parts = self.memory[: count + (whole < len(a))]
+        if count:
+            chunks = [m[:whole].unflatten(0, (count, _CHUNK)) for m in (a, b)]
+            torch.bmm(chunks[0].transpose(1, 2), chunks[1], out=parts[:count])
+        if whole < len(a):
+            torch.mm(a[whole:].t(), b[whole:], out=parts[count])
+        if parts.dtype == torch.float32:
+            self.total += parts.sum(0)
+        else:
+            torch.ops.fdda._add_parts(parts, self.total)
+
+
+def _prefers_own(a: Tensor) -> bool:
+    return a.dtype == torch.float32 and prefers_own_products()
+
+
+def _own(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    torch.ops.fdda._products(*(t if t.dim() == 3 else t[None] for t in (a, b, out)), add)

@@ -301,8 +301,9 @@ def check_geometry(
     dilation: int | Sequence[int],
     groups: int,
     x_zero_point: int,
+    channels: int | None = None,
 ) -> tuple[Pair, Pair, Pair, Pair, int, tuple[int, int, int, int]]:
-    """What does not depend on how weights are stored.
+    """What does not depend on how weights are stored. channels: where x is not as wide.
 
     Returns:
         kernel_size, stride, padding and dilation, each (rows, columns); the products of a sum; the
@@ -315,7 +316,7 @@ def check_geometry(
     dilation = pair(dilation, "dilation", 1)
     check_int(out_channels, "out_channels", 1, 2**31 - 1)
     check_int(groups, "groups", 1, 2**31 - 1)
-    channels = x.shape[3]
+    channels = x.shape[3] if channels is None else channels
     fits = channels % groups == 0 and out_channels % groups == 0
     check(fits, "groups", f"a divisor of {channels} and {out_channels}", groups)
     check_int(x_zero_point, "x_zero_point", 0, 255)

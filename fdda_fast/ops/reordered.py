@@ -78,27 +78,41 @@ def reordered_conv2d(
     residual_scale: float = 0.0,
     output_range: tuple[int, int] | None = None,
     x_bits: int = 8,
+    x_packed: bool = False,
+    out_packed: bool = False,
 ) -> Tensor:
-    """`packed_conv2d` on reordered weights.
+    """`packed_conv2d` on reordered weights, and on packed codes.
 
     Args:
         weight: `reorder_weight` of what `packed_conv2d` takes; depthwise if groups > 1.
         groups: 1, or as many as there are channels of x and of the output.
         x_bits: 1 to 8; codes of x are below 2^x_bits, which is not checked. Up to 4 bits of inputs
             and weights are multiplied as such by processors that can (sm_80 to sm_89).
+        x_packed: x is `pack_codes` of the codes, uint8 [N, H, W, C / 2]. With one group, weights of
+            at most 4 bits and an x_zero_point below 16 only.
+        out_packed: so is the result, uint8 [N, OH, OW, O / 2]. With one group, O a multiple of 32
+            and an output_range up to 15 only.
 
     The other arguments, the result and the errors are those of `packed_conv2d`.
     """
+    check_int(bits, "bits", 2, 4 if x_packed else 8)
+    check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
+    channels = x.shape[3] * (2 if x_packed else 1)
     kernel_size, stride, padding, dilation, depth, out_shape = check_geometry(
-        x, out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point
+        x, out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point, channels
     )
-    check(
-        groups == 1 or groups == x.shape[3] == out_channels,
-        "groups",
-        "1, or one of each channel",
-        groups,
-    )
-    check_int(bits, "bits", 2, 8)
+    if x_packed or out_packed:
+        check(groups == 1, "groups", "1 with packed codes", groups)
+    depthwise = groups == channels == out_channels
+    check(groups == 1 or depthwise, "groups", "1, or one of each channel", groups)
+    unit = reference.PACKED_CHANNELS
+    if x_packed:
+        check(channels % unit == 0, "x", f"packed channels, a multiple of {unit}", channels)
+        check_int(x_zero_point, "x_zero_point", 0, 15)
+    if out_packed:
+        check(out_channels % unit == 0, "out_channels", f"a multiple of {unit}", out_channels)
+        codes = output_range is not None and output_range[1] < 16
+        check(codes, "output_range", "up to 15", output_range)
     check_int(x_bits, "x_bits", 1, 8)
     size = _reordered_bytes(bits, out_channels, depth, groups > 1)
     check_tensor(weight, "weight", (torch.uint8,), (size,))
@@ -121,6 +135,8 @@ def reordered_conv2d(
         residual_scale,
         output_range,
         x_bits,
+        x_packed,
+        out_packed,
     )
 
 
@@ -171,6 +187,12 @@ def _fake_reorder(packed, bits, num_rows, num_cols, depthwise) -> Tensor:
     return packed.new_empty(_reordered_bytes(bits, num_rows, num_cols, depthwise))
 
 
+def _fake_reordered_conv2d(*arguments) -> Tensor:
+    y = fake_conv2d(*arguments[:16])
+    out_packed = len(arguments) > 18 and arguments[18]
+    return y.new_empty((*y.shape[:3], y.shape[3] // 2)) if out_packed else y
+
+
 define(
     "reorder_weight(Tensor packed, int bits, int num_rows, int num_cols, bool depthwise) -> Tensor",
     reference.reorder_weight,
@@ -179,7 +201,7 @@ define(
 define(
     "reordered_conv2d(Tensor x, Tensor weight, int bits, int out_channels, int[] kernel_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, int x_zero_point, "
-    f"{EPILOGUE_SCHEMA}, int x_bits=8) -> Tensor",
+    f"{EPILOGUE_SCHEMA}, int x_bits=8, bool x_packed=False, bool out_packed=False) -> Tensor",
     reference.reordered_conv2d,
-    lambda *arguments: fake_conv2d(*arguments[:16]),
+    _fake_reordered_conv2d,
 )

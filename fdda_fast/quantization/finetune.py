@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..config import QuantizeConfig
+from ..config import METHODS, QuantizeConfig
 from ..data.augment import blended, random_resized_crop, random_shift
 from ..distributed import ALONE, Ranks
 from ..generator import Generator, sample_together
@@ -33,8 +33,9 @@ from .bits import Bits
 from .clipping import clip_weights
 from .correction import correct_batch_norms
 from .fusion import cast_convolutions, fuse_norms
-from .modules import activation_quantizers, quantizer_mode
+from .modules import activation_quantizers, quantizer_mode, take_ranges
 from .prepare import prepare
+from .reconstruction import Reconstruction
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _CORRECTION_IMAGES = 256
@@ -100,14 +101,7 @@ class Finetuner:
     def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
         """Takes the activation ranges from `batches`, then corrects the batch norms on them."""
         batches = list(batches)
-        for images in batches:
-            self.observe(images)
-        if self.config.ranges == "mse":
-            with quantizer_mode(self.student, "measure"):
-                for images in batches:
-                    self.student(images)
-            for quantizer in activation_quantizers(self.student):
-                quantizer.shrink_range()
+        take_ranges(self.student, batches, self.config.ranges, self.config.percentile)
         if self.config.correct_batch_norms:
             images = torch.cat(batches)[:_CORRECTION_IMAGES]
             exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
@@ -128,6 +122,14 @@ class Finetuner:
         images, labels = zip(*parts, strict=True)
         return torch.cat(images), torch.cat(labels)
 
+    def blended_batch(self, index: int, synthetic: Batch | None) -> Batch:
+        """`batch`, its images blended with each other."""
+        config = self.config
+        images, labels = self.batch(index, synthetic)
+        if config.blend:
+            images = blended(images, config.blend, stream(config.seed, _BLEND_STREAM, index))
+        return images, labels
+
     def _augmented(
         self, images: torch.Tensor, crop: tuple[float, float], rng: torch.Generator
     ) -> torch.Tensor:
@@ -140,9 +142,7 @@ class Finetuner:
     def step(self, index: int, synthetic: Batch | None) -> Metrics:
         """Fine-tuning step `index`."""
         config = self.config
-        images, labels = self.batch(index, synthetic)
-        if config.blend:
-            images = blended(images, config.blend, stream(config.seed, _BLEND_STREAM, index))
+        images, labels = self.blended_batch(index, synthetic)
         # Not before: images are blended with any other of the batch.
         rows = self.ranks.share(len(images))
         share = len(images[rows]) / len(images)
@@ -193,6 +193,14 @@ class Finetuner:
         for quantizer in activation_quantizers(self.student):
             quantizer.keep_learned_range()
         return self.student
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Starts from what the student has become: its ranges can be learned again."""
+        for average, parameter in zip(self.average, self.student.parameters(), strict=False):
+            average.copy_(parameter)
+        for quantizer in activation_quantizers(self.student):
+            quantizer.log_range.requires_grad_(self.config.range_lr > 0)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -250,6 +258,65 @@ class JointTraining:
         self.trainer.load_state_tensors(tensors)
 
 
+class ReconstructedTuning:
+    """The generator where one is to be trained, then reconstruction, then fine-tuning."""
+
+    def __init__(
+        self, tuner: Finetuner, generator: Generator | None, trainer: GeneratorTrainer | None
+    ) -> None:
+        config = tuner.config
+        self.tuner, self.trainer = tuner, trainer
+        self.source = _synthetic_source(
+            generator if trainer is None else trainer.generator, config, tuner.ranks
+        )
+        self.reconstruction = Reconstruction(
+            tuner.student,
+            tuner.model,
+            self._images,
+            tuple(tuner.images.shape[1:]),
+            config,
+            tuner.ranks,
+        )
+        self._made: torch.Tensor | None = None
+        self.warmup = 0 if trainer is None else config.warmup_steps
+        self.start = self.warmup + self.reconstruction.steps
+        self.total = self.start + config.steps
+
+    def _images(self) -> torch.Tensor:
+        """Like those of the fine-tuning steps, but none of these."""
+        if self._made is None:
+            config, made = self.tuner.config, []
+            batch = config.real_batch + config.synthetic_batch
+            for index in range(-(-config.reconstruct.images // batch)):
+                index += config.steps + config.range_steps
+                made.append(self.tuner.blended_batch(index, self.source(index))[0])
+            self._made = torch.cat(made)[: config.reconstruct.images]
+        return self._made
+
+    def step(self, index: int) -> Metrics:
+        if index < self.warmup:
+            return self.trainer.step(index)[2]
+        if index < self.start:
+            return self.reconstruction.step(index - self.warmup)
+        index -= self.start
+        if index == 0:
+            self.tuner.begin()
+        return self.tuner.step(index, self.source(index))
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            **self.tuner.state_tensors(),
+            **prefixed("reconstruction", self.reconstruction.state_tensors()),
+            **({} if self.trainer is None else self.trainer.state_tensors()),
+        }
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tuner.load_state_tensors(tensors)
+        self.reconstruction.load_state_tensors(below("reconstruction", tensors))
+        if self.trainer is not None:
+            self.trainer.load_state_tensors(tensors)
+
+
 def quantize(
     model: nn.Module,
     calibration: Batch,
@@ -257,6 +324,7 @@ def quantize(
     config: QuantizeConfig | None = None,
     generator: Generator | None = None,
     *,
+    method: str = "fdda",
     centers: BNSCenters | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -272,9 +340,14 @@ def quantize(
         calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; classes may
             be missing.
         bits: default Bits(4, 4).
-        config: default the preset `fast`. With steps=0 only the activation ranges are taken,
-            from the calibration images.
+        config: default the preset `fast`. With steps=0 nothing is fine-tuned; `fdda` then takes
+            only the activation ranges, from the calibration images or, with a generator, from
+            batches like those of the steps.
         generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
+        method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
+            ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
+            does that from synthetic images, too, and then fine-tunes from end to end; where it
+            trains the generator, it does so before, in `warmup_steps`.
         centers: of the calibration images, when they are known already.
         checkpoint: file to keep unfinished training in. resume: go on from it.
         progress: called as progress(steps done, total, metrics), on the first rank.
@@ -288,6 +361,10 @@ def quantize(
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     bits, config = bits or Bits(), config or QuantizeConfig()
+    _check_method(method, config, generator)
+    if method == "reconstruct":
+        batch = config.real_batch + config.synthetic_batch
+        config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
     images, labels = calibration
     check_labelled_images("calibration images", images, labels, 1 << 31)
     with torch.no_grad():
@@ -307,17 +384,28 @@ def quantize(
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
     )
-    if config.ranges == "mse":
-        clip_weights(student)
+    if config.weight_ranges != "auto" or config.ranges == "mse":
+        clip_weights(student, config.weight_ranges, config.percentile)
     ranks = Ranks.world()
     tuner = Finetuner(student, model, (images, labels), config, ranks)
-    if config.steps == 0:
-        tuner.calibrate([images])
+    if config.steps == 0 and method == "fdda":
+        if generator is not None:
+            tuner.calibrate(_range_batches(tuner, _synthetic_source(generator, config, ranks)))
+            return tuner.finish()
+        if config.range_images == "synthetic":
+            raise ValueError("QuantizeConfig.range_images='synthetic' needs a generator or steps")
+        tuner.calibrate(images.split(_CORRECTION_IMAGES))
         return tuner.finish()
-    step: Callable[[int], Metrics]
+    trainer = None
     if generator is None and config.synthetic_batch:
         centers = centers or collect_centers(model, images, labels, num_classes)
-        both = JointTraining(tuner, GeneratorTrainer(model, centers, config.synthesis, ranks))
+        trainer = GeneratorTrainer(model, centers, config.synthesis, ranks)
+    step: Callable[[int], Metrics]
+    if method != "fdda":
+        stages = ReconstructedTuning(tuner, generator, trainer)
+        step, state, total = stages.step, stages, stages.total
+    elif trainer is not None:
+        both = JointTraining(tuner, trainer)
         step, state, total = both.step, both, config.warmup_steps + config.steps
     else:
         source = _synthetic_source(generator, config, ranks)
@@ -328,7 +416,7 @@ def quantize(
         total,
         state,
         fingerprint=fingerprint(
-            (bits, config),
+            (bits, config, method),
             images,
             labels,
             *model.state_dict().values(),
@@ -339,16 +427,41 @@ def quantize(
         progress=progress,
         ranks=ranks,
     )
+    if method != "fdda" and config.steps == 0:
+        tuner.begin()
     return tuner.finish()
+
+
+def _check_method(method: str, config: QuantizeConfig, generator: Generator | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method == "reconstruct" and generator is not None:
+        raise ValueError("method 'reconstruct' takes no generator, its images are real ones")
+    if method != "fdda" and config.ranges == "reference":
+        raise ValueError(
+            f"QuantizeConfig.ranges must not be 'reference' with method {method!r}, whose ranges "
+            "come from the images that it learns on"
+        )
+    if method != "fdda" and config.range_images != "all":
+        raise ValueError(
+            f"QuantizeConfig.range_images must be 'all' with method {method!r}, "
+            f"got {config.range_images!r}"
+        )
 
 
 def _range_batches(
     tuner: Finetuner, source: Callable[[int], Batch | None]
 ) -> Iterator[torch.Tensor]:
-    """Batches like those of the fine-tuning steps, but none of these."""
-    first = tuner.config.steps
-    for index in range(first, first + tuner.config.range_steps):
-        yield tuner.batch(index, source(index))[0]
+    """Batches like those of the fine-tuning steps, or a part of them, but none of these."""
+    config, first = tuner.config, tuner.config.steps
+    # A batch begins with the real images.
+    rows = {
+        "all": slice(None),
+        "real": slice(config.real_batch),
+        "synthetic": slice(config.real_batch, None),
+    }[config.range_images]
+    for index in range(first, first + config.range_steps):
+        yield tuner.batch(index, source(index))[0][rows]
 
 
 def _synthetic_source(

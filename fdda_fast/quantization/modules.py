@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-
-# Of a range, tried in search of the least squared error.
-SHRINKS = tuple(i / 20 for i in range(20, 4, -1))
+from .ranges import histogram, of_least_error, of_percentile
 
 
 class QuantConv2d(nn.Conv2d):
@@ -62,8 +60,7 @@ class ActivationQuantizer(nn.Module):
 
     `mode` says what a forward does: "quantize"; "observe", which first moves the range by an
     exponential moving average of the batch's min and max with factor `MOMENTUM`; "measure", which
-    passes x on unchanged and adds up the squared error that each of the `SHRINKS` of the range
-    would cause, for `shrink_range` to choose from.
+    passes x on unchanged and adds its histogram over the range to what `shrink_range` reads.
 
     Args:
         bits: 2..8.
@@ -88,7 +85,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("x_max", torch.zeros(()))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64))
         self.log_range = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self._errors = [0.0] * len(SHRINKS)
+        self._histogram: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.mode == "measure":
@@ -116,24 +113,37 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def _measure(self, x: torch.Tensor) -> None:
-        for index, shrink in enumerate(SHRINKS):
-            y = ops.fake_quantize_range(x, shrink * self.x_min, shrink * self.x_max, self.bits)
-            self._errors[index] += float(F.mse_loss(y, x))
-
-    def _scale_range(self, factor: float | torch.Tensor) -> None:
-        self.x_min *= factor
-        self.x_max *= factor
+        x_min, x_max = self.x_min.item(), self.x_max.item()
+        if x_min < x_max:
+            counts = histogram(x, x_min, x_max)
+            self._histogram = counts if self._histogram is None else self._histogram + counts
 
     def keep_learned_range(self) -> None:
         """Ends the learning of the range."""
         self.log_range.requires_grad_(False)
-        self._scale_range(self.log_range.exp())
+        self.x_min *= self.log_range.exp()
+        self.x_max *= self.log_range.exp()
         self.log_range.zero_()
 
-    def shrink_range(self) -> None:
-        """Takes the shrink with the least error measured, and forgets the measurements."""
-        self._scale_range(SHRINKS[self._errors.index(min(self._errors))])
-        self._errors = [0.0] * len(SHRINKS)
+    @torch.no_grad()
+    def shrink_range(self, percentile: float | None = None) -> None:
+        """Narrows the range to what was measured, and forgets it.
+
+        Args:
+            percentile: the ends become the percentiles 100 - p and p (and hold 0 where they must);
+                None: those of `ranges.SHRINKS` that make the least squared error.
+        """
+        counts, self._histogram = self._histogram, None
+        if counts is None:
+            return
+        if percentile is None:
+            low, high = of_least_error(counts, self.x_min, self.x_max, self.bits)
+        else:
+            low, high = of_percentile(counts, self.x_min, self.x_max, percentile)
+            if self.include_zero:
+                low, high = low.clamp(max=0), high.clamp(min=0)
+        self.x_min.copy_(low)
+        self.x_max.copy_(high)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.x_min.item():.4g}, {self.x_max.item():.4g}]"
@@ -154,3 +164,25 @@ def quantizer_mode(model: nn.Module, mode: str) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             quantizer.mode = "quantize"
+
+
+@torch.no_grad()
+def take_ranges(
+    network: nn.Module, batches: Sequence[torch.Tensor], ranges: str, percentile: float
+) -> None:
+    """Takes the activation ranges of a network from what it reads.
+
+    Args:
+        ranges: `mse`, `percentile` or another name, with which they are not shrunk.
+        percentile: 50..100.
+    """
+    with quantizer_mode(network, "observe"):
+        for batch in batches:
+            network(batch)
+    if ranges not in ("mse", "percentile"):
+        return
+    with quantizer_mode(network, "measure"):
+        for batch in batches:
+            network(batch)
+    for quantizer in activation_quantizers(network):
+        quantizer.shrink_range(percentile if ranges == "percentile" else None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,15 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..config import QuantizeConfig
+from ..files import written_whole
+from ..synthesis import fingerprint
 from ..tracing import trace
+from ..training import Progress
 from .allocation import Widths
 from .bits import IMAGE_BITS, Bits, check_bits
 from .finetune import quantize
 from .modules import ActivationQuantizer, QuantConv2d, QuantLinear
-from .prepare import reader_of
+from .prepare import prepare, reader_of
 
 METRICS = ("kl", "mse")
 _BATCH = 64
@@ -64,53 +69,97 @@ def sensitivity(
     images: torch.Tensor,
     widths: Sequence[int] = (2, 3, 4, 8),
     metric: str = "kl",
+    *,
+    input_widths: Sequence[int] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Sensitivity:
     """Measures every layer's weights and every input at every width, all else in FP32.
 
     Args:
         model: a network that `quantize` takes; not changed.
         images: float32 [N, C, H, W], real or synthetic; ranges come from them, too.
-        widths: bits to try.
+        widths: bits to try for weights, and for inputs where `input_widths` names no others.
         metric: `kl`, mean Kullback-Leibler divergence from the FP32 classes' probabilities, or
             `mse`, mean squared difference of the logits.
+        checkpoint: JSON file in which every figure is kept; one that is there is not measured.
+        progress: called as progress(figures known, total, {}).
 
     Raises:
-        ValueError: an unknown metric, no widths or such outside 2..8, or as `quantize`.
+        ValueError: an unknown metric, no widths or such outside 2..8, a checkpoint of another
+            model, images or metric, or as `quantize`.
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-    if not widths:
-        raise ValueError("widths must name one width at least")
-    for bits in widths:
-        check_bits("widths", bits)
+    input_widths = widths if input_widths is None else input_widths
+    for label, given in (("widths", widths), ("input_widths", input_widths)):
+        if not given:
+            raise ValueError(f"{label} must name one width at least")
+        for bits in given:
+            check_bits(label, bits)
     graph, model = trace(model), model.eval()
+    figures = _Figures(checkpoint, fingerprint(metric, images, *model.state_dict().values()))
     targets = torch.cat([model(batch) for batch in images.split(_BATCH)])
     calibration = (images, targets.argmax(1))
     config = QuantizeConfig(steps=0, correct_batch_norms=False)
-    weight: dict[str, dict[int, float]] = {}
-    inputs: dict[tuple[str, ...], dict[int, float]] = {}
-    for bits in widths:
+    layers = list(_input_quantizers(prepare(model, Bits())))
+    groups = _groups(graph, layers)
+    total = len(layers) * len(set(widths)) + sum(
+        1 if reads_image else len(set(input_widths)) for reads_image in groups.values()
+    )
+
+    def measure(student: fx.GraphModule, bits: int, active: Collection[str]) -> float:
+        def run() -> float:
+            network = _Partly(student, graph, active)
+            logits = torch.cat([network.run(batch) for batch in images.split(_BATCH)])
+            return _distance(logits, targets, metric)
+
+        figure = figures.get(f"{bits} {' '.join(sorted(active))}", run)
+        if progress is not None:
+            progress(figures.asked, total, {})
+        return figure
+
+    weight: dict[str, dict[int, float]] = {name: {} for name in layers}
+    inputs: dict[tuple[str, ...], dict[int, float]] = {group: {} for group in groups}
+    for bits in sorted({*widths, *input_widths}):
         student = quantize(model, calibration, Bits(bits, bits), config)
         quantizers = _input_quantizers(student)
-        if not weight:
-            groups = _groups(graph, list(quantizers))
-
-        def measure(active: Collection[str], student: fx.GraphModule = student) -> float:
-            run = _Partly(student, graph, active).run
-            return _distance(torch.cat([run(b) for b in images.split(_BATCH)]), targets, metric)
-
-        for name in quantizers:
-            weight.setdefault(name, {})[bits] = measure({name})
+        if bits in widths:
+            for name in layers:
+                weight[name][bits] = measure(student, bits, {name})
         for group, reads_image in groups.items():
             width = IMAGE_BITS if reads_image else bits
-            if width not in inputs.setdefault(group, {}):
-                inputs[group][width] = measure(set().union(*(quantizers[n] for n in group)))
+            if width not in inputs[group] and (reads_image or bits in input_widths):
+                active = set().union(*(quantizers[name] for name in group))
+                inputs[group][width] = measure(student, bits, active)
     loss = {}
     for group, losses in inputs.items():
         for name in group:
             shared = losses if name == group[0] else dict.fromkeys(losses, 0.0)
             loss[name] = {(w, a): x + y for w, x in weight[name].items() for a, y in shared.items()}
-    return Sensitivity({name: loss[name] for name in weight}, tuple(groups))
+    return Sensitivity({name: loss[name] for name in layers}, tuple(groups))
+
+
+class _Figures:
+    """Figures by name, in a file where there is one."""
+
+    def __init__(self, path: str | Path | None, origin: str) -> None:
+        self.asked = 0
+        self._path = None if path is None else Path(path)
+        self._values: dict[str, Any] = {"origin": origin}
+        if self._path is not None and self._path.is_file():
+            self._values = json.loads(self._path.read_text(encoding="utf-8"))
+            if self._values.get("origin") != origin:
+                raise ValueError(f"{path}: was measured on another model, images or metric")
+
+    def get(self, name: str, measure: Callable[[], float]) -> float:
+        if name not in self._values:
+            self._values[name] = measure()
+            if self._path is not None:
+                with written_whole(self._path) as temporary:
+                    temporary.write_text(json.dumps(self._values, indent=0), encoding="utf-8")
+        self.asked += 1
+        return self._values[name]
 
 
 def _distance(logits: torch.Tensor, targets: torch.Tensor, metric: str) -> float:

@@ -94,6 +94,16 @@ def run_requantize_codes(emulation, x, x_scale, x_zero_point, scale, zero_point,
     return _run(emulation, "requantize_codes", a, x.shape, torch.uint8)
 
 
+def run_requantize_codes_packed(
+    emulation, x, x_scale, x_zero_point, scale, zero_point, bits, offset=0
+):
+    a = RequantizeCodes(emulation.put(x, offset), x.numel())
+    a.x_scale, a.x_zero_point, a.scale, a.zero_point = x_scale, x_zero_point, scale, zero_point
+    a.bits = bits
+    shape = (*x.shape[:-1], x.shape[-1] // 2)
+    return _run(emulation, "requantize_codes_packed", a, shape, torch.uint8)
+
+
 def run_dequantize_codes(emulation, x, scale, zero_point):
     a = DequantizeCodes(emulation.put(x), x.numel(), scale, zero_point)
     return _run(emulation, "dequantize_codes", a, x.shape, torch.float32)

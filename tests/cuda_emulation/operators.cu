@@ -75,6 +75,10 @@ void quantize(const fdda::Quantize* a) { fdda::cuda::quantize(*a, nullptr); }
 
 void requantize_codes(const fdda::RequantizeCodes* a) { fdda::cuda::requantize_codes(*a, nullptr); }
 
+void requantize_codes_packed(const fdda::RequantizeCodes* a) {
+  fdda::cuda::requantize_codes_packed(*a, nullptr);
+}
+
 void dequantize_codes(const fdda::DequantizeCodes* a) { fdda::cuda::dequantize_codes(*a, nullptr); }
 
 void dequantize_sums(const fdda::DequantizeSums* a) { fdda::cuda::dequantize_sums(*a, nullptr); }

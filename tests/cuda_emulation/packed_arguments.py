@@ -19,6 +19,7 @@ class Epilogue(ctypes.Structure):
         ("out_f32", c_void_p),
         ("lo", c_float),
         ("hi", c_float),
+        ("out_u4", c_void_p),
     )
 
 
@@ -35,6 +36,7 @@ class PackedConv(ctypes.Structure):
         ("weight_offset", c_void_p),
         ("weight_fits_s8", c_bool),
         ("epilogue", Epilogue),
+        ("x_packed", c_bool),
     )
 
 
@@ -52,13 +54,15 @@ class PackedLinearS32(ctypes.Structure):
     )
 
 
-def epilogue(emulation, out, multiplier, bias, residual, residual_scale, output_range):
+def epilogue(
+    emulation, out, multiplier, bias, residual, residual_scale, output_range, out_packed=False
+):
     codes = residual is not None and residual.dtype == torch.uint8
     e = Epilogue(emulation.put(multiplier), emulation.put(bias))
     e.residual_u8 = emulation.put(residual if codes else None)
     e.residual_f32 = emulation.put(None if codes else residual)
     e.residual_scale = residual_scale
-    e.out_u8, e.out_f32 = (out, None) if output_range else (None, out)
+    setattr(e, "out_u4" if out_packed else "out_u8" if output_range else "out_f32", out)
     e.lo, e.hi = output_range or (0, 0)
     return e
 
@@ -79,27 +83,39 @@ def run_reorder(emulation, packed, bits, channels, depth, depthwise=False):
     return emulation.take(memory, (size,), torch.uint8)
 
 
-def run_conv(emulation, entry, args, x_offset=0, x_bits=8, capability=80, at_once=None):
+def run_conv(
+    emulation,
+    entry,
+    args,
+    x_offset=0,
+    x_bits=8,
+    capability=80,
+    at_once=None,
+    x_packed=False,
+    out_packed=False,
+):
     """`entry(const PackedConv*, ...)` on the arguments of torch.ops.fdda.packed_conv2d.
 
-    x lies `x_offset` bytes behind an aligned address.
+    x lies `x_offset` bytes behind an aligned address. x_packed, out_packed: as of reordered_conv2d.
     """
     x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point = args[:10]
     size = output_size(x.shape[1:3], kernel, stride, padding, dilation)
-    shape = (x.shape[0], *size, out_channels)
+    shape = (x.shape[0], *size, out_channels // (2 if out_packed else 1))
     dtype = torch.uint8 if args[-1] else torch.float32
     out = emulation.empty(math.prod(shape) * dtype.itemsize)
+    x_shape = (*x.shape[:3], x.shape[3] * (2 if x_packed else 1))
     geometry = (*kernel, *stride, *padding, *dilation, groups)
     x_address = emulation.put(x, x_offset)
-    conv = PackedConv(x_address, *x.shape, emulation.put(weight), bits, out_channels, *size)
+    conv = PackedConv(x_address, *x_shape, emulation.put(weight), bits, out_channels, *size)
     for (name, _), value in zip(PackedConv._fields_[10:19], geometry, strict=True):
         setattr(conv, name, value)
     conv.x_zero_point = zero_point
     conv.weight_offset = emulation.put(args[10])
-    conv.epilogue = epilogue(emulation, out, *args[11:])
+    conv.epilogue = epilogue(emulation, out, *args[11:], out_packed)
+    conv.x_packed = x_packed
     arguments = ()
     if entry.startswith("conv_gemm"):
-        depth = kernel[0] * kernel[1] * x.shape[3]
+        depth = kernel[0] * kernel[1] * x_shape[3]
         memory = reordered_memory(emulation, bits, out_channels, depth)[0]
         arguments = (c_void_p(memory), x_bits, capability)
     elif entry == "reordered_conv2d":

@@ -8,6 +8,7 @@ from code_arguments import (
     run_max_pool,
     run_quantize,
     run_requantize_codes,
+    run_requantize_codes_packed,
     run_sum_pool,
 )
 from emulation import (
@@ -110,6 +111,36 @@ def test_convolution_of_4_bits_on_tensor_cores(emulation, args, tile, seed):
 @settings(FEW, max_examples=60)
 @given(
     args=convolutions(
+        groups=st.just(1),
+        channels=st.sampled_from([32, 64, 96]),
+        outputs=st.sampled_from([32, 64, 160]),
+        kernels=st.integers(1, 3),
+        sizes=st.integers(1, 12),
+        bits=st.integers(2, 4),
+        x_bits=4,
+    ),
+    packed=st.sampled_from([(True, False), (False, True), (True, True)]),
+    capability=st.sampled_from([80, 90]),
+    tile=TILES,
+    seed=SEEDS,
+)
+def test_convolution_of_packed_codes(emulation, args, packed, capability, tile, seed):
+    emulation.reset(seed)
+    x_packed, out_packed = packed
+    x, *rest = args
+    if out_packed:
+        rest[-1] = [1, 13]
+    expected = torch.ops.fdda.packed_conv2d(x, *rest)
+    x = ops.pack_codes(x) if x_packed else x
+    arguments = {"x_packed": x_packed, "out_packed": out_packed, "capability": capability}
+    actual = run_conv(emulation, tile, (x, *rest), x_bits=4, **arguments)
+    assert_same_bits(actual, ops.pack_codes(expected) if out_packed else expected)
+    assert emulation.bank_conflicts == 0
+
+
+@settings(FEW, max_examples=60)
+@given(
+    args=convolutions(
         groups=st.sampled_from([2, 3, 4, 16, 20, 33]),
         channels=st.just(1),
         outputs=st.just(1),
@@ -174,6 +205,20 @@ def test_requantize_codes(emulation, count, offset, numbers, seed):
     assert_same_bits(actual, torch.ops.fdda.requantize_codes(x, *numbers))
 
 
+@settings(FEW, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.sampled_from([32, 96])),
+    offset=st.sampled_from([0, 1, 16]),
+    numbers=st.tuples(SCALES, st.integers(0, 255), SCALES, ZERO_POINTS, st.integers(2, 4)),
+    seed=SEEDS,
+)
+def test_requantize_codes_packed(emulation, shape, offset, numbers, seed):
+    emulation.reset(seed)
+    x = torch.randint(0, 256, shape, generator=generator(seed), dtype=torch.uint8)
+    actual = run_requantize_codes_packed(emulation, x, *numbers, offset)
+    assert_same_bits(actual, ops.requantize_codes_packed(x, *numbers))
+
+
 @settings(FEW, max_examples=30)
 @given(
     count=st.integers(1, 900),
@@ -224,6 +269,8 @@ MUTATIONS = {
     "table without a barrier": ("codes", "half);\n  __syncthreads();", "half);"),
     "table of values without a barrier": ("codes", "a.scale;\n  __syncthreads();", "a.scale;"),
     "codes in another order": ("codes", "} << j;", "} << (24 - j);"),
+    "packed codes in another order": ("codes", "low.y | high.y << 4", "high.y | low.y << 4"),
+    "tail of packed codes": ("codes", "a.count / 2 - wide * 16", "a.count / 2 - wide * 16 + 1"),
     "strides of x": ("codes", "y * a.stride_h", "y * a.stride_w"),
     "sums in float32": ("codes", "static_cast<double>(a.x[i])", "static_cast<float>(a.x[i])"),
     "sums without a barrier": ("pools", "[lane] = sum;\n  __syncthreads();", "[lane] = sum;"),
@@ -251,7 +298,7 @@ def is_right(emulation, seed):
     """Whether one case of every operator is."""
     emulation.reset(seed)
     g = generator(0)
-    x, numbers = codes(2, 5, 5, 12), (3.3, 128, 0.7, 1.5, 4)
+    x, wide, numbers = codes(2, 5, 5, 12), codes(70, 32), (3.3, 128, 0.7, 1.5, 4)
     image = torch.randn(2, 3, 4, 5, generator=g)
     sums = torch.randint(-(2**31), 2**31, (900,), generator=g).to(torch.int32)
     fdda, pool = torch.ops.fdda, ([3, 3], [2, 2], [1, 1], [1, 1], True)
@@ -264,6 +311,10 @@ def is_right(emulation, seed):
     cases = [
         (run_quantize(emulation, image, 9.0, 0.5, 4), fdda.quantize(image, 9.0, 0.5, 4)),
         (run_requantize_codes(emulation, x, *numbers), fdda.requantize_codes(x, *numbers)),
+        (
+            run_requantize_codes_packed(emulation, wide, *numbers),
+            ops.requantize_codes_packed(wide, *numbers),
+        ),
         (run_dequantize_codes(emulation, x, 3.3, 9), fdda.dequantize_codes(x, 3.3, 9)),
         (run_dequantize_sums(emulation, sums, 49, 3.3, 9), fdda.dequantize_sums(sums, 49, 3.3, 9)),
         (run_max_pool(emulation, x, *pool), fdda.max_pool2d_codes(x, *pool)),

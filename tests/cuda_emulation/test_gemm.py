@@ -1,6 +1,7 @@
 """The tensor cores' kernels of csrc/cuda/gemm: layout of the weights, alignments, and mutations."""
 
 import ctypes
+import itertools
 import re
 
 import pytest
@@ -49,6 +50,17 @@ def is_right(emulation, entry, args, seed=0, x_offset=0, x_bits=8):
     return torch.equal(actual, torch.ops.fdda.packed_conv2d(*args)) and not emulation.bank_conflicts
 
 
+def is_right_packed(emulation, entry, args, seed=0, capability=80):
+    """The same of packed codes in and out."""
+    emulation.reset(seed)
+    x, *rest = args
+    rest[-1] = [0, 15]
+    expected = ops.pack_codes(torch.ops.fdda.packed_conv2d(x, *rest))
+    kind = {"capability": capability, "x_packed": True, "out_packed": True}
+    actual = run_conv(emulation, entry, (ops.pack_codes(x), *rest), x_bits=4, **kind)
+    return torch.equal(actual, expected) and not emulation.bank_conflicts
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(("bits", "x_bits"), [(4, 4), (4, 8), (8, 8)])
 @pytest.mark.parametrize("rows", [1, 31, 129, 256])
@@ -56,6 +68,15 @@ def is_right(emulation, entry, args, seed=0, x_offset=0, x_bits=8):
 def test_linear_layers(emulation, entry, bits, x_bits, rows, depth, features):
     args = arguments(bits, (rows, 1, 1, depth), features, 1, x_bits)
     assert is_right(emulation, entry, args, x_bits=x_bits)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("rows", [1, 31, 129, 256])
+@pytest.mark.parametrize(("depth", "features"), [(32, 32), (64, 128), (544, 160)])
+def test_linear_layers_of_packed_codes(emulation, entry, capability, rows, depth, features):
+    args = arguments(4, (rows, 1, 1, depth), features, 1, 4)
+    assert is_right_packed(emulation, entry, args, capability=capability)
 
 
 @pytest.mark.parametrize("x_bits", [4, 8])
@@ -115,6 +136,22 @@ def test_some_images_at_once(emulation, residual, output_range, at_once):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("residual", [None, torch.uint8])
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_some_images_of_packed_codes_at_once(emulation, residual, at_once):
+    emulation.reset(0)
+    args = list(arguments(4, (5, 6, 5, 32), 64, 3, 4))
+    if residual is not None:
+        args[13:15] = [(torch.rand(5, 6, 5, 64, generator=generator(1)) * 9).to(residual), 0.7]
+    args[15] = [0, 15]
+    expected = ops.pack_codes(torch.ops.fdda.packed_conv2d(*args))
+    args[0] = ops.pack_codes(args[0])
+    args[1] = run_reorder(emulation, args[1], 4, 64, 9 * 32)
+    kind = {"x_bits": 4, "x_packed": True, "out_packed": True}
+    actual = run_conv(emulation, "conv_gemm_of_images", args, at_once=at_once, **kind)
+    assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("batch", "out_channels", "at_once"), [(0, 1, 0), (7, 1, 7), (64, 1, 32), (2, 65535 * 64, 0)]
 )
@@ -126,7 +163,7 @@ def test_images_at_once(emulation, batch, out_channels, at_once):
     assert count(ctypes.byref(conv)) == at_once
 
 
-U8S8, U8S4, U4S4 = range(3)
+U8S8, U8S4, U4S4, PACKED_U8S4, PACKED_U4S4 = range(5)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +185,13 @@ def test_choice_of_the_product(emulation, bits, x_bits, zero_point, channels, ca
     conv.x_zero_point = zero_point
     choice = emulation.library.gemm_operands(ctypes.byref(conv), x_bits, capability)
     assert choice == operands
+
+
+@pytest.mark.parametrize(("capability", "operands"), [(86, PACKED_U4S4), (90, PACKED_U8S4)])
+def test_choice_of_the_product_of_packed_codes(emulation, capability, operands):
+    conv = PackedConv(None, 1, 1, 1, 64, None, 4, 16, 1, 1)
+    conv.x_packed = True
+    assert emulation.library.gemm_operands(ctypes.byref(conv), 4, capability) == operands
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -176,10 +220,10 @@ MUTATIONS = {
         "    ptx::commit_copies();\n    }",
     ),
     "load into the stage in use": ("stage == 0 ? S::kCount - 1 : stage - 1", "stage"),
-    "no swizzle": ("(chunk ^ (row >> 1 & (kRowChunks - 1)))", "chunk"),
+    "no swizzle": ("(chunk ^ (row / rows & (chunks - 1)))", "chunk"),
     "another swizzle where it is read": (
-        "inputs + swizzled(row, depth * 2 + lane / 16)",
-        "inputs + swizzled(row ^ 2, depth * 2 + lane / 16) + (row - (row ^ 2)) * kTileDepth",
+        "inputs + swizzled<kRowBytes>(row, depth * 2 + lane / 16)",
+        "inputs + swizzled<kRowBytes>(row ^ 2, depth * 2 + lane / 16) + (row - (row ^ 2)) * 64",
     ),
     "tail of the pixels": ("if (pixel >= pixels) continue;", "if (pixel > pixels) continue;"),
     "tail of the channels": (
@@ -202,15 +246,20 @@ MUTATIONS = {
 }
 
 
+def build_with(folder, *operands):
+    """The kernels of a copy of the sources, of the GEMM's only those that multiply so."""
+    source = folder / "cuda/gemm/gemm.cu"
+    text = re.sub(r".*run<Tile, kOperands, [841]>\(.*\n", "", source.read_text())
+    keep = "|".join(operands)
+    source.write_text(re.sub(rf".*run<Tile, Operands::(?!({keep})>).*\n", "", text))
+    others = [path for path in KERNEL_SOURCES if path.name != "gemm.cu"]
+    return build(*others, source, HERE / "operators.cu")
+
+
 @pytest.mark.parametrize("mutation", [None, *MUTATIONS])
 def test_mutations_are_caught(tmp_path, mutation):
     copy_sources(tmp_path, *MUTATIONS.get(mutation, ()))
-    # Compiles faster without the kernels that the case below does not need.
-    source = tmp_path / "cuda/gemm/gemm.cu"
-    others = r".*run<Tile, (kOperands, [841]|Operands::kU8S[84])>\(.*\n"
-    source.write_text(re.sub(others, "", source.read_text()))
-    others = [path for path in KERNEL_SOURCES if path.name != "gemm.cu"]
-    emulation = build(*others, source, HERE / "operators.cu")
+    emulation = build_with(tmp_path, "kU4S4")
     args = arguments(4, (1, 7, 7, 48), 24, 3, 4)
     for seed in range(2):
         for entry in ENTRIES:
@@ -219,3 +268,35 @@ def test_mutations_are_caught(tmp_path, mutation):
             except RuntimeError:
                 right = False
             assert right == (mutation is None)
+
+
+# The processors on which they show; some show in one of the tiles only.
+BOTH, WITH_4_BITS = (80, 90), (80,)
+PACKED_MUTATIONS = {
+    "fill of bytes": (BOTH, "? 0x11111111u", "? 0x01010101u"),
+    "all threads copy": (BOTH, "if (kIdle && row(0) >= Tile::kRows) return;", ""),
+    "bytes of a pixel": (BOTH, "(reads_packed(kOperands) ? 2 : 1)", "1"),
+    "no swizzle": (BOTH, *MUTATIONS["no swizzle"]),
+    "another chunk": (WITH_4_BITS, "(matrix_row(r), lane / 16)", "(matrix_row(r), 1 - lane / 16)"),
+    "another half": (BOTH, "a[half + 2] = packed[half] >> 4", "a[half + 2] = packed[half] >> 0"),
+    "other rows": (BOTH, "a[half] = packed[half] &", "a[half] = packed[1 - half] &"),
+    "halves swapped": (BOTH, "code | other << 4", "other | code << 4"),
+    "partner of the wrong lane": (BOTH, "code, 16);", "code, 8);"),
+    "both lanes store": (BOTH, "if (threadIdx.x & 16) return;", ""),
+}
+
+
+@pytest.mark.parametrize("mutation", [None, *PACKED_MUTATIONS])
+def test_mutations_are_caught_on_packed_codes(tmp_path, mutation):
+    capabilities, *change = PACKED_MUTATIONS.get(mutation, ((),))
+    copy_sources(tmp_path, *change)
+    emulation = build_with(tmp_path, "kPackedU8S4", "kPackedU4S4")
+    args = arguments(4, (1, 7, 7, 32), 64, 3, 4)
+    for capability, seed in itertools.product(BOTH, range(2)):
+        try:
+            right = all(
+                is_right_packed(emulation, entry, args, seed, capability) for entry in ENTRIES
+            )
+        except RuntimeError:
+            right = False
+        assert right == (capability not in capabilities)

@@ -10,14 +10,16 @@ from code_arguments import (
     run_max_pool,
     run_quantize,
     run_requantize_codes,
+    run_requantize_codes_packed,
     run_sum_pool,
 )
 from emulation import ROOT, build_operators, needs_compiler
 from packed_arguments import run_conv, run_linear, run_reorder
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fdda_fast import ops
 from fdda_fast.deploy import runtime
-from fdda_fast.deploy.integer import Sums
+from fdda_fast.deploy.integer import PackedCodes, Sums
 from fdda_fast.quantization.bits import Bits
 
 sys.path.insert(0, str(ROOT / "tests/deploy"))
@@ -38,6 +40,7 @@ class EmulatedCuda(TorchDispatchMode):
         super().__init__()
         self.emulation, self.capability = emulation, capability
         self.operators = set()
+        self.packed = 0  # convolutions of packed codes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "fdda":
@@ -48,9 +51,16 @@ class EmulatedCuda(TorchDispatchMode):
         return getattr(self, name)(*args, **(kwargs or {}))
 
     def reordered_conv2d(self, *args):
-        *args, x_bits = with_defaults(args, 13, 8)
+        *args, x_bits, x_packed, out_packed = with_defaults(args, 13, 8, False, False)
+        self.packed += x_packed
         return run_conv(
-            self.emulation, "reordered_conv2d", args, x_bits=x_bits, capability=self.capability
+            self.emulation,
+            "reordered_conv2d",
+            args,
+            x_bits=x_bits,
+            capability=self.capability,
+            x_packed=x_packed,
+            out_packed=out_packed,
         )
 
     def packed_conv2d(self, *args):
@@ -68,6 +78,9 @@ class EmulatedCuda(TorchDispatchMode):
 
     def requantize_codes(self, *args):
         return run_requantize_codes(self.emulation, *args)
+
+    def requantize_codes_packed(self, *args):
+        return run_requantize_codes_packed(self.emulation, *args)
 
     def dequantize_codes(self, *args):
         return run_dequantize_codes(self.emulation, *args)
@@ -88,6 +101,8 @@ def emulation():
 
 
 def equal(a, b):
+    if isinstance(a, PackedCodes):
+        return torch.equal(ops.unpack_codes(a.data), b)
     if isinstance(a, Sums):
         return a.count == b.count and torch.equal(a.total, b.total)
     if isinstance(a, tuple):
@@ -106,6 +121,7 @@ OPERATORS = {
     "stem": {"max_pool2d_codes", "quantize", "sum_pool_codes"},
     "inverted": {"reordered_conv2d", "requantize_codes", "packed_linear"},
     "grouped": {"packed_conv2d"},
+    "wide": {"requantize_codes_packed"},
     "vgg": {"reordered_conv2d"},
     "dense": {"quantize"},
     "pooled_sum": {"dequantize_sums"},
@@ -117,8 +133,9 @@ OPERATORS = {
     ("name", "bits", "capability"),
     [
         *(("stem", bits, 80) for bits in (2, 4, 8)),
+        *(("wide", 4, capability) for capability in (80, 90)),
         ("stem", 4, 90),
-        *((name, 4, 86) for name in OPERATORS if name != "stem"),
+        *((name, 4, 86) for name in OPERATORS if name not in ("stem", "wide")),
     ],
 )
 def test_network(emulation, monkeypatch, name, bits, capability):
@@ -130,6 +147,7 @@ def test_network(emulation, monkeypatch, name, bits, capability):
         packed.to("cpu")  # binds the tensors anew, as a change of the device does
         logits, values = outputs(packed, x)
     assert mode.operators >= OPERATORS[name]
+    assert (mode.packed > 0) == (name == "wide")
     for node, value in values.items():
         assert equal(value, expected[node]), node
     assert torch.equal(logits, expected_logits)

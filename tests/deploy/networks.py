@@ -158,6 +158,9 @@ NETWORKS = {
         conv_bn(3, 16), Residual(16, 16, 1), Residual(16, 24, 2), Residual(24, 24, 1), head(24)
     ),
     "small_resnet": lambda: SmallResNet(1, 3, CLASSES),
+    "wide": lambda: nn.Sequential(
+        conv_bn(3, 32, 3, 2), Residual(32, 32, 1), Residual(32, 64, 2), head(64)
+    ),
     "stem": lambda: nn.Sequential(
         conv_bn(3, 16, 7, 2), nn.MaxPool2d(3, 2, 1), Residual(16, 16, 1), head(16)
     ),

@@ -8,12 +8,15 @@ import signal
 import torch
 
 from fdda_fast import center_parts
-from fdda_fast.config import QuantizeConfig, SynthesisConfig
+from fdda_fast.config import QuantizeConfig, ReconstructConfig, SynthesisConfig
 from fdda_fast.data import draw, every, open_source
 from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
+from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.finetune import quantize
+from fdda_fast.quantization.prepare import prepare
+from fdda_fast.quantization.reconstruction import Reconstruction
 from fdda_fast.statistics import collect_centers, stream_centers
 from fdda_fast.synthesis import GeneratorTrainer, train_generator
 
@@ -112,6 +115,18 @@ def frozen(folder):
     return tune(folder, ALONG, Generator(10, (1, 8, 8)).eval())
 
 
+def reconstruct(folder):
+    """Three steps of a unit: Adam's averages are those of the gradients."""
+    teacher, images, _ = digits()
+    config = ReconstructConfig(steps=4, images=10, batch=9, warmup=0.3, lr=1e-4, affine_lr=1e-6)
+    made = Reconstruction(
+        prepare(teacher, Bits(3, 3)), teacher, lambda: images, (1, 8, 8),
+        QuantizeConfig(reconstruct=config), Ranks.world(),
+    )  # fmt: skip
+    history = [made.step(index) for index in range(3)]
+    return {**made.state_tensors(), **losses(history)}
+
+
 def interrupted(folder):
     """Stopped by SIGTERM to one rank that is not the first, while it is in step 2."""
     if Ranks.world().rank == 1:
@@ -193,6 +208,7 @@ SCENARIOS = {
     "along": functools.partial(tune, config=ALONG),
     "paper": functools.partial(tune, config=PAPER),
     "frozen": frozen,
+    "reconstruct": reconstruct,
     "stream": stream,
     "parts": parts,
     "interrupted": interrupted,

@@ -40,10 +40,27 @@ def test_dequantize_sums():
     assert ops.dequantize_sums(x[:0], 1, 1.0, 0).shape == (0, 5)
 
 
+@pytest.mark.parametrize("shape", [(32,), (2, 0, 64), (3, 2, 5, 96)])
+def test_packed_codes(shape):
+    x = codes(*shape) & 15
+    packed = ops.pack_codes(x)
+    assert packed.shape == (*shape[:-1], shape[-1] // 2)
+    for c in range(shape[-1]):
+        byte = packed[..., c // 32 * 16 + c % 16]
+        assert torch.equal(byte >> 4 if c % 32 >= 16 else byte & 15, x[..., c])
+    assert torch.equal(ops.unpack_codes(packed), x)
+    numbers = (3.3, 128, 0.7, 1.5, 4)
+    expected = ops.pack_codes(ops.requantize_codes(codes(*shape), *numbers))
+    assert torch.equal(ops.requantize_codes_packed(codes(*shape), *numbers), expected)
+
+
 def test_opcheck():
     check, fdda = torch.library.opcheck, torch.ops.fdda
     check(fdda.sum_pool_codes.default, (codes(2, 3, 4, 5),))
     check(fdda.dequantize_codes.default, (codes(2, 3), 2.5, 7))
+    check(fdda.pack_codes.default, (codes(2, 64),))
+    check(fdda.unpack_codes.default, (codes(2, 48),))
+    check(fdda.requantize_codes_packed.default, (codes(2, 64), 3.3, 128, 0.7, 1.5, 4))
     check(fdda.dequantize_sums.default, (codes(2, 3).int(), 4, 2.5, 7))
 
 
@@ -57,6 +74,15 @@ def test_opcheck():
             (codes(1).expand(1, 4096, 4096, 1),),
             ValueError,
             "x: expected at most 8421504 pixels an image, got 16777216",
+        ),
+        ("pack_codes", (codes(2, 48),), ValueError, "x: expected a multiple of 32 in the last dim"),
+        ("unpack_codes", (codes(2, 24),), ValueError, "packed: expected a multiple of 16 in the"),
+        ("pack_codes", (codes(2, 32).int(),), TypeError, "x: expected torch.uint8"),
+        (
+            "requantize_codes_packed",
+            (codes(2, 32), 3.3, 128, 0.7, 1.5, 5),
+            ValueError,
+            "bits: expected 2 to 4, got 5",
         ),
         ("dequantize_codes", (codes(2).int(), 1.0, 0), TypeError, "x: expected torch.uint8"),
         ("dequantize_codes", (codes(2), 0.0, 0), ValueError, "scale: expected a number other"),

@@ -62,6 +62,28 @@ def test_convolutions_of_4_bits(args):
 
 
 @MANY
+@given(
+    args=convolutions(
+        groups=st.just(1),
+        channels=st.sampled_from([32, 64, 96]),
+        outputs=st.sampled_from([32, 64, 160]),
+        kernels=st.integers(1, 3),
+        sizes=st.integers(1, 40),
+        bits=st.integers(2, 4),
+        x_bits=4,
+    )
+)
+def test_convolutions_of_packed_codes(args):
+    args = (*args[:-1], [0, 15])
+    expected = ops.pack_codes(torch.ops.fdda.packed_conv2d(*args))
+    x, weight, *rest = on_gpu(args)
+    depth = rest[2][0] * rest[2][1] * x.shape[3]
+    weight = ops.reorder_weight(weight, rest[0], rest[1], depth)
+    actual = torch.ops.fdda.reordered_conv2d(ops.pack_codes(x), weight, *rest, 4, True, True)
+    assert_same_bits(actual, expected)
+
+
+@MANY
 @given(args=linears_s32())
 def test_linear_of_int32(args):
     expected = torch.ops.fdda.packed_linear(*args)
@@ -86,6 +108,7 @@ def test_codes(size):
         (ops.quantize, image, (3.3, -2.0, 5)),
         (ops.quantize, image.contiguous(memory_format=torch.channels_last), (3.3, -2.0, 5)),
         (ops.requantize_codes, x, (30.1, 128, 1.7, 0.5, 4)),
+        (ops.requantize_codes_packed, x.repeat(1, 1, 1, 8), (30.1, 128, 1.7, 0.5, 4)),
         (ops.dequantize_codes, x, (30.1, 128)),
         (ops.dequantize_sums, x.int() * 1000, (49, 30.1, 128)),
         (ops.sum_pool_codes, x, ()),

@@ -98,6 +98,46 @@ def test_linear(residual):
     assert_same(ops.reordered_linear(x, weight, bits, outputs, *tail), expected)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_packed_codes(bits):
+    args = list(arguments(bits, 4, channels=64, outputs=96, residual=torch.uint8))
+    args[-1] = (0, 15)
+    expected = ops.packed_conv2d(*args)
+    x, *rest = reordered(args)
+    x = ops.pack_codes(x)
+    assert_same(ops.reordered_conv2d(x, *rest, x_packed=True), expected)
+    actual = ops.reordered_conv2d(x, *rest, x_packed=True, out_packed=True)
+    assert_same(actual, ops.pack_codes(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({2: 5}, {"x_packed": True}, "bits: expected 2 to 4, got 5"),
+        ({9: 16}, {"x_packed": True}, "x_zero_point: expected 0 to 15, got 16"),
+        ({8: 64}, {"out_packed": True}, "groups: expected 1 with packed codes, got 64"),
+        ({15: (0, 16)}, {"out_packed": True}, r"output_range: expected up to 15, got \(0, 16\)"),
+        ({15: None}, {"out_packed": True}, "output_range: expected up to 15, got None"),
+        ({3: 24}, {"out_packed": True}, "out_channels: expected a multiple of 32, got 24"),
+    ],
+)
+def test_refuses_packed_codes(changes, options, message):
+    args = list(reordered(arguments(4, 4, channels=64, outputs=64)))
+    if options.get("x_packed"):
+        args[0] = ops.pack_codes(args[0])
+    for index, value in changes.items():
+        args[index] = value
+    with pytest.raises(ValueError, match=message):
+        ops.reordered_conv2d(*args, **options)
+
+
+def test_refuses_channels_of_packed_codes():
+    args = reordered(arguments(4, 4, channels=48, outputs=64))
+    x = torch.zeros(2, 5, 6, 24, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="x: expected packed channels, a multiple of 32, got 48"):
+        ops.reordered_conv2d(x, *args[1:], x_packed=True)
+
+
 def test_empty():
     args = reordered(arguments(4))
     assert ops.reordered_conv2d(args[0][:0], *args[1:]).shape == (0, 5, 6, 24)
@@ -110,7 +150,12 @@ def test_opcheck():
     x, weight, bits, outputs, kernel, stride, padding, dilation, *rest = reordered(args)
     geometry = ([n] * 2 for n in (kernel, stride, padding, dilation))
     rest[-1] = list(rest[-1])
+    geometry = list(geometry)
     check(fdda.reordered_conv2d.default, (x, weight, bits, outputs, *geometry, *rest, 4))
+    weight = ops.reorder_weight(ops.pack_weight(codes((32, 288), 4), 4), 4, 32, 288)
+    parameters = (torch.zeros(32, dtype=torch.int64), torch.rand(32), torch.rand(32))
+    tail = (1, 3, *parameters, None, 0.0, [0, 15], 4, True, True)
+    check(fdda.reordered_conv2d.default, (x[..., :16], weight, 4, 32, *geometry, *tail))
 
 
 @pytest.mark.parametrize(

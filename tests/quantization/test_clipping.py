@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fdda_fast import ops
+from fdda_fast.quantization import clipping
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.clipping import clip_weights
 from fdda_fast.quantization.prepare import prepare
@@ -56,4 +57,29 @@ def test_wider_weights_stay(bits):
     weight = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     student = prepared(Bits(bits, 4), weight)
     clip_weights(student)
+    assert torch.equal(student.get_submodule("0").weight, weight)
+
+
+def test_percentiles_of_every_channel(monkeypatch):
+    monkeypatch.setattr(clipping, "_QUANTILE_NUMBERS", 2 * 7 * 9)  # two channels at once
+    weight = torch.randn(5, 7, 3, 3, generator=torch.Generator().manual_seed(2))
+    weight[1, 0, 0, 0] = 30.0
+    student = prepared(Bits(4, 4), weight)
+    clip_weights(student, "percentile", 95.0)
+    clipped = student.get_submodule("0").weight
+    for channel in range(5):
+        row = weight[channel].flatten()
+        low, high = (torch.quantile(row, q) for q in (0.05, 0.95))
+        torch.testing.assert_close(clipped[channel].flatten(), row.clamp(low, high))
+
+
+def test_least_error_of_wider_weights_on_request():
+    weight = torch.randn(5, 64, 3, 3, generator=torch.Generator().manual_seed(3))
+    plain = error(ops.fake_quantize_minmax(weight, 3, 0), weight)
+    student = prepared(Bits(3, 4), weight)
+    clip_weights(student, "mse")
+    found = error(student.get_submodule("0").quantized_weight().detach(), weight)
+    assert (found < plain).all()
+    student = prepared(Bits(2, 4), weight)
+    clip_weights(student, "minmax")
     assert torch.equal(student.get_submodule("0").weight, weight)

@@ -376,6 +376,35 @@ def test_ranges_are_taken_when_the_warm_up_ends(teacher, calibration):
     assert image.x_min < 0
 
 
+def test_ranges_of_real_or_synthetic_images(teacher, calibration, generator):
+    """Brighter calibration images than a generator makes show which of them were looked at."""
+    bright = (calibration[0] + 20, calibration[1])
+    config = ALONG.replace(steps=0, ranges="minmax", correct_batch_norms=False, max_shift=0)
+
+    def top(which, generator):
+        student = quantize(teacher, bright, Bits(), config.replace(range_images=which), generator)
+        return activation_quantizers(student)[0].x_max.item()
+
+    assert top("real", None) == top("all", None) == bright[0].max().item()
+    assert top("real", generator) > 15
+    assert top("all", generator) > 15
+    assert top("synthetic", generator) < 15
+    with pytest.raises(ValueError, match="range_images='synthetic' needs a generator or steps"):
+        top("synthetic", None)
+
+
+def test_percentile_ranges_and_weights(teacher, calibration):
+    config = QuantizeConfig(steps=0, ranges="minmax", correct_batch_norms=False)
+    plain = quantize(teacher, calibration, Bits(4, 4), config)
+    config = config.replace(ranges="percentile", weight_ranges="percentile", percentile=95.0)
+    student = quantize(teacher, calibration, Bits(4, 4), config)
+    pairs = zip(activation_quantizers(student), activation_quantizers(plain), strict=True)
+    # The image has as many white pixels as that.
+    assert [bool(a.x_max < b.x_max) for a, b in pairs] == [False, *[True] * 8]
+    row, clipped = (s.get_submodule("conv1").weight[0].detach() for s in (plain, student))
+    assert clipped.max().item() == pytest.approx(torch.quantile(row, 0.95).item(), rel=1e-5)
+
+
 def interrupt_at(stop, signum=signal.SIGINT):
     def progress(done, total, metrics):
         if done == stop:

@@ -56,6 +56,23 @@ def test_nothing_active_is_the_teacher(measured):
     torch.testing.assert_close(y, model(images))
 
 
+def test_own_widths_for_inputs_and_figures_that_are_kept(measured, tmp_path, monkeypatch):
+    model, images, found = measured
+    seen = []
+    options = {"input_widths": (8,), "checkpoint": tmp_path / "figures.json"}
+    first = stage.sensitivity(
+        model, images, (2, 4), **options, progress=lambda *a: seen.append(a[:2])
+    )
+    assert seen == [(i, len(seen)) for i in range(1, len(seen) + 1)]
+    for name, losses in first.loss.items():
+        assert list(losses) == [(2, 8), (4, 8)]
+        assert losses == {pair: found.loss[name][pair] for pair in losses}
+    monkeypatch.setattr(stage, "_distance", None)  # nothing is measured again
+    assert stage.sensitivity(model, images, (2, 4), **options) == first
+    with pytest.raises(ValueError, match="measured on another model, images or metric"):
+        stage.sensitivity(model, images[1:], (2, 4), **options)
+
+
 def test_refuses(measured):
     for arguments, message in [
         (((4,), "cosine"), "metric must be one of"),
@@ -64,3 +81,5 @@ def test_refuses(measured):
     ]:
         with pytest.raises(ValueError, match=message):
             stage.sensitivity(measured[0], measured[1], *arguments)
+    with pytest.raises(ValueError, match="input_widths must name one"):
+        stage.sensitivity(*measured[:2], input_widths=())

@@ -7,6 +7,14 @@
 namespace fdda {
 namespace cuda {
 
+// Two lanes' codes to a byte. The warp has 32 adjacent channels of a pixel.
+__device__ inline void store_packed(const Epilogue& e, int64_t index, float v) {
+  const uint32_t code = requantize(add_residual(e, index, v), e.lo, e.hi);
+  const uint32_t other = __shfl_xor_sync(0xffffffff, code, 16);
+  if (threadIdx.x & 16) return;
+  e.out_u4[index / kPackedChannels * 16 + index % 16] = static_cast<uint8_t>(code | other << 4);
+}
+
 // A thread has one channel and many pixels: it keeps what belongs to the channel, and a warp stores
 // adjacent channels. The sums go through shared memory in slices, which replace the stages there.
 template <typename Tile, Operands kOperands>
@@ -45,8 +53,13 @@ __device__ void store_products(const PackedConv& conv, const GemmWeights& weight
       const uint32_t inputs = input_sums[row];
       const uint32_t codes = sums[row * P::kSliceStride + column] - weight_sum - bias * inputs;
       const int64_t acc = static_cast<int32_t>(codes) + offset * static_cast<int32_t>(inputs);
-      store_dequantized(conv.epilogue, pixel * conv.out_channels + channel,
-                        dequantize(acc, multiplier, channel_bias));
+      const int64_t index = pixel * conv.out_channels + channel;
+      const float v = dequantize(acc, multiplier, channel_bias);
+      if (conv.epilogue.out_u4) {
+        store_packed(conv.epilogue, index, v);
+      } else {
+        store_dequantized(conv.epilogue, index, v);
+      }
     }
   }
 }

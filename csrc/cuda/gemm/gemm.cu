@@ -62,12 +62,16 @@ int copy_bytes(const PackedConv& conv) {
 
 template <typename Tile, Operands kOperands>
 void run(const PackedConv& conv, const GemmWeights& weights, cudaStream_t stream) {
-  const int bytes = copy_bytes(conv);
-  if (bytes == 16) return run<Tile, kOperands, 16>(conv, weights, stream);
-  if (bytes == 8) return run<Tile, kOperands, 8>(conv, weights, stream);
-  if constexpr (kOperands != Operands::kU4S4) {
-    if (bytes == 4) return run<Tile, kOperands, 4>(conv, weights, stream);
-    run<Tile, kOperands, 1>(conv, weights, stream);
+  if constexpr (reads_packed(kOperands)) {
+    return run<Tile, kOperands, 16>(conv, weights, stream);
+  } else {
+    const int bytes = copy_bytes(conv);
+    if (bytes == 16) return run<Tile, kOperands, 16>(conv, weights, stream);
+    if (bytes == 8) return run<Tile, kOperands, 8>(conv, weights, stream);
+    if constexpr (kOperands != Operands::kU4S4) {
+      if (bytes == 4) return run<Tile, kOperands, 4>(conv, weights, stream);
+      run<Tile, kOperands, 1>(conv, weights, stream);
+    }
   }
 }
 
@@ -78,6 +82,8 @@ void run(const PackedConv& conv, const GemmWeights& weights, Operands operands,
     case Operands::kU8S8: return run<Tile, Operands::kU8S8>(conv, weights, stream);
     case Operands::kU8S4: return run<Tile, Operands::kU8S4>(conv, weights, stream);
     case Operands::kU4S4: return run<Tile, Operands::kU4S4>(conv, weights, stream);
+    case Operands::kPackedU8S4: return run<Tile, Operands::kPackedU8S4>(conv, weights, stream);
+    case Operands::kPackedU4S4: return run<Tile, Operands::kPackedU4S4>(conv, weights, stream);
   }
 }
 
@@ -105,9 +111,10 @@ GemmTile gemm_tile(const PackedConv& conv) {
 
 // Inputs that are copied in small pieces wait for those, not for the products.
 Operands gemm_operands(const PackedConv& conv, int x_bits, int compute_capability) {
+  const bool has_4_bits = compute_capability / 10 == 8;
+  if (conv.x_packed) return has_4_bits ? Operands::kPackedU4S4 : Operands::kPackedU8S4;
   if (!in_halves(conv.bits)) return Operands::kU8S8;
   const bool small = x_bits <= 4 && conv.x_zero_point < 16;
-  const bool has_4_bits = compute_capability / 10 == 8;
   return small && has_4_bits && copy_bytes(conv) >= 8 ? Operands::kU4S4 : Operands::kU8S4;
 }
 

@@ -18,6 +18,8 @@ bool gemm_takes(const PackedConv& conv);
 GemmTile gemm_tile(const PackedConv& conv);
 
 // What to multiply, given that inputs are below 2^x_bits; compute_capability: 80, 86, ...
+// Packed inputs: their zero point must be below 16, their address and half their channels multiples
+// of 16, the weights in halves.
 Operands gemm_operands(const PackedConv& conv, int x_bits, int compute_capability);
 
 // The weights of a convolution in the order of weights.h.

@@ -22,7 +22,7 @@ __device__ void multiply_and_store(const PackedConv& conv, const GemmWeights& we
   const int first_pixel = blockIdx.x * Tile::kRows;
   const int first_channel = blockIdx.y * Tile::kChannels;
   const int steps = static_cast<int>(weights.steps);
-  Inputs<Tile, kCopy> inputs(conv, first_pixel, pixels);
+  Inputs<Tile, kOperands, kCopy> inputs(conv, first_pixel, pixels);
   Products<Tile, kOperands> products;
 
   // A group of copies a step, empty behind the last: the wait below counts groups.
@@ -52,7 +52,7 @@ __device__ void multiply_and_store(const PackedConv& conv, const GemmWeights& we
 template <typename Tile, Operands kOperands, int kCopy>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     conv_gemm_kernel(PackedConv conv, GemmWeights weights) {
-  if constexpr (kOperands != Operands::kU4S4 || ptx::kHasMmaOf4Bits) {
+  if constexpr (!multiplies_4_bits(kOperands) || ptx::kHasMmaOf4Bits) {
     multiply_and_store<Tile, kOperands, kCopy>(conv, weights);
   }
 }

@@ -13,7 +13,7 @@ class Products {
  public:
   // The products of a stage.
   __device__ void add(const uint8_t* inputs, const uint8_t* tiles) {
-    if constexpr (kOperands == Operands::kU4S4) {
+    if constexpr (multiplies_4_bits(kOperands)) {
       add_halves(inputs, tiles);
     } else {
       add_bytes(inputs, tiles);
@@ -59,7 +59,7 @@ class Products {
   // 8 more, so that the lanes of half a warp store to different banks.
   static constexpr int kSliceStride = Tile::kChannels + 8;
   // What the weights' codes are too large by: halves are unpacked to bytes without a sign.
-  static constexpr uint32_t kBias = kOperands == Operands::kU8S4 ? 8 : 0;
+  static constexpr uint32_t kBias = in_halves(kOperands) && !multiplies_4_bits(kOperands) ? 8 : 0;
 
  private:
   static constexpr int kChannels = Tile::kWarpChannels / kMmaChannels;
@@ -67,6 +67,7 @@ class Products {
   static constexpr int kWarpsAlongRows = Tile::kRows / Tile::kWarpRows;
   static constexpr int kDepths = kTileDepth / kMmaDepth;
   static constexpr int kTileBytes = tile_bytes(in_halves(kOperands));
+  static constexpr int kRowBytes = row_bytes(kOperands);
 
   __device__ static int warp_row() { return threadIdx.x / 32 % kWarpsAlongRows; }
   __device__ static int warp_column() { return threadIdx.x / 32 / kWarpsAlongRows; }
@@ -84,7 +85,7 @@ class Products {
   }
 
   __device__ void add_bytes(const uint8_t* inputs, const uint8_t* tiles) {
-    constexpr bool halves = kOperands == Operands::kU8S4;
+    constexpr bool halves = in_halves(kOperands);
     uint32_t words[kPanels][4];
 #pragma unroll
     for (int depth = 0; depth < kDepths; ++depth) {
@@ -109,8 +110,8 @@ class Products {
     }
   }
 
-  // The weights' halves hold k and k + 16 beside each other, and so do the inputs' when packed: the
-  // products' order along k is another one for both.
+  // The halves of weights and of packed inputs hold k and k + 16 beside each other: the products'
+  // order along k is another one for both.
   __device__ void add_halves(const uint8_t* inputs, const uint8_t* tiles) {
     uint32_t words[kPanels][4];
 #pragma unroll
@@ -118,13 +119,7 @@ class Products {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       uint32_t packed[4];
-#pragma unroll
-      for (int depth = 0; depth < kDepths; ++depth) {
-        uint32_t a[4];
-        load_inputs(a, inputs, r, depth);
-        packed[depth * 2] = a[0] | a[2] << 4;
-        packed[depth * 2 + 1] = a[1] | a[3] << 4;
-      }
+      load_packed(packed, inputs, r);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         const uint32_t b[2] = {words[c / 2][c % 2 * 2], words[c / 2][c % 2 * 2 + 1]};
@@ -133,11 +128,41 @@ class Products {
     }
   }
 
-  // Of 16 rows and 32 k.
+  // Of 16 rows and 64 k, as halves.
+  __device__ static void load_packed(uint32_t (&packed)[4], const uint8_t* inputs, int r) {
+    if constexpr (reads_packed(kOperands)) {
+      const int lane = threadIdx.x % 32;
+      ptx::load_matrices(packed, inputs + swizzled<kRowBytes>(matrix_row(r), lane / 16));
+    } else {
+#pragma unroll
+      for (int depth = 0; depth < kDepths; ++depth) {
+        uint32_t a[4];
+        load_inputs(a, inputs, r, depth);
+        packed[depth * 2] = a[0] | a[2] << 4;
+        packed[depth * 2 + 1] = a[1] | a[3] << 4;
+      }
+    }
+  }
+
+  // Of 16 rows and 32 k, as bytes.
   __device__ static void load_inputs(uint32_t (&a)[4], const uint8_t* inputs, int r, int depth) {
-    const int lane = threadIdx.x % 32;
-    const int row = warp_row() * Tile::kWarpRows + r * kMmaRows + lane % 16;
-    ptx::load_matrices(a, inputs + swizzled(row, depth * 2 + lane / 16));
+    if constexpr (reads_packed(kOperands)) {
+      uint32_t packed[2];
+      ptx::load_matrices(packed, inputs + swizzled<kRowBytes>(matrix_row(r), depth));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        a[half] = packed[half] & 0x0f0f0f0f;
+        a[half + 2] = packed[half] >> 4 & 0x0f0f0f0f;
+      }
+    } else {
+      const int lane = threadIdx.x % 32, row = matrix_row(r);
+      ptx::load_matrices(a, inputs + swizzled<kRowBytes>(row, depth * 2 + lane / 16));
+    }
+  }
+
+  // The row of which the lane gives ldmatrix the address.
+  __device__ static int matrix_row(int r) {
+    return warp_row() * Tile::kWarpRows + r * kMmaRows + threadIdx.x % 16;
   }
 
   int32_t sums_[kRows][kChannels][4] = {};

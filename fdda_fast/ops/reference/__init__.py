@@ -14,7 +14,15 @@ from fdda_fast.ops.reference.class_moments import (
     class_moments,
     class_moments_backward,
 )
-from fdda_fast.ops.reference.codes import dequantize_codes, dequantize_sums, sum_pool_codes
+from fdda_fast.ops.reference.codes import (
+    PACKED_CHANNELS,
+    dequantize_codes,
+    dequantize_sums,
+    pack_codes,
+    requantize_codes_packed,
+    sum_pool_codes,
+    unpack_codes,
+)
 from fdda_fast.ops.reference.conditional_bn import (
     conditional_bn_lrelu,
     conditional_bn_lrelu_backward,
@@ -53,6 +61,7 @@ from fdda_fast.ops.reference.reordered import file_weight, reorder_weight, reord
 
 __all__ = [
     "BLOCK_DEPTH",
+    "PACKED_CHANNELS",
     "PANEL_ROWS",
     "bn_relu_class_moments",
     "bn_relu_class_moments_backward",
@@ -81,6 +90,7 @@ __all__ = [
     "max_pool2d_backward",
     "max_pool2d_codes",
     "observe_range",
+    "pack_codes",
     "pack_weight",
     "packed_conv2d",
     "packed_linear",
@@ -88,7 +98,9 @@ __all__ = [
     "reorder_weight",
     "reordered_conv2d",
     "requantize_codes",
+    "requantize_codes_packed",
     "sum_pool_codes",
+    "unpack_codes",
     "unpack_weight",
     "upsample_conv3x3",
     "upsample_conv3x3_backward",

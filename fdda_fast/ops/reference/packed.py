@@ -44,8 +44,7 @@ def _epilogue(
 ) -> Tensor:
     v = acc.double().float() * multiplier + bias
     if residual is not None:
-        scale = torch.tensor(residual_scale, dtype=torch.float32, device=acc.device)
-        v = v + residual.float() * scale
+        v = v + residual.float() * _float32(residual_scale, acc)
     if output_range is None:
         return v.contiguous()
     low, high = output_range
@@ -123,16 +122,18 @@ def quantize(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
 def requantize_codes(
     x: Tensor, x_scale: float, x_zero_point: int, scale: float, zero_point: float, bits: int
 ) -> Tensor:
-    values = (x.float() - x_zero_point) / torch.tensor(
-        x_scale, dtype=torch.float32, device=x.device
-    )
+    values = (x.float() - x_zero_point) / _float32(x_scale, x)
     return _codes(values, scale, zero_point, bits).contiguous()
+
+
+def _float32(value: float, like: Tensor) -> Tensor:
+    """Filled on the device: a copy to it could not be captured in a CUDA graph."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _codes(x: Tensor, scale: float, zero_point: float, bits: int) -> Tensor:
     half = 2.0 ** (bits - 1)
-    fp32 = {"dtype": torch.float32, "device": x.device}
-    q = torch.tensor(scale, **fp32) * x - torch.tensor(zero_point, **fp32)
+    q = _float32(scale, x) * x - _float32(zero_point, x)
     return (torch.round(q).clamp(-half, half - 1) + half).to(torch.uint8)
 
 

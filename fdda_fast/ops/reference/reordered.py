@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdda_fast.ops.reference.codes import pack_codes, unpack_codes
 from fdda_fast.ops.reference.packed import PANEL_ROWS, pack_weight, packed_conv2d, unpack_weight
 
 STEP = 64  # k to a tile
@@ -72,9 +73,14 @@ def reordered_conv2d(
     residual_scale: float = 0.0,
     output_range: list[int] | None = None,
     x_bits: int = 8,
+    x_packed: bool = False,
+    out_packed: bool = False,
 ) -> Tensor:
+    if x_packed:
+        x = unpack_codes(x)
     depth = kernel_size[0] * kernel_size[1] * x.shape[3] // groups
     packed = file_weight(weight, bits, out_channels, depth, groups > 1)
     geometry = (out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point)
     epilogue = (weight_offset, multiplier, bias, residual, residual_scale, output_range)
-    return packed_conv2d(x, packed, bits, *geometry, *epilogue)
+    y = packed_conv2d(x, packed, bits, *geometry, *epilogue)
+    return pack_codes(y) if out_packed else y
