@@ -29,7 +29,7 @@ lint: $(INSTALLED)
 sanitize: $(INSTALLED)
 	FDDA_FAST_SANITIZE=1 FDDA_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$$(echo build/sanitize/lib.*) \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$$(echo build/sanitize/lib.*) \
 	$(BIN)/pytest --capture=sys tests/ops tests/deploy
 
 wheel: $(INSTALLED)
