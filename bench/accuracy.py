@@ -7,7 +7,8 @@ data); FDDA; FDDA with `dtype = "bfloat16"` in both trainings; block-wise recons
 calibration images alone; reconstruction on FDDA's images, too, and fine-tuning as in FDDA; and
 reconstruction on 102 real images per class, for what more images would bring. The same number of
 fine-tuning steps and images per step for all that are fine-tuned. The settings were chosen with
-seed 0, which is therefore not among the default seeds, those of reconstruction on digits.
+seed 0, which is therefore not among the default seeds, those of reconstruction on the digits' test
+set and on errors of units of seed 1.
 
 Every result is kept as a row of the CSV file and not computed again, so the work can be stopped,
 resumed, and split by seed over processes (each with a --results file of its own).
