@@ -340,7 +340,7 @@ def use_threads(threads: int | None) -> None:
 def fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
     """Raises ValueError unless they make the teacher's classes, and images that it reads."""
     generators = [Generator.load(file) for file in files]
-    shape = tuple(inputs.calibration.images.shape[1:])
+    shape = inputs.image_shape
     classes = sum(generator.num_classes for generator in generators)
     other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
     if generators and (classes, other) != (inputs.num_classes, shape):

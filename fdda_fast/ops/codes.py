@@ -8,6 +8,7 @@ from torch import Tensor
 from fdda_fast.ops import reference
 from fdda_fast.ops._checks import check, check_int, check_tensor
 from fdda_fast.ops._library import define
+from fdda_fast.ops.packed import check_requantization
 
 _MAX_PIXELS = (2**31 - 1) // 255
 
@@ -67,9 +68,7 @@ def requantize_codes_packed(
         ValueError: x_scale, x_zero_point, bits or C out of range.
     """
     _check_channels(x, "x", reference.PACKED_CHANNELS)
-    check(x_scale > 0, "x_scale", "> 0", x_scale)
-    check_int(x_zero_point, "x_zero_point", 0, 255)
-    check_int(bits, "bits", 2, 4)
+    check_requantization(x_scale, x_zero_point, bits, 4)
     return torch.ops.fdda.requantize_codes_packed(
         x, float(x_scale), x_zero_point, float(scale), float(zero_point), bits
     )

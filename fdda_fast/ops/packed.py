@@ -245,12 +245,16 @@ def requantize_codes(
         ValueError: x_scale, x_zero_point or bits out of range.
     """
     check_tensor(x, "x", (torch.uint8,))
-    check(x_scale > 0, "x_scale", "> 0", x_scale)
-    check_int(x_zero_point, "x_zero_point", 0, 255)
-    check_int(bits, "bits", 2, 8)
+    check_requantization(x_scale, x_zero_point, bits, 8)
     return torch.ops.fdda.requantize_codes(
         x, float(x_scale), x_zero_point, float(scale), float(zero_point), bits
     )
+
+
+def check_requantization(x_scale: float, x_zero_point: int, bits: int, most_bits: int) -> None:
+    check(x_scale > 0, "x_scale", "> 0", x_scale)
+    check_int(x_zero_point, "x_zero_point", 0, 255)
+    check_int(bits, "bits", 2, most_bits)
 
 
 def max_pool2d_codes(

@@ -188,6 +188,19 @@ def convolutions(draw, groups, channels, outputs, kernels, sizes, bits=BITS, x_b
     return (*args, offset, *epilogues(draw, shape, depth * 255 * (2 ** (bits - 1) + limit), g))
 
 
+def packable_convolutions(largest_size):
+    """Of `convolutions`, those whose codes may lie packed."""
+    return convolutions(
+        groups=st.just(1),
+        channels=st.sampled_from([32, 64, 96]),
+        outputs=st.sampled_from([32, 64, 160]),
+        kernels=st.integers(1, 3),
+        sizes=st.integers(1, largest_size),
+        bits=st.integers(2, 4),
+        x_bits=4,
+    )
+
+
 @st.composite
 def linears_s32(draw):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))

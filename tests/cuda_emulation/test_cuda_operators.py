@@ -22,7 +22,15 @@ from emulation import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packed_arguments import BITS, convolutions, linears_s32, run_conv, run_linear, run_reorder
+from packed_arguments import (
+    BITS,
+    convolutions,
+    linears_s32,
+    packable_convolutions,
+    run_conv,
+    run_linear,
+    run_reorder,
+)
 
 from fdda_fast import ops
 
@@ -110,15 +118,7 @@ def test_convolution_of_4_bits_on_tensor_cores(emulation, args, tile, seed):
 
 @settings(FEW, max_examples=60)
 @given(
-    args=convolutions(
-        groups=st.just(1),
-        channels=st.sampled_from([32, 64, 96]),
-        outputs=st.sampled_from([32, 64, 160]),
-        kernels=st.integers(1, 3),
-        sizes=st.integers(1, 12),
-        bits=st.integers(2, 4),
-        x_bits=4,
-    ),
+    args=packable_convolutions(12),
     packed=st.sampled_from([(True, False), (False, True), (True, True)]),
     capability=st.sampled_from([80, 90]),
     tile=TILES,

@@ -5,12 +5,12 @@ restarts. Every rank prints its number, how many there are, and the sum of (thei
 """
 
 import os
-import signal
 import sys
 import time
 
 import torch
 import torch.distributed as dist
+from forks import run_ranks
 
 from fdda_fast.distributed import process_group
 
@@ -36,19 +36,12 @@ def main():
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for start in sys.argv[1:]:
         counts = start.split(",")
-        running = []
-        for rank, count in enumerate(counts):
-            pid = os.fork()
-            if pid == 0:
-                signal.alarm(SECONDS)
-                try:
-                    work(rank, len(counts), count, store.port)
-                finally:
-                    os._exit(0)
-            running.append(pid)
-        failed = [os.waitpid(pid, 0)[1] for pid in running]
-        if any(failed):
-            sys.exit(f"{start}: {failed}")
+        run_ranks(
+            start,
+            len(counts),
+            lambda rank, counts=counts: work(rank, len(counts), counts[rank], store.port),
+            SECONDS,
+        )
 
 
 if __name__ == "__main__":

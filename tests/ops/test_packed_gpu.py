@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fdda_fast import ops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
-from packed_arguments import BITS, convolutions, linears_s32
+from packed_arguments import BITS, convolutions, linears_s32, packable_convolutions
 
 pytestmark = pytest.mark.gpu
 MANY = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
@@ -62,17 +62,7 @@ def test_convolutions_of_4_bits(args):
 
 
 @MANY
-@given(
-    args=convolutions(
-        groups=st.just(1),
-        channels=st.sampled_from([32, 64, 96]),
-        outputs=st.sampled_from([32, 64, 160]),
-        kernels=st.integers(1, 3),
-        sizes=st.integers(1, 40),
-        bits=st.integers(2, 4),
-        x_bits=4,
-    )
-)
+@given(args=packable_convolutions(40))
 def test_convolutions_of_packed_codes(args):
     args = (*args[:-1], [0, 15])
     expected = ops.pack_codes(torch.ops.fdda.packed_conv2d(*args))
