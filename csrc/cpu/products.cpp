@@ -20,15 +20,6 @@ constexpr int kRows = 12;  // 12 * 2 sums, 2 vectors of b
 constexpr int kRows = 4;
 #endif
 
-inline Vector multiply_add(float a, Vector b, Vector sum) {
-#if defined(__AVX512F__)
-  return bits_as<Vector>(
-      _mm512_fmadd_ps(_mm512_set1_ps(a), bits_as<__m512>(b), bits_as<__m512>(sum)));
-#else
-  return sum + a * b;
-#endif
-}
-
 // panel[k, n] = b[k, n] of `columns` columns, zeros behind them.
 void pack(const Products& p, const float* b, int64_t depth, int64_t columns, float* panel) {
   for (int64_t k = 0; k < depth; ++k) {

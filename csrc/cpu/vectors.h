@@ -100,6 +100,17 @@ inline void store_lanes(T* to, V v) {
   }
 }
 
+// sum + a * b, rounded once where the instruction set can do so: for products of matrices, whose
+// sums differ between instruction sets anyway.
+inline Vector multiply_add(float a, Vector b, Vector sum) {
+#if defined(__AVX512F__)
+  return bits_as<Vector>(
+      _mm512_fmadd_ps(_mm512_set1_ps(a), bits_as<__m512>(b), bits_as<__m512>(sum)));
+#else
+  return sum + a * b;
+#endif
+}
+
 template <class V, class T>
 inline void copy_lanes(T* to, const T* from) {
   memcpy(to, from, lanes_of<V>() * sizeof(T));
