@@ -211,7 +211,7 @@ def test_save_and_load(generator, images, tmp_path):
     generator.save(tmp_path / "g.safetensors")
     loaded = Generator.load(tmp_path / "g.safetensors")
     assert not loaded.training
-    assert (loaded.num_classes, loaded.image_shape) == (5, (3, 10, 7))
+    assert (loaded.num_classes, loaded.image_shape, loaded.teacher) == (5, (3, 10, 7), "")
     assert torch.equal(sample(loaded, LABELS, seed=9)[0], images)
 
 
@@ -227,6 +227,10 @@ def _wrong_format(tensors, metadata):
 
 def _no_shape(tensors, metadata):
     del metadata["shape"]
+
+
+def _no_teacher(tensors, metadata):
+    del metadata["teacher"]
 
 
 def _not_json(tensors, metadata):
@@ -250,6 +254,7 @@ def _missing_weight(tensors, metadata):
     [
         (_wrong_format, "not a generator file"),
         (_no_shape, "damaged"),
+        (_no_teacher, "damaged"),
         (_not_json, "damaged"),
         (_flat_shape, "damaged"),
         (_other_shape, "damaged"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.preprocessing import Preprocessing
+from ..fingerprints import check_teacher
 from ..generator import Generator, sample
 from ..losses import moment_distance
 from ..statistics import BNSCenters, whitened
@@ -91,6 +92,10 @@ class BlockMaker:
         self._teacher = None
         if teacher is not None:
             self._teacher = FrozenTeacher(teacher, shape)
+            for generator in generators:
+                check_teacher("generator", generator.teacher, self._teacher.fingerprint)
+            if centers is not None:
+                check_teacher("centers", centers.teacher, self._teacher.fingerprint)
             known = self._teacher(torch.zeros(1, *shape)).shape[1]
             if known < self._plan.num_classes:
                 raise ValueError(

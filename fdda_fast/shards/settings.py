@@ -10,9 +10,9 @@ from torch import nn
 from ..config import to_dict
 from ..data.preprocessing import Preprocessing
 from ..files import remove_temporaries
+from ..fingerprints import fingerprint
 from ..generator import Generator
 from ..statistics import BNSCenters
-from ..synthesis import fingerprint
 from .plan import ShardConfig, ShardFolder, read_json, write_json
 
 FORMAT = "fdda-fast shards 1"
@@ -30,11 +30,11 @@ def describe(
         "format": FORMAT,
         "config": to_dict(config),
         "preprocessing": to_dict(preprocessing),
-        "generators": [fingerprint({}, *g.state_dict().values()) for g in generators],
+        "generators": [fingerprint({}, g) for g in generators],
         "class_counts": [g.num_classes for g in generators],
     }
     if teacher is not None:
-        values["teacher"] = fingerprint({}, *teacher.state_dict().values())
+        values["teacher"] = fingerprint({}, teacher)
     if centers is not None:
         values["centers"] = fingerprint({}, *centers.mean, *centers.var)
     return values
