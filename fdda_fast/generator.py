@@ -19,6 +19,9 @@ from .seeding import stream
 LATENT_DIM = 100
 _FORMAT = "fdda-fast generator 1"
 _SLOPE = 0.2  # of LeakyReLU
+# At work, images of larger first maps go through the convolutions so many at a time, for memory's
+# sake; the linear layer's weights, read once for all of them, are larger than any cache.
+_SMALL_MAP, _PIECE = 16 * 16, 16
 _SAMPLE_STREAM = 0
 # Latents are drawn for whole chunks of this many.
 _SAMPLE_CHUNK = 16
@@ -173,6 +176,13 @@ class Generator(nn.Module):
         """
         x = ops.linear_to_maps(z, self.fc.weight, self.fc.bias, self.seed_size, dtype)
         x = self.norm0(x, labels, ranks=ranks)
+        if self.training or x.shape[2] * x.shape[3] <= _SMALL_MAP:
+            return self._grown(x, labels, ranks)
+        parts = zip(x.split(_PIECE), labels.split(_PIECE), strict=True)
+        return torch.cat([self._grown(*part, ranks) for part in parts])
+
+    def _grown(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Images of the first maps [N, 128, *seed_size]."""
         x = self.norm1.of_upsampled(x, labels, self.conv1, ranks)
         x = torch.tanh(self.norm2.of_upsampled(x, labels, self.conv2, ranks, self.conv3))
         one = self.conv3.bias.new_ones(1, len(self.conv3.bias))

@@ -207,6 +207,23 @@ def test_arguments_of_sample_are_checked(generator, labels, first, message):
         sample(generator, labels, first=first)
 
 
+def test_images_of_large_maps_go_through_in_pieces(monkeypatch):
+    torch.manual_seed(3)
+    generator = Generator(3, (1, 68, 65)).eval()
+    z, labels = torch.randn(20, 100), torch.arange(20) % 3
+    sizes = []
+    grown = generator._grown
+    monkeypatch.setattr(
+        generator, "_grown", lambda x, *rest: (sizes.append(len(x)), grown(x, *rest))[1]
+    )
+    with torch.no_grad():
+        images = generator(z, labels)
+        assert sizes == [16, 4]
+        parts = [generator(z[rows], labels[rows]) for rows in torch.arange(20).split(5)]
+    assert images.shape == (20, 1, 68, 65)
+    torch.testing.assert_close(images, torch.cat(parts), rtol=1e-5, atol=1e-5)
+
+
 def test_save_and_load(generator, images, tmp_path):
     generator.save(tmp_path / "g.safetensors")
     loaded = Generator.load(tmp_path / "g.safetensors")

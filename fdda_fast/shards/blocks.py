@@ -19,9 +19,6 @@ from ..statistics import BNSCenters, whitened
 from ..teacher import FrozenTeacher
 from .plan import BLOCK, LabelPlan, ShardConfig
 
-# Larger batches are quicker on small images and need too much memory on large ones.
-_SMALL_PIXELS = 64 * 64
-_LARGE_BATCH = 16
 _TEACHER_BATCH = 16  # always whole: libraries pick their algorithm by batch size
 _HASH_SIDE = 8
 
@@ -105,7 +102,6 @@ class BlockMaker:
         self._generators, self._config, self._preprocessing = generators, config, preprocessing
         self._offsets = np.cumsum([0, *(g.num_classes for g in generators)])
         self._centers = centers
-        self._batch = BLOCK if shape[1] * shape[2] <= _SMALL_PIXELS else _LARGE_BATCH
 
     @torch.no_grad()
     def __call__(self, number: int) -> Block:
@@ -113,7 +109,7 @@ class BlockMaker:
         count = min(BLOCK, config.num_images - first)
         generator, own_labels = self._plan.block(number)
         images, _ = sample(
-            self._generators[generator], own_labels, config.seed, first=first, batch=self._batch
+            self._generators[generator], own_labels, config.seed, first=first, batch=BLOCK
         )
         labels = own_labels + int(self._offsets[generator])
         pixels = self._preprocessing.denormalize(images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,9 +13,7 @@ from ..files import remove_temporaries
 from ..fingerprints import fingerprint
 from ..generator import Generator
 from ..statistics import BNSCenters
-from .plan import ShardConfig, ShardFolder, read_json, write_json
-
-FORMAT = "fdda-fast shards 1"
+from .plan import FORMAT, ShardConfig, ShardFolder, read_json, write_json
 
 
 def describe(
@@ -49,7 +47,16 @@ def agree(folder: ShardFolder, settings: dict[str, Any]) -> None:
     remove_temporaries(folder.settings)
     if not folder.settings.is_file():
         write_json(folder.settings, settings)
-    found = read_json(folder.settings)
-    differing = sorted(n for n in {*found, *settings} if found.get(n) != settings.get(n))
+    found, wanted = _flat(read_json(folder.settings)), _flat(settings)
+    differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
     if differing:
         raise ValueError(f"{folder.path}: was started with other settings: {differing} differ")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With names of two parts for what is in a table."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}.{part}".rstrip("."): v for part, v in inner.items()}
+    return flat

@@ -15,7 +15,7 @@ from .encoding import END_OF_ARCHIVE, encode_npy, encode_png, tar_member
 from .plan import ShardConfig
 
 _NEAR = 2  # bits of 64 in which the hashes of near-duplicates differ at most
-_ROWS = 1024  # images compared at a time with all others of the shard
+_ROWS = 1024  # images compared at a time with as many others of the shard
 
 
 def encode_block(block: Block, config: ShardConfig) -> bytes:
@@ -99,11 +99,13 @@ def near_duplicates(hashes: np.ndarray) -> int:
     """How many of the images [N, 64] look like one before them."""
     bits = hashes.astype(np.float32)
     ones = bits.sum(1)
-    count = 0
+    near = np.zeros(len(bits), bool)
     for start in range(0, len(bits), _ROWS):
         rows = slice(start, start + _ROWS)
-        end = min(start + _ROWS, len(bits))
-        differing = ones[rows, None] + ones[None, :end] - 2 * (bits[rows] @ bits[:end].T)
-        earlier = np.arange(end) < np.arange(start, end)[:, None]
-        count += int(((differing <= _NEAR) & earlier).any(1).sum())
-    return count
+        for other in range(0, start + 1, _ROWS):
+            columns = slice(other, other + _ROWS)
+            differing = ones[rows, None] + ones[columns] - 2 * (bits[rows] @ bits[columns].T)
+            if other == start:
+                differing[np.triu_indices_from(differing)] = np.inf  # not before
+            near[rows] |= (differing <= _NEAR).any(1)
+    return int(near.sum())

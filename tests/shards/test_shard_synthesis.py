@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -227,6 +228,16 @@ def test_near_duplicates(monkeypatch):
         monkeypatch.setattr("fdda_fast.shards.writer._ROWS", rows)
         assert near_duplicates(hashes) == 3
     assert near_duplicates(hashes[:0]) == 0
+
+
+def test_near_duplicates_of_many_images_need_little_memory():
+    hashes = np.random.default_rng(0).random((6000, 64)) < 0.5
+    tracemalloc.start()
+    try:
+        near_duplicates(hashes)
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20  # all against 1024: 70 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_progress(tmp_path, generators):
