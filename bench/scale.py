@@ -65,7 +65,7 @@ def generator_of(case: Case) -> Generator:
 
 
 def config_of(case: Case, images: int) -> ShardConfig:
-    return ShardConfig(num_images=images, shard_size=BLOCK * max(1, case.images // BLOCK // 16))
+    return ShardConfig(num_images=images, shard_size=BLOCK * max(1, case.images // BLOCK // 8))
 
 
 class PlainLoop:
@@ -117,7 +117,7 @@ def stage_seconds(case: Case, clock: Clock) -> dict[str, float]:
             block = timed("compute", make, number)
             data = timed("encode", encode_block, block, config)
             timed("write", writer._write, data)
-        timed("write", lambda: (file.flush(), os.fsync(file.fileno())))
+        timed("write", writer._sync)
     return {stage: value / blocks / BLOCK for stage, value in seconds.items()}
 
 
@@ -156,18 +156,19 @@ class Ranks:
             if process.stdout.readline() != "ready\n":
                 raise RuntimeError("a rank failed")
 
-    def seconds(self, count: int, clock: Clock) -> float:
-        """Per image, of the first `count` ranks."""
+    def seconds(self, count: int, clock: Clock) -> tuple[float, float]:
+        """Per image, of the first `count` ranks, and what share of its core a rank had."""
         ranks = self.processes[:count]
         with tempfile.TemporaryDirectory() as folder:
-            start = clock()
+            start = time.perf_counter()
             for rank in ranks:
                 rank.stdin.write(f"{folder}\n")
                 rank.stdin.flush()
             used = [float(rank.stdout.readline()) for rank in ranks]
-            # Whoever is held up by other processes takes fewer shards.
-            seconds = sum(used) / count if clock is time.process_time else clock() - start
-        return seconds / self.case.images
+            elapsed = time.perf_counter() - start
+        mean = sum(used) / count  # whoever is held up by other processes takes fewer shards
+        seconds = mean if clock is time.process_time else elapsed
+        return seconds / self.case.images, mean / elapsed
 
     def __enter__(self) -> Ranks:
         return self
@@ -179,22 +180,31 @@ class Ranks:
                 raise RuntimeError("a rank failed")
 
 
-def compare(case: Case, counts: Sequence[int], cores: Sequence[int], clock: Clock, rounds: int):
+def compare(
+    case: Case, counts: Sequence[int], cores: Sequence[int], clock: Clock, rounds: int
+) -> None:
     """Prints images per second of the plain loop, and of so many ranks."""
     plain = PlainLoop(case)
+    rows, shares = [], {count: [] for count in counts}
     with Ranks(case, cores[: max(counts)]) as ranks:
-        runs = {"plain": plain} | {
-            count: lambda clock, count=count: ranks.seconds(count, clock) for count in counts
-        }
-        seconds = [{name: run(clock) for name, run in runs.items()} for _ in range(rounds)]
-    rates = {name: 1 / statistics.median(s[name] for s in seconds) for name in runs}
+        for _ in range(rounds):
+            row = {"plain": plain(clock)}
+            for count in counts:
+                row[count], share = ranks.seconds(count, clock)
+                shares[count].append(share)
+            rows.append(row)
+    rates = {name: 1 / statistics.median(row[name] for row in rows) for name in rows[0]}
     print(f"{case.pixels} px: plain loop {rates['plain']:.1f} images/s")
     for count in counts:
-        ratios = (
-            f"{statistics.median(s[other] / s[count] for s in seconds):.2f} x {other}"
+        ratios = ", ".join(
+            f"{statistics.median(row[other] / row[count] for row in rows):.2f} x {other}"
             for other in ("plain", counts[0])
         )
-        print(f"  {count} rank(s): {rates[count]:.1f} images/s, {', '.join(ratios)}")
+        share = statistics.median(shares[count])
+        print(
+            f"  {count} rank(s): {rates[count]:.1f} images/s, {ratios}; "
+            f"each had {100 * share:.0f} % of its core"
+        )
 
 
 def main() -> None:

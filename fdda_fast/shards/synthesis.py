@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,7 +134,6 @@ class _Worker:
                 finally:
                     pool.shutdown(cancel_futures=True)
             values = writer.finish()
-            os.fsync(file.fileno())
         write_json(record, {"shard": shard, "first": indices.start, **values})
 
     def _leave_if_asked(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -15,6 +16,7 @@ from .encoding import END_OF_ARCHIVE, encode_npy, encode_png, tar_member
 from .plan import ShardConfig
 
 _NEAR = 2  # bits of 64 in which the hashes of near-duplicates differ at most
+_SYNC_BYTES = 8 << 20
 _ROWS = 1024  # images compared at a time with as many others of the shard
 
 
@@ -51,6 +53,9 @@ def _parts(block: Block, row: int, config: ShardConfig) -> Iterator[tuple[str, b
 class ShardWriter:
     """Writes blocks in their order, and sums up what they measure.
 
+    Time and again it waits until the disk has them: the next blocks are made meanwhile, and little
+    is left to wait for at the end.
+
     Args:
         file: open for writing.
     """
@@ -58,7 +63,7 @@ class ShardWriter:
     def __init__(self, file: BinaryIO, config: ShardConfig) -> None:
         self._file, self._config = file, config
         self._sha256 = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._synced = 0
         self._rejected = 0
         self._classes: Counter[int] = Counter()
         self._sums: Counter[str] = Counter()
@@ -79,11 +84,18 @@ class ShardWriter:
         self._file.write(data)
         self._sha256.update(data)
         self._bytes += len(data)
+        if self._bytes - self._synced >= _SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = self._bytes
 
     def finish(self) -> dict[str, Any]:
-        """Ends the archive; its record."""
+        """Ends the archive, which then is on the disk; its record."""
         self._write(END_OF_ARCHIVE)
-        self._file.flush()
+        self._sync()
         return {
             "images": sum(self._classes.values()),
             "rejected": self._rejected,
