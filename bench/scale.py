@@ -26,6 +26,7 @@ import torch
 from machine import describe
 from reference_step import PlainGenerator
 from timing import Clock
+from torch import nn
 from torchvision.utils import save_image
 
 from fdda_fast.data import Preprocessing
@@ -58,9 +59,13 @@ def preprocessing_of(case: Case) -> Preprocessing:
 def generator_of(case: Case) -> Generator:
     torch.manual_seed(0)
     generator = Generator(_CLASSES, (3, case.pixels, case.pixels)).train()
-    with torch.no_grad():  # running statistics, so that images are not all black and white
-        for _ in range(20):
-            generator(torch.randn(16, 100), torch.randint(_CLASSES, (16,)))
+    for norm in generator.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = (
+                1.0  # one batch's statistics, so that images are not all black and white
+            )
+    with torch.no_grad():
+        generator(torch.randn(16, 100), torch.randint(_CLASSES, (16,)))
     return generator.eval()
 
 
