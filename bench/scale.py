@@ -59,11 +59,9 @@ def preprocessing_of(case: Case) -> Preprocessing:
 def generator_of(case: Case) -> Generator:
     torch.manual_seed(0)
     generator = Generator(_CLASSES, (3, case.pixels, case.pixels)).train()
-    for norm in generator.modules():
+    for norm in generator.modules():  # statistics of one batch: else images were black and white
         if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = (
-                1.0  # one batch's statistics, so that images are not all black and white
-            )
+            norm.momentum = 1.0
     with torch.no_grad():
         generator(torch.randn(16, 100), torch.randint(_CLASSES, (16,)))
     return generator.eval()
