@@ -3,6 +3,7 @@
     python bench/scale.py                  # 1 and 2 ranks, 224 and 32 px; pins to cores 0 and 1
     python bench/scale.py --ranks 1 --cores 0
 
+Loop and ranks take turns, `--rounds` times; medians are printed, and the median of the ratios.
 The plain loop: the generator written plainly in PyTorch (bench/reference_step.py) in eval mode,
 torchvision's save_image for every image. Weights are random. Of the shares, `compute` is the
 generator and the way to pixels, `encode` PNG and tar, `write` the sums, the file and its fsync.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ import torch
 from machine import describe
 from reference_step import PlainGenerator
 from timing import Clock
+from torch import nn
 from torchvision.utils import save_image
 
 from fdda_fast.data import Preprocessing
@@ -56,37 +59,44 @@ def preprocessing_of(case: Case) -> Preprocessing:
 def generator_of(case: Case) -> Generator:
     torch.manual_seed(0)
     generator = Generator(_CLASSES, (3, case.pixels, case.pixels)).train()
-    with torch.no_grad():  # running statistics, so that images are not all black and white
-        for _ in range(20):
-            generator(torch.randn(16, 100), torch.randint(_CLASSES, (16,)))
+    for norm in generator.modules():  # statistics of one batch: else images were black and white
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        generator(torch.randn(16, 100), torch.randint(_CLASSES, (16,)))
     return generator.eval()
 
 
 def config_of(case: Case, images: int) -> ShardConfig:
-    return ShardConfig(num_images=images, shard_size=BLOCK * max(1, case.images // BLOCK // 16))
+    return ShardConfig(num_images=images, shard_size=BLOCK * max(1, case.images // BLOCK // 8))
 
 
-def plain_seconds(case: Case, clock: Clock) -> float:
-    """Per image."""
-    torch.manual_seed(0)
-    generator = PlainGenerator(_CLASSES, (3, case.pixels, case.pixels)).eval()
-    generator.load_state_dict(generator_of(case).state_dict())
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+class PlainLoop:
+    """Calling it gives the seconds per image."""
 
-    def run(folder: Path, images: int) -> None:
-        for start in range(0, images, case.batch):
-            labels = torch.arange(start, start + case.batch) % _CLASSES
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.generator = PlainGenerator(_CLASSES, (3, case.pixels, case.pixels)).eval()
+        self.generator.load_state_dict(generator_of(case).state_dict())
+        mean_and_std = (IMAGENET_MEAN, IMAGENET_STD)
+        self.mean, self.std = (torch.tensor(v)[:, None, None] for v in mean_and_std)
+
+    def __call__(self, clock: Clock) -> float:
+        case, images = self.case, self.case.images // 16
+        with tempfile.TemporaryDirectory() as folder:
+            self.run(Path(folder), case.batch)
+            start = clock()
+            self.run(Path(folder), images)
+            return (clock() - start) / images
+
+    def run(self, folder: Path, images: int) -> None:
+        for start in range(0, images, self.case.batch):
+            labels = torch.arange(start, start + self.case.batch) % _CLASSES
             with torch.no_grad():
-                batch = generator(torch.randn(case.batch, 100), labels)
+                batch = self.generator(torch.randn(self.case.batch, 100), labels)
             for index, image in enumerate(batch, start):
-                save_image(image * std + mean, folder / f"{index:08d}.png")
-
-    images = case.images // 8
-    with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), case.batch)
-        start = clock()
-        run(Path(folder), images)
-        return (clock() - start) / images
+                save_image(image * self.std + self.mean, folder / f"{index:08d}.png")
 
 
 def stage_seconds(case: Case, clock: Clock) -> dict[str, float]:
@@ -110,12 +120,12 @@ def stage_seconds(case: Case, clock: Clock) -> dict[str, float]:
             block = timed("compute", make, number)
             data = timed("encode", encode_block, block, config)
             timed("write", writer._write, data)
-        timed("write", lambda: (file.flush(), os.fsync(file.fileno())))
+        timed("write", writer._sync)
     return {stage: value / blocks / BLOCK for stage, value in seconds.items()}
 
 
-def work(pixels: int, core: int, folder: str) -> None:
-    """A rank: gets ready, waits for a line, does its part."""
+def work(pixels: int, core: int) -> None:
+    """A rank: gets ready, does its part of the set in every folder that it is told of."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     case = CASES[pixels]
@@ -124,37 +134,80 @@ def work(pixels: int, core: int, folder: str) -> None:
         config = config_of(case, _WARM_UP * BLOCK)
         synthesize_shards(generator, warm, config, preprocessing=preprocessing)
     print("ready", flush=True)
-    sys.stdin.readline()
-    start = time.process_time()
-    synthesize_shards(generator, folder, config_of(case, case.images), preprocessing=preprocessing)
-    print(time.process_time() - start, flush=True)
+    config = config_of(case, case.images)
+    for line in sys.stdin:
+        start = time.process_time()
+        synthesize_shards(generator, line.strip(), config, preprocessing=preprocessing)
+        print(time.process_time() - start, flush=True)
 
 
-def ranks_seconds(case: Case, cores: Sequence[int], clock: Clock) -> float:
-    """Per image, of a rank on each core."""
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
+class Ranks:
+    """A process on each core, which end with the block."""
+
+    def __init__(self, case: Case, cores: Sequence[int]) -> None:
+        self.case = case
+        self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--work", str(case.pixels), str(core), folder],
+                [sys.executable, __file__, "--work", str(case.pixels), str(core)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
             for core in cores
         ]
-        for rank in ranks:
-            if rank.stdout.readline() != "ready\n":
+        for process in self.processes:
+            if process.stdout.readline() != "ready\n":
                 raise RuntimeError("a rank failed")
-        start = clock()
-        for rank in ranks:
-            rank.stdin.write("\n")
-            rank.stdin.flush()
-        used = [float(rank.stdout.readline()) for rank in ranks]
-        # Whoever is held up by other processes takes fewer shards.
-        seconds = sum(used) / len(used) if clock is time.process_time else clock() - start
-        if any(rank.wait() for rank in ranks):
-            raise RuntimeError("a rank failed")
-        return seconds / case.images
+
+    def seconds(self, count: int, clock: Clock) -> tuple[float, float]:
+        """Per image, of the first `count` ranks, and what share of its core a rank had."""
+        ranks = self.processes[:count]
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            for rank in ranks:
+                rank.stdin.write(f"{folder}\n")
+                rank.stdin.flush()
+            used = [float(rank.stdout.readline()) for rank in ranks]
+            elapsed = time.perf_counter() - start
+        mean = sum(used) / count  # whoever is held up by other processes takes fewer shards
+        seconds = mean if clock is time.process_time else elapsed
+        return seconds / self.case.images, mean / elapsed
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.stdin.close()
+            if process.wait():
+                raise RuntimeError("a rank failed")
+
+
+def compare(
+    case: Case, counts: Sequence[int], cores: Sequence[int], clock: Clock, rounds: int
+) -> None:
+    """Prints images per second of the plain loop, and of so many ranks."""
+    plain = PlainLoop(case)
+    rows, shares = [], {count: [] for count in counts}
+    with Ranks(case, cores[: max(counts)]) as ranks:
+        for _ in range(rounds):
+            row = {"plain": plain(clock)}
+            for count in counts:
+                row[count], share = ranks.seconds(count, clock)
+                shares[count].append(share)
+            rows.append(row)
+    rates = {name: 1 / statistics.median(row[name] for row in rows) for name in rows[0]}
+    print(f"{case.pixels} px: plain loop {rates['plain']:.1f} images/s")
+    for count in counts:
+        ratios = ", ".join(
+            f"{statistics.median(row[other] / row[count] for row in rows):.2f} x {other}"
+            for other in ("plain", counts[0])
+        )
+        share = statistics.median(shares[count])
+        print(
+            f"  {count} rank(s): {rates[count]:.1f} images/s, {ratios}; "
+            f"each had {100 * share:.0f} % of its core"
+        )
 
 
 def main() -> None:
@@ -165,11 +218,11 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="leaves out what other processes take of a core"
     )
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        pixels, core, folder = options.work
-        return work(int(pixels), int(core), folder)
+        return work(*options.work)
     if max(options.ranks) > len(options.cores):
         parser.error("--cores: one per rank")
     os.sched_setaffinity(0, {options.cores[0]})
@@ -178,20 +231,11 @@ def main() -> None:
     print(*describe(), sep="\n")
     for pixels in options.pixels:
         case = CASES[pixels]
-        plain = plain_seconds(case, clock)
-        print(f"{pixels} px: plain loop {1 / plain:.1f} images/s")
+        compare(case, options.ranks, options.cores, clock, options.rounds)
         stages = stage_seconds(case, clock)
         total = sum(stages.values())
         shares = ", ".join(f"{name} {100 * s / total:.1f} %" for name, s in stages.items())
         print(f"  stages {1e3 * total:.2f} ms per image: {shares}")
-        one = None
-        for count in options.ranks:
-            seconds = ranks_seconds(case, options.cores[:count], clock)
-            one = one or seconds
-            print(
-                f"  {count} rank(s): {1 / seconds:.1f} images/s, "
-                f"{plain / seconds:.2f} x plain, {one / seconds:.2f} x {options.ranks[0]}"
-            )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fdda_fast as fdda
+from fdda_fast.fingerprints import fingerprint
 from fdda_fast.memory import resident_memory
 from fdda_fast.quantization.finetune import Finetuner, JointTraining
 from fdda_fast.quantization.modules import activation_quantizers
@@ -56,6 +57,7 @@ class Bench:
             torch.zeros(CLASSES, CLASSES),
             torch.ones(CLASSES, dtype=torch.bool),
             SHAPE,
+            fingerprint({}, self.teacher),
         )
         self.images = torch.randn(batch, *SHAPE), torch.randint(CLASSES, (batch,))
 

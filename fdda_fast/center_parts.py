@@ -13,9 +13,9 @@ from .checkpoint import load_tensors, save_tensors
 from .claims import Claims
 from .data import Calibration
 from .files import remove_temporaries
+from .fingerprints import fingerprint
 from .memory import resident_memory
 from .statistics import BNSCenters, ClassSums, teacher_with_norms
-from .synthesis import fingerprint
 from .teacher import Moments
 from .training import Progress, deferred_interrupt
 
@@ -55,8 +55,7 @@ class CenterParts:
         self._calibration, self._num_classes = calibration, num_classes
         self._parts = torch.arange(len(calibration.indices)).split(_PART)
         rows = torch.tensor(calibration.indices)
-        values = model.state_dict().values()
-        self.fingerprint = fingerprint({}, rows, calibration.labels, *values)
+        self.fingerprint = fingerprint({}, rows, calibration.labels, model)
 
     @torch.no_grad()
     def collect(self, path: Path, progress: Progress | None = None) -> BNSCenters:
@@ -124,7 +123,7 @@ class CenterParts:
                 between_batches(start)
             batch = slice(start, start + _BATCH)
             indices = [self._calibration.indices[row] for row in rows[batch].tolist()]
-            sums.observe(self._teacher, self._calibration.source.images(indices), labels[batch])
+            sums.observe(self._calibration.source.images(indices), labels[batch])
         return classes, sums
 
     def _merge(self, files: Sequence[Path]) -> BNSCenters:

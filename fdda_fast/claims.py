@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_POLL_SECONDS = 0.2
+_FIRST_POLL, _POLL_SECONDS = 0.01, 0.2
 
 
 class Claims:
@@ -68,7 +68,7 @@ class Claims:
             finished: whether a task is done. work: does it, for it has been claimed.
             pause: called now and then while others do the last ones.
         """
-        missing = list(range(tasks))
+        missing, seconds = list(range(tasks)), _FIRST_POLL
         while missing:
             others = []
             for task in missing:
@@ -78,7 +78,8 @@ class Claims:
                     others.append(task)
             if missing := others:
                 # Should one of them die, its task is free again.
-                time.sleep(_POLL_SECONDS)
+                time.sleep(seconds)
+                seconds = min(2 * seconds, _POLL_SECONDS)
                 pause()
 
     def _attend(

@@ -18,6 +18,10 @@ from .seeding import stream
 
 LATENT_DIM = 100
 _FORMAT = "fdda-fast generator 1"
+_SLOPE = 0.2  # of LeakyReLU
+# At work, images of larger first maps go through the convolutions so many at a time, for memory's
+# sake; the linear layer's weights, read once for all of them, are larger than any cache.
+_SMALL_MAP, _PIECE = 16 * 16, 16
 _SAMPLE_STREAM = 0
 # Latents are drawn for whole chunks of this many.
 _SAMPLE_CHUNK = 16
@@ -36,6 +40,10 @@ def _move_running(norm: nn.BatchNorm2d, count: int, mean: torch.Tensor, var: tor
     norm.running_mean.lerp_(mean[0], norm.momentum)
     norm.running_var.lerp_(var[0] * (count / (count - 1)), norm.momentum)
     norm.num_batches_tracked += 1
+
+
+def _parameters(convolution: nn.Conv2d | None) -> tuple[torch.Tensor, ...]:
+    return () if convolution is None else (convolution.weight, convolution.bias)
 
 
 @torch.no_grad()
@@ -57,7 +65,7 @@ def _normalize(
     convolution: nn.Conv2d | None = None,
 ) -> torch.Tensor:
     """Batch norm with weight and bias [K, C] by label, LeakyReLU and perhaps a convolution."""
-    after = () if convolution is None else (convolution.weight, convolution.bias)
+    after = _parameters(convolution)
     if not norm.training:
         tables = _tables(norm, labels, weight, bias)
         if after:
@@ -99,6 +107,23 @@ class ConditionalBatchNorm2d(nn.Module):
         weight, bias = self.weight.weight, self.bias.weight
         return _normalize(x, self.norm, labels, weight, bias, negative_slope, ranks, convolution)
 
+    def of_upsampled(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        upsampling: nn.Conv2d,
+        ranks: Ranks,
+        convolution: nn.Conv2d | None = None,
+    ) -> torch.Tensor:
+        """x up-sampled by 2, convolved by `upsampling`, then `forward` with a slope of 0.2."""
+        if self.training:
+            x = ops.upsample_conv3x3(x, *_parameters(upsampling))
+            return self(x, labels, _SLOPE, ranks, convolution)
+        tables = _tables(self.norm, labels, self.weight.weight, self.bias.weight)
+        after = _parameters(convolution)
+        operator = ops.upsample_fixed_bn_lrelu_conv3x3 if after else ops.upsample_fixed_bn_lrelu
+        return operator(x, *_parameters(upsampling), tables, _SLOPE, *after)
+
 
 class Generator(nn.Module):
     """Latent vectors and labels in, normalised images out (method: GDFQ, FDDA).
@@ -106,9 +131,12 @@ class Generator(nn.Module):
     Args:
         num_classes: K.
         image_shape: (channels, height, width); sides that 4 does not divide are cropped.
+        teacher: fingerprint of the teacher that it is trained for; empty: of none.
     """
 
-    def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, num_classes: int, image_shape: tuple[int, int, int], teacher: str = ""
+    ) -> None:
         super().__init__()
         channels, height, width = image_shape
         if num_classes < 1 or min(image_shape) < 1:
@@ -117,6 +145,7 @@ class Generator(nn.Module):
             )
         self.num_classes = num_classes
         self.image_shape = (channels, height, width)
+        self.teacher = teacher
         self.seed_size = (-(-height // 4), -(-width // 4))
         self.fc = nn.Linear(LATENT_DIM, 128 * self.seed_size[0] * self.seed_size[1])
         self.norm0 = ConditionalBatchNorm2d(num_classes, 128, eps=1e-5)
@@ -147,19 +176,25 @@ class Generator(nn.Module):
         """
         x = ops.linear_to_maps(z, self.fc.weight, self.fc.bias, self.seed_size, dtype)
         x = self.norm0(x, labels, ranks=ranks)
-        x = ops.upsample_conv3x3(x, self.conv1.weight, self.conv1.bias)
-        x = self.norm1(x, labels, 0.2, ranks)
-        x = ops.upsample_conv3x3(x, self.conv2.weight, self.conv2.bias)
-        x = torch.tanh(self.norm2(x, labels, 0.2, ranks, self.conv3))
+        if self.training or x.shape[2] * x.shape[3] <= _SMALL_MAP:
+            return self._grown(x, labels, ranks)
+        parts = zip(x.split(_PIECE), labels.split(_PIECE), strict=True)
+        return torch.cat([self._grown(*part, ranks) for part in parts])
+
+    def _grown(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Images of the first maps [N, 128, *seed_size]."""
+        x = self.norm1.of_upsampled(x, labels, self.conv1, ranks)
+        x = torch.tanh(self.norm2.of_upsampled(x, labels, self.conv2, ranks, self.conv3))
         one = self.conv3.bias.new_ones(1, len(self.conv3.bias))
         no_class = torch.zeros_like(labels)
         x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), 1.0, ranks)
         return x[:, :, : self.image_shape[1], : self.image_shape[2]]
 
     def save(self, path: str | Path) -> None:
-        """Writes weights and shape as safetensors."""
-        shape = {"num_classes": self.num_classes, "image_shape": self.image_shape}
-        save_tensors(path, self.state_dict(), {"format": _FORMAT, "shape": json.dumps(shape)})
+        """Writes weights, shape and the teacher's fingerprint as safetensors."""
+        shape = json.dumps({"num_classes": self.num_classes, "image_shape": self.image_shape})
+        metadata = {"format": _FORMAT, "shape": shape, "teacher": self.teacher}
+        save_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Generator:
@@ -174,7 +209,8 @@ class Generator(nn.Module):
             raise ValueError(f"{path}: not a generator file ({_FORMAT!r})")
         try:
             shape = json.loads(metadata["shape"])
-            generator = cls(int(shape["num_classes"]), tuple(int(v) for v in shape["image_shape"]))
+            image_shape = tuple(int(v) for v in shape["image_shape"])
+            generator = cls(int(shape["num_classes"]), image_shape, metadata["teacher"])
             generator.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged generator file ({error})") from error

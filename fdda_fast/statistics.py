@@ -47,6 +47,7 @@ class BNSCenters:
         reliable: bool [K], whether the class has images and the teacher's arg-max over its
             logits is the class.
         image_shape: (channels, height, width) of the teacher's input.
+        teacher: fingerprint of the teacher.
         first_class: the teacher's class that row 0 stands for.
     """
 
@@ -56,6 +57,7 @@ class BNSCenters:
     logits: torch.Tensor
     reliable: torch.Tensor
     image_shape: tuple[int, int, int]
+    teacher: str
     first_class: int = 0
 
     @property
@@ -85,6 +87,7 @@ class BNSCenters:
             self.logits[rows],
             self.reliable[rows],
             self.image_shape,
+            self.teacher,
             self.first_class + first,
         )
 
@@ -96,7 +99,8 @@ class BNSCenters:
         shape = {"layers": self.num_layers, "image_shape": self.image_shape}
         if self.first_class:
             shape["first_class"] = self.first_class
-        save_tensors(path, tensors, {"format": _FORMAT, "shape": json.dumps(shape)})
+        metadata = {"format": _FORMAT, "shape": json.dumps(shape), "teacher": self.teacher}
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> BNSCenters:
@@ -120,6 +124,7 @@ class BNSCenters:
                 tensors["logits"],
                 tensors["reliable"],
                 (channels, height, width),
+                metadata["teacher"],
                 int(shape.get("first_class", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -166,7 +171,7 @@ def collect_centers(
         logits.index_add_(0, labels[rows], out)
         for total, batch in zip(sums, moments, strict=True):
             total.mean[present], total.var[present] = batch.mean, batch.var
-    return _centers(sums, count, logits, tuple(images.shape[1:]))
+    return _centers(teacher, sums, count, logits, tuple(images.shape[1:]))
 
 
 @torch.no_grad()
@@ -200,7 +205,7 @@ def stream_centers(
     sums = ClassSums(teacher, num_classes, image_shape)
     for images, labels in itertools.chain([] if first is None else [first], batches):
         check_labelled_images("images", images, labels, num_classes)
-        sums.observe(teacher, images, labels)
+        sums.observe(images, labels)
     for rows in torch.arange(num_classes).split(_GATHERED_CLASSES):
         own = [Moments(m.mean[rows], m.var[rows]) for m in sums.moments]
         everyone, sums.count[rows] = merged_over_ranks(own, sums.count[rows], ranks)
@@ -228,16 +233,16 @@ class ClassSums:
         def zeros(width: int) -> torch.Tensor:
             return torch.zeros(num_classes, width, dtype=torch.float64)
 
-        self.image_shape = image_shape
+        self.image_shape, self._teacher = image_shape, teacher
         self.count = torch.zeros(num_classes, dtype=torch.int64)
         widths = [layer.mean.shape[1] for layer in teacher.running]
         self.moments = [Moments(zeros(width), zeros(width)) for width in widths]
         self.logits = zeros(teacher(torch.zeros(1, *image_shape)).shape[1])
 
-    def observe(self, teacher: FrozenTeacher, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def observe(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds images float32 [N, C, H, W] of classes int64 [N]."""
         present, groups, count = labels.unique(return_inverse=True, return_counts=True)
-        out, moments = teacher.with_moments(images, groups, len(present))
+        out, moments = self._teacher.with_moments(images, groups, len(present))
         logits = self.logits.new_zeros(len(present), out.shape[1])
         self.add(present, count, moments, logits.index_add_(0, groups, out.double()))
 
@@ -259,7 +264,7 @@ class ClassSums:
     def centers(self) -> BNSCenters:
         """The centers of the classes. `logits` then hold averages."""
         moments = [Moments(m.mean.float(), m.var.float()) for m in self.moments]
-        return _centers(moments, self.count, self.logits, self.image_shape)
+        return _centers(self._teacher, moments, self.count, self.logits, self.image_shape)
 
 
 def _common_shape(images: torch.Tensor | None, ranks: Ranks) -> tuple[int, int, int]:
@@ -282,6 +287,7 @@ def teacher_with_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> F
 
 
 def _centers(
+    teacher: FrozenTeacher,
     moments: Sequence[Moments],
     count: torch.Tensor,
     logits: torch.Tensor,
@@ -297,6 +303,7 @@ def _centers(
         logits.float(),
         reliable,
         image_shape,
+        teacher.fingerprint,
     )
 
 

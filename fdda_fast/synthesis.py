@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import SynthesisConfig, to_dict
+from .config import SynthesisConfig
 from .distributed import ALONE, Ranks, merged_over_ranks
+from .fingerprints import check_teacher, fingerprint
 from .generator import Generator, latents
 from .losses import (
     distorted,
@@ -65,7 +64,8 @@ class GeneratorTrainer:
         ranks: train it together, each with its share of every batch.
 
     Raises:
-        ValueError: no class has a reliable center, or a batch has too few images for the ranks.
+        ValueError: no class has a reliable center, the centers are another teacher's, or a batch
+            has too few images for the ranks.
     """
 
     def __init__(
@@ -84,11 +84,14 @@ class GeneratorTrainer:
             ranks.check_batch(name, images)
         self.ranks = ranks
         self.teacher = FrozenTeacher(model, centers.image_shape, getattr(torch, config.dtype))
+        check_teacher("centers", centers.teacher, self.teacher.fingerprint)
         self.centers = centers
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(config.seed, _INIT_STREAM).initial_seed())
-            self.generator = Generator(centers.num_classes, centers.image_shape)
+            self.generator = Generator(
+                centers.num_classes, centers.image_shape, self.teacher.fingerprint
+            )
         self.generator.train()
         self.weights = {
             "ce": config.ce_weight,
@@ -230,14 +233,6 @@ class GeneratorTrainer:
         load_optimizer_tensors(self.optimizer, below("optimizer", tensors))
 
 
-def fingerprint(config: object, *tensors: torch.Tensor) -> str:
-    """Names settings and inputs, so that a checkpoint is not continued under others."""
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def train_generator(
     model: nn.Module,
     centers: BNSCenters,
@@ -264,8 +259,8 @@ def train_generator(
         The generator in eval mode.
 
     Raises:
-        ValueError: no class has a reliable center; fewer images in a batch than processes; a
-            checkpoint of other settings.
+        ValueError: no class has a reliable center; centers of another teacher; fewer images in a
+            batch than processes; a checkpoint of other settings.
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     config = config or SynthesisConfig()
@@ -275,7 +270,7 @@ def train_generator(
         lambda index: trainer.step(index)[2],
         config.steps,
         trainer,
-        fingerprint=fingerprint(config, *centers.mean, *centers.var, *model.state_dict().values()),
+        fingerprint=fingerprint(config, *centers.mean, *centers.var, model),
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         resume=resume,
         progress=progress,

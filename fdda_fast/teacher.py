@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from . import ops
+from .fingerprints import fingerprint
 from .layers import layers_of, use_layers
 from .stem import FrozenStem
 from .tracing import fuse, norm_chains, note_shapes, trace
@@ -76,6 +77,7 @@ class FrozenTeacher:
 
     Attributes:
         running: the teacher's own statistics as [1, C_l] moments, layer by layer.
+        fingerprint: names the model by its weights and statistics.
 
     Raises:
         ValueError: the model cannot be traced, or has a BatchNorm2d without running statistics.
@@ -88,6 +90,7 @@ class FrozenTeacher:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dtype = dtype
+        self.fingerprint = fingerprint({}, model)
         graph_module = trace(model)
         note_shapes(graph_module, image_shape)
         self._recording, self.running = _fuse(graph_module)

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fdda_fast.cli import app
@@ -298,6 +298,25 @@ def test_synthesize_refuses(results, tmp_path):
         (["--shards", *generator, *generator], "makes 6 classes"),
     ]:
         assert message in refused(results, "synthesize", *OWN, *options, "--out", "new")
+
+
+def test_files_of_another_teacher(results, tmp_path):
+    """Of the same shapes throughout."""
+    weights = load_file(results / "tiny.safetensors")
+    name = next(name for name in weights if name.endswith("running_mean"))
+    weights[name] = weights[name] + 0.01
+    save_file(weights, tmp_path / "moved.safetensors")
+    other = [tmp_path / "moved.safetensors" if o == "tiny.safetensors" else o for o in OWN]
+    succeed("centers", *OWN, "--out", tmp_path / "run")
+    for command, option, file in (
+        ("synthesize", "--centers", tmp_path / "run" / "centers.safetensors"),
+        ("train-generator", "--centers", tmp_path / "run" / "centers.safetensors"),
+        ("synthesize", "--generator", "synthetic/generator.safetensors"),
+        ("quantize", "--generator", "synthetic/generator.safetensors"),
+    ):
+        bits = TRAIN if command == "quantize" else []
+        told = refused(results, command, *other, *bits, option, file, "--out", "new")
+        assert f"{file}: made with another teacher" in told
 
 
 def test_quantize(results):

@@ -207,11 +207,28 @@ def test_arguments_of_sample_are_checked(generator, labels, first, message):
         sample(generator, labels, first=first)
 
 
+def test_images_of_large_maps_go_through_in_pieces(monkeypatch):
+    torch.manual_seed(3)
+    generator = Generator(3, (1, 68, 65)).eval()
+    z, labels = torch.randn(20, 100), torch.arange(20) % 3
+    sizes = []
+    grown = generator._grown
+    monkeypatch.setattr(
+        generator, "_grown", lambda x, *rest: (sizes.append(len(x)), grown(x, *rest))[1]
+    )
+    with torch.no_grad():
+        images = generator(z, labels)
+        assert sizes == [16, 4]
+        parts = [generator(z[rows], labels[rows]) for rows in torch.arange(20).split(5)]
+    assert images.shape == (20, 1, 68, 65)
+    torch.testing.assert_close(images, torch.cat(parts), rtol=1e-5, atol=1e-5)
+
+
 def test_save_and_load(generator, images, tmp_path):
     generator.save(tmp_path / "g.safetensors")
     loaded = Generator.load(tmp_path / "g.safetensors")
     assert not loaded.training
-    assert (loaded.num_classes, loaded.image_shape) == (5, (3, 10, 7))
+    assert (loaded.num_classes, loaded.image_shape, loaded.teacher) == (5, (3, 10, 7), "")
     assert torch.equal(sample(loaded, LABELS, seed=9)[0], images)
 
 
@@ -227,6 +244,10 @@ def _wrong_format(tensors, metadata):
 
 def _no_shape(tensors, metadata):
     del metadata["shape"]
+
+
+def _no_teacher(tensors, metadata):
+    del metadata["teacher"]
 
 
 def _not_json(tensors, metadata):
@@ -250,6 +271,7 @@ def _missing_weight(tensors, metadata):
     [
         (_wrong_format, "not a generator file"),
         (_no_shape, "damaged"),
+        (_no_teacher, "damaged"),
         (_not_json, "damaged"),
         (_flat_shape, "damaged"),
         (_other_shape, "damaged"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fdda_fast.checkpoint import load_tensors, save_tensors
+from fdda_fast.fingerprints import fingerprint
 from fdda_fast.statistics import (
     BNSCenters,
     check_labelled_images,
@@ -184,6 +185,7 @@ def test_save_and_load(model, tmp_path):
     for name in ("count", "logits", "reliable"):
         assert torch.equal(getattr(centers, name), getattr(loaded, name))
     assert loaded.image_shape == (3, 9, 9)
+    assert loaded.teacher == centers.teacher == fingerprint({}, model)
 
 
 def _without_layer(tensors, metadata):
@@ -196,6 +198,10 @@ def _other_format(tensors, metadata):
 
 def _no_shape(tensors, metadata):
     del metadata["shape"]
+
+
+def _no_teacher(tensors, metadata):
+    del metadata["teacher"]
 
 
 def _bad_shape(tensors, metadata):
@@ -217,6 +223,7 @@ def _short_logits(tensors, metadata):
         (_other_format, "not a file of BNS centers"),
         (_no_shape, "incomplete"),
         (_bad_shape, "incomplete"),
+        (_no_teacher, "incomplete"),
         (_short_layer, "disagree with 5 classes"),
         (_short_logits, "disagree with 5 classes"),
     ],

@@ -13,11 +13,12 @@ from torch import nn
 
 from fdda_fast.config import SynthesisConfig
 from fdda_fast.data import draw, open_source
+from fdda_fast.fingerprints import fingerprint
 from fdda_fast.models import load_teacher
 from fdda_fast.models.small import SmallResNet
 from fdda_fast.seeding import stream
 from fdda_fast.statistics import collect_centers
-from fdda_fast.synthesis import GeneratorTrainer, fingerprint, train_generator
+from fdda_fast.synthesis import GeneratorTrainer, train_generator
 
 CLASSES, SHAPE = 6, (2, 9, 8)
 REFERENCE = dataclasses.replace(
@@ -323,26 +324,23 @@ def test_a_checkpoint_of_other_inputs_is_refused(model, centers, tmp_path):
     other_model = copy.deepcopy(model)
     other_model.bn1.running_mean += 0.1
     other_centers = dataclasses.replace(centers, var=[v + 1 for v in centers.var])
+    of_other_model = dataclasses.replace(centers, teacher=fingerprint({}, other_model))
     for arguments in (
         (model, centers, FAST.replace(steps=7)),
         (model, centers, FAST.replace(seed=1)),
         (model, other_centers, FAST),
-        (other_model, centers, FAST),
+        (other_model, of_other_model, FAST),
     ):
         with pytest.raises(ValueError, match="other settings, model or data"):
             train_generator(*arguments, checkpoint=path, resume=True)
     assert path.is_file()  # refused, not lost
 
 
-def test_fingerprints():
-    a, b = torch.arange(4.0), torch.arange(4.0).reshape(2, 2).T
-    assert fingerprint(FAST, a) == fingerprint(FAST.replace(), a.clone())
-    different = {
-        fingerprint(FAST, a), fingerprint(FAST, b), fingerprint(FAST, a + 1), fingerprint(FAST),
-        fingerprint(FAST.replace(lr=2e-3), a),
-    }  # fmt: skip
-    assert len(different) == 5
-    assert fingerprint(FAST, a.bfloat16()) != fingerprint(FAST, (a + 1).bfloat16())
+def test_centers_of_another_teacher_are_refused(model, centers):
+    other = copy.deepcopy(model)
+    other.bn1.running_mean += 0.1
+    with pytest.raises(ValueError, match="centers: made with another teacher"):
+        train_generator(other, centers, FAST)
 
 
 def test_teacher_weights_get_no_gradients(model, centers):

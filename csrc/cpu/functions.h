@@ -50,6 +50,7 @@ void winograd_weight_gradient(const WinogradWeights&);
 void winograd_upsample_input(const WinogradTiles&);
 void winograd_upsample_input_gradient(const WinogradTiles&);
 void winograd_upsample_output(const WinogradTiles&);
+void winograd_upsample_norm_output(const WinogradNormTiles&);
 void winograd_upsample_gradient(const WinogradTiles&);
 void winograd_upsample_weights(const WinogradWeights&);
 void winograd_upsample_weight_gradient(const WinogradWeights&);

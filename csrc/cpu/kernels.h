@@ -286,13 +286,18 @@ struct SumTaps {
   void* y;
 };
 
+// Batch norm on given statistics, and LeakyReLU: values [images, channels].
+struct NormTables {
+  const float *mean, *scale, *bias;
+  float negative_slope;
+};
+
 // y = leaky_relu((x - mean) * scale + bias), the tables [N, channels] with a row per image.
 struct NormStrip {
   Strip strip;
   int64_t channels;
   const void* x;  // all images
-  const float *mean, *scale, *bias;
-  float negative_slope;
+  NormTables tables;
   void* y;  // [images, rows, width, channels]
 };
 
@@ -316,6 +321,12 @@ struct WinogradTiles {
   int64_t images, height, width, channels, tile, tile_end;
   const float* from;
   float* to;
+};
+
+// What the tiles become in `to` goes through a norm.
+struct WinogradNormTiles {
+  WinogradTiles tiles;
+  NormTables tables;
 };
 
 // Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or
@@ -370,6 +381,7 @@ struct Kernels {
   void (*winograd_upsample_input)(const WinogradTiles&);
   void (*winograd_upsample_input_gradient)(const WinogradTiles&);
   void (*winograd_upsample_output)(const WinogradTiles&);
+  void (*winograd_upsample_norm_output)(const WinogradNormTiles&);
   void (*winograd_upsample_gradient)(const WinogradTiles&);
   void (*winograd_upsample_weights)(const WinogradWeights&);
   void (*winograd_upsample_weight_gradient)(const WinogradWeights&);

@@ -6,6 +6,7 @@
 
 #include "functions.h"
 #include "parallel.h"
+#include "sample_norm.h"
 #include "vectors.h"
 
 namespace fdda {
@@ -13,28 +14,6 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have
-
-// One sample's row of the tables, and what the channels of its pixels from c on become.
-struct Sample {
-  const float *mean, *scale, *bias;
-  float slope;
-  template <class V>
-  V centered(V x, int64_t c) const {
-    return x - load_lanes<V>(mean + c);
-  }
-  template <class V>
-  V norm(V centered, int64_t c) const {
-    return centered * load_lanes<V>(scale + c) + load_lanes<V>(bias + c);
-  }
-  template <class V>
-  V activation(V norm) const {
-    return norm > 0.0f ? norm : norm * slope;
-  }
-  template <class V>
-  V before_activation(V norm, V grad) const {
-    return norm > 0.0f ? grad : grad * slope;
-  }
-};
 
 // body(type of vector, c) for the channels of a pixel.
 template <class Body>
@@ -57,24 +36,20 @@ void for_each_row(const NormStrip& a, Body body) {
                });
 }
 
-Sample sample_of(const NormStrip& a, int64_t n) {
-  const int64_t at = n * a.channels;
-  return {a.mean + at, a.scale + at, a.bias + at, a.negative_slope};
-}
-
 template <class T>
 void run_forward(const NormStrip& a) {
   const int64_t channels = a.channels;
   for_each_row(a, [&](int64_t n, int64_t from, int64_t to, int64_t) {
-    const Sample sample = sample_of(a, n);
+    const Sample sample = sample_of(a.tables, a.channels, n);
     const T* x = static_cast<const T*>(a.x) + from * channels;
     T* y = static_cast<T*>(a.y) + to * channels;
     for (int64_t j = 0; j < a.strip.width; ++j, x += channels, y += channels) {
       for_each_channel(channels, [&](auto zero, int64_t c) {
         using V = decltype(zero);
         prefetch(x + c);
-        const V v = sample.centered(load_lanes<V>(x + c), c);
-        store_lanes(y + c, sample.activation(sample.norm(v, c)));
+        const auto channel = sample.template from<V>(c);
+        const V v = channel.centered(load_lanes<V>(x + c));
+        store_lanes(y + c, channel.activation(channel.norm(v)));
       });
     }
   });
@@ -89,7 +64,7 @@ void run_sums(const NormStripSums& b) {
   float* sums = static_cast<float*>(scratch(kSums, bytes));
   memset(sums, 0, bytes);
   for_each_row(a, [&](int64_t n, int64_t from, int64_t to, int64_t r) {
-    const Sample sample = sample_of(a, n);
+    const Sample sample = sample_of(a.tables, a.channels, n);
     const T* x = static_cast<const T*>(a.x) + from * channels;
     const T* grad = static_cast<const T*>(b.grad_y) + to * channels;
     T* y = static_cast<T*>(a.y) + to * channels;
@@ -98,9 +73,10 @@ void run_sums(const NormStripSums& b) {
       for_each_channel(channels, [&](auto zero, int64_t c) {
         using V = decltype(zero);
         prefetch(x + c);
-        const V v = sample.centered(load_lanes<V>(x + c), c), norm = sample.norm(v, c);
-        const V g = sample.before_activation(norm, load_lanes<V>(grad + c));
-        store_lanes(y + c, sample.activation(norm));
+        const auto channel = sample.template from<V>(c);
+        const V v = channel.centered(load_lanes<V>(x + c)), norm = channel.norm(v);
+        const V g = channel.before_activation(norm, load_lanes<V>(grad + c));
+        store_lanes(y + c, channel.activation(norm));
         store_lanes(sum_g + c, load_lanes<V>(sum_g + c) + g);
         store_lanes(sum_gx + c, load_lanes<V>(sum_gx + c) + g * v);
       });
@@ -121,7 +97,7 @@ void run_gradient(const NormStripGradient& b) {
   const NormStrip& a = b.forward;
   const int64_t channels = a.channels;
   for_each_row(a, [&](int64_t n, int64_t from, int64_t to, int64_t) {
-    const Sample sample = sample_of(a, n);
+    const Sample sample = sample_of(a.tables, a.channels, n);
     const float *shift = b.shift + n * channels, *slope = b.slope + n * channels;
     const T* x = static_cast<const T*>(a.x) + from * channels;
     const T* grad = static_cast<const T*>(b.grad_y) + to * channels;
@@ -130,10 +106,11 @@ void run_gradient(const NormStripGradient& b) {
       for_each_channel(channels, [&](auto zero, int64_t c) {
         using V = decltype(zero);
         prefetch(x + c);
-        const V v = sample.centered(load_lanes<V>(x + c), c);
-        const V g = sample.before_activation(sample.norm(v, c), load_lanes<V>(grad + c));
-        store_lanes(grad_x + c, g * load_lanes<V>(sample.scale + c) -
-                                    (load_lanes<V>(shift + c) + v * load_lanes<V>(slope + c)));
+        const auto channel = sample.template from<V>(c);
+        const V v = channel.centered(load_lanes<V>(x + c));
+        const V g = channel.before_activation(channel.norm(v), load_lanes<V>(grad + c));
+        store_lanes(grad_x + c,
+                    g * channel.scale - (load_lanes<V>(shift + c) + v * load_lanes<V>(slope + c)));
       });
       grad_x += channels;
     }

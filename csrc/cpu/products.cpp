@@ -20,9 +20,44 @@ constexpr int kRows = 12;  // 12 * 2 sums, 2 vectors of b
 constexpr int kRows = 4;
 #endif
 
+// Exchanges lane i of rows j with lane j of rows i, for all i and j that differ by STEP and more.
+template <int STEP>
+inline void transpose(Vector* rows) {
+  if constexpr (STEP < kVectorLanes) {
+    Bits first, second;  // lanes of two rows, numbered through
+    for (int lane = 0; lane < kVectorLanes; ++lane) {
+      first[lane] = lane & STEP ? kVectorLanes + lane - STEP : lane;
+      second[lane] = first[lane] + STEP;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectorLanes; ++i) {
+      if (i & STEP) continue;
+      const Vector a = rows[i], b = rows[i + STEP];
+      rows[i] = __builtin_shuffle(a, b, first);
+      rows[i + STEP] = __builtin_shuffle(a, b, second);
+    }
+    transpose<2 * STEP>(rows);
+  }
+}
+
 // panel[k, n] = b[k, n] of `columns` columns, zeros behind them.
 void pack(const Products& p, const float* b, int64_t depth, int64_t columns, float* panel) {
-  for (int64_t k = 0; k < depth; ++k) {
+  int64_t whole = 0;  // rows of the panel that are done
+  if (p.b_depth == 1 && columns == kPanel) {
+    for (; whole + kVectorLanes <= depth; whole += kVectorLanes) {
+      for (int64_t n = 0; n < kPanel; n += kVectorLanes) {
+        Vector rows[kVectorLanes];
+        for (int i = 0; i < kVectorLanes; ++i) {
+          rows[i] = load_lanes<Vector>(b + (n + i) * p.b_column + whole);
+        }
+        transpose<1>(rows);
+        for (int i = 0; i < kVectorLanes; ++i) {
+          store_lanes(panel + (whole + i) * kPanel + n, rows[i]);
+        }
+      }
+    }
+  }
+  for (int64_t k = whole; k < depth; ++k) {
     const float* row = b + k * p.b_depth;
     for (int64_t n = 0; n < columns; ++n) panel[k * kPanel + n] = row[n * p.b_column];
     for (int64_t n = columns; n < kPanel; ++n) panel[k * kPanel + n] = 0.0f;

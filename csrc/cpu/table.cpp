@@ -46,6 +46,7 @@ extern const Kernels kernels = {
     winograd_upsample_input,
     winograd_upsample_input_gradient,
     winograd_upsample_output,
+    winograd_upsample_norm_output,
     winograd_upsample_gradient,
     winograd_upsample_weights,
     winograd_upsample_weight_gradient,

@@ -9,6 +9,7 @@
 // -1, 1/2 and -1/2. In two dimensions, columns are transformed first, then rows; positions are
 // ordered by the number of products: 9 with one, 18 with two, 9 with four.
 
+#include "sample_norm.h"
 #include "winograd.h"
 
 namespace fdda {
@@ -190,7 +191,9 @@ void winograd_upsample_input(const WinogradTiles& a) {
   });
 }
 
-void winograd_upsample_output(const WinogradTiles& a) {
+// finish(image, first channel of V): a function of V, applied to every output before it is stored.
+template <class Finish>
+void write_outputs(const WinogradTiles& a, Finish finish) {
   const int64_t row_bytes = a.channels * static_cast<int64_t>(sizeof(float));
   const bool stream = streams_rows(a.to, a.images * a.height * a.width * row_bytes, row_bytes);
   for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, float* unused) {
@@ -198,14 +201,32 @@ void winograd_upsample_output(const WinogradTiles& a) {
     float* pixels[kOutputs * kOutputs];
     split_products(a.from, a.tile_end - a.tile, t, a.channels, products);
     split_tile<kOutputs, kOutputs>(a.to, a, tile, 0, unused, pixels);
+    const int64_t image = TilePlace<kOutputs>(a, tile).image;
     const int64_t ahead = 4 * a.channels;  // in all matrices: a row has one, two or four products
-    if (stream) {
-      transform_each<OutputTransform>(products, a.channels, ahead, [&](int k, int64_t c, auto v) {
-        stream_lanes(pixels[k] + c, v);
-      });
-    } else {
-      transform<OutputTransform>(products, a.channels, ahead, pixels);
-    }
+    for_each_lanes<1>(a.channels, [&](auto lanes, int64_t c) {
+      using V = typename decltype(lanes)::V;
+      const auto finished = finish(V{}, image, c);
+      if (stream) {
+        transform_lanes<OutputTransform, V>(
+            products, c, ahead, [&](int k, V v) { stream_lanes(pixels[k] + c, finished(v)); });
+      } else {
+        transform_lanes<OutputTransform, V>(
+            products, c, ahead, [&](int k, V v) { store_lanes(pixels[k] + c, finished(v)); });
+      }
+    });
+  });
+}
+
+void winograd_upsample_output(const WinogradTiles& a) {
+  write_outputs(a, [](auto, int64_t, int64_t) { return [](auto v) { return v; }; });
+}
+
+void winograd_upsample_norm_output(const WinogradNormTiles& b) {
+  write_outputs(b.tiles, [&](auto zero, int64_t image, int64_t c) {
+    using V = decltype(zero);
+    const Sample sample = sample_of(b.tables, b.tiles.channels, image);
+    const auto channel = sample.template from<V>(c);
+    return [channel](V v) { return channel.activation(channel.norm(channel.centered(v))); };
   });
 }
 

@@ -123,23 +123,12 @@ void add_parts(const Tensor& parts, Tensor total) {
       {count, size, parts.const_data_ptr(), total.mutable_data_ptr<float>()});
 }
 
-// `tables`: [3, N, channels] of mean, scale and bias; `y` is checked by the callers.
+// `y` is checked by the callers.
 NormStrip norm_strip_of(const Tensor& x, const Tensor& tables, double negative_slope, void* y,
                         int64_t image, int64_t images, int64_t row, int64_t row_end) {
   const Strip s = strip_of(x, "x", 1, image, images, row, row_end);
-  const int64_t channels = x.size(3), size = x.size(0) * channels;
-  check_dtype(tables, ScalarType::Float, "tables");
-  check_numel(tables, 3 * size, "tables");
-  STD_TORCH_CHECK(tables.is_contiguous(), "tables: expected a dense tensor");
-  const float* table = tables.const_data_ptr<float>();
-  return {s,
-          channels,
-          x.const_data_ptr(),
-          table,
-          table + size,
-          table + 2 * size,
-          static_cast<float>(negative_slope),
-          y};
+  const NormTables norm = norm_tables(tables, x.size(0) * x.size(3), negative_slope);
+  return {s, x.size(3), x.const_data_ptr(), norm, y};
 }
 
 int64_t strip_numel(const Tensor& x, int64_t images, int64_t row, int64_t row_end) {

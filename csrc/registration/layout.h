@@ -69,4 +69,13 @@ inline Tensor checked_grad(const Tensor& grad, const Tensor& x) {
   return with_strides_of(x, grad);
 }
 
+// `tables`: [3, size] of mean, scale and bias, by image and channel.
+inline NormTables norm_tables(const Tensor& tables, int64_t size, double negative_slope) {
+  check_dtype(tables, ScalarType::Float, "tables");
+  check_numel(tables, 3 * size, "tables");
+  STD_TORCH_CHECK(tables.is_contiguous(), "tables: expected a dense tensor");
+  const float* table = tables.const_data_ptr<float>();
+  return {table, table + size, table + 2 * size, static_cast<float>(negative_slope)};
+}
+
 }  // namespace fdda

@@ -79,6 +79,13 @@ void winograd_upsample_output(const Tensor& products, Tensor y, int64_t tile) {
   active_kernels().winograd_upsample_output(from_parts(products, y, "y", tile, kProducts));
 }
 
+void winograd_upsample_norm_output(const Tensor& products, const Tensor& tables,
+                                   double negative_slope, Tensor y, int64_t tile) {
+  const WinogradTiles tiles = from_parts(products, y, "y", tile, kProducts);
+  active_kernels().winograd_upsample_norm_output(
+      {tiles, norm_tables(tables, tiles.images * tiles.channels, negative_slope)});
+}
+
 // `weight`: [filters, 3, 3, channels]; `parts`: of all filters.
 WinogradWeights weights_of(const Tensor& weight, const Tensor& parts, Form form, bool rotated,
                            const Tensor& from, const Tensor& to) {
@@ -123,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_winograd_upsample_input_gradient", TORCH_BOX(&fdda::winograd_upsample_input_gradient));
   m.impl("_winograd_upsample_gradient", TORCH_BOX(&fdda::winograd_upsample_gradient));
   m.impl("_winograd_upsample_output", TORCH_BOX(&fdda::winograd_upsample_output));
+  m.impl("_winograd_upsample_norm_output", TORCH_BOX(&fdda::winograd_upsample_norm_output));
   m.impl("_winograd_upsample_weights", TORCH_BOX(&fdda::winograd_upsample_weights));
   m.impl("_winograd_upsample_weight_gradient", TORCH_BOX(&fdda::winograd_upsample_weight_gradient));
 }

@@ -18,6 +18,7 @@ from torch import nn
 from ..config import PRESETS, QuantizeConfig, from_dict, preset, read_toml
 from ..data import Calibration, ImageSource, draw, every, open_source
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from ..fingerprints import check_teacher, fingerprint
 from ..generator import Generator
 from ..models import SHIPPED
 from ..quantization.bits import Bits
@@ -87,13 +88,14 @@ class Inputs:
             images, labels = self.calibration.images, self.calibration.labels
             return collect_centers(self.teacher, images, labels, self.num_classes)
         centers = BNSCenters.load(self.centers_file)
-        running = teacher_with_norms(self.teacher, self.image_shape).running
+        teacher = teacher_with_norms(self.teacher, self.image_shape)
         found = _described(
             centers.first_class, centers.num_classes, centers.image_shape, centers.mean
         )
-        own = _described(0, self.num_classes, self.image_shape, [m.mean for m in running])
+        own = _described(0, self.num_classes, self.image_shape, [m.mean for m in teacher.running])
         if found != own:
             raise ValueError(f"{self.centers_file}: holds {found}, the teacher has {own}")
+        check_teacher(str(self.centers_file), centers.teacher, teacher.fingerprint)
         return centers
 
     @property
@@ -338,7 +340,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
-    """Raises ValueError unless they make the teacher's classes, and images that it reads."""
+    """Raises ValueError unless they are the teacher's: its classes, images that it reads."""
     generators = [Generator.load(file) for file in files]
     shape = inputs.image_shape
     classes = sum(generator.num_classes for generator in generators)
@@ -348,4 +350,7 @@ def fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]
             f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
             f"the teacher reads {inputs.num_classes} classes of {shape}"
         )
+    own = fingerprint({}, inputs.teacher)
+    for file, generator in zip(files, generators, strict=True):
+        check_teacher(str(file), generator.teacher, own)
     return generators

@@ -52,7 +52,7 @@ def forward(
         row, row_end = max(0, strip.row - 1), min(x.shape[1], strip.row_end + 1)
         values = values_of(Strip(strip.image, strip.images, row, row_end))
         planes = memory.matrix(len(taps), len(values))
-        torch.mm(taps, values.t(), out=planes)
+        multiply(taps, values.t(), planes)
         torch.ops.fdda._sum_taps(planes, bias, y, *strip.place())
     return y.permute(0, 3, 1, 2)
 

@@ -22,8 +22,13 @@ class Strip:
 
 
 def strips(batch: int, height: int, row_bytes: int) -> list[Strip]:
-    """Whole images as long as they fit, else equal shares of one image's rows."""
-    rows = max(1, STRIP_BYTES // row_bytes)
+    """Strips of so many bytes, or of one row."""
+    return strips_of(batch, height, STRIP_BYTES // row_bytes)
+
+
+def strips_of(batch: int, height: int, rows: int) -> list[Strip]:
+    """Whole images as long as they have no more rows, else equal shares of one image's rows."""
+    rows = max(1, rows)
     if rows >= height:
         step = rows // height
         return [Strip(n, min(step, batch - n), 0, height) for n in range(0, batch, step)]

@@ -175,6 +175,10 @@ define_pass(
 )
 define_pass("_winograd_upsample_gradient(Tensor grad_y, Tensor(a!) products, int tile) -> ()")
 define_pass("_winograd_upsample_output(Tensor products, Tensor(a!) y, int tile) -> ()")
+define_pass(
+    "_winograd_upsample_norm_output(Tensor products, Tensor tables, float negative_slope, "
+    "Tensor(a!) y, int tile) -> ()"
+)
 define_pass("_winograd_upsample_weights(Tensor weight, Tensor(a!) products) -> ()")
 define_pass("_winograd_upsample_weight_gradient(Tensor products, Tensor(a!) grad_weight) -> ()")
 

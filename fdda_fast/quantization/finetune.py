@@ -13,12 +13,13 @@ from torch import fx, nn
 from ..config import METHODS, QuantizeConfig
 from ..data.augment import blended, random_resized_crop, random_shift
 from ..distributed import ALONE, Ranks
+from ..fingerprints import check_teacher, fingerprint
 from ..generator import Generator, sample_together
 from ..layers import layers_of, use_layers
 from ..losses import distillation
 from ..seeding import stream
 from ..statistics import BNSCenters, check_labelled_images, collect_centers
-from ..synthesis import GeneratorTrainer, fingerprint
+from ..synthesis import GeneratorTrainer
 from ..teacher import FrozenTeacher
 from ..training import (
     Metrics,
@@ -367,8 +368,9 @@ def quantize(
         config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
     images, labels = calibration
     check_labelled_images("calibration images", images, labels, 1 << 31)
+    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
     with torch.no_grad():
-        num_classes = FrozenTeacher(model, tuple(images.shape[1:]))(images[:1]).shape[1]
+        num_classes = teacher(images[:1]).shape[1]
     check_labelled_images("calibration images", images, labels, num_classes)
     if generator is not None:
         made = (generator.num_classes, generator.image_shape)
@@ -377,6 +379,7 @@ def quantize(
                 f"generator makes {made[0]} classes of {list(made[1])} images, the model and the "
                 f"calibration images have {num_classes} of {list(images.shape[1:])}"
             )
+        check_teacher("generator", generator.teacher, teacher.fingerprint)
     student = prepare(
         model,
         bits,
@@ -419,8 +422,8 @@ def quantize(
             (bits, config, method),
             images,
             labels,
-            *model.state_dict().values(),
-            *(generator.state_dict().values() if generator is not None else ()),
+            model,
+            *([] if generator is None else [generator]),
         ),
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         resume=resume,

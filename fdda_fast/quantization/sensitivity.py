@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ..config import QuantizeConfig
 from ..files import written_whole
-from ..synthesis import fingerprint
+from ..fingerprints import fingerprint
 from ..tracing import trace
 from ..training import Progress
 from .allocation import Widths
@@ -98,7 +98,7 @@ def sensitivity(
         for bits in given:
             check_bits(label, bits)
     graph, model = trace(model), model.eval()
-    figures = _Figures(checkpoint, fingerprint(metric, images, *model.state_dict().values()))
+    figures = _Figures(checkpoint, fingerprint(metric, images, model))
     targets = torch.cat([model(batch) for batch in images.split(_BATCH)])
     calibration = (images, targets.argmax(1))
     config = QuantizeConfig(steps=0, correct_batch_norms=False)

@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.preprocessing import Preprocessing
+from ..fingerprints import check_teacher
 from ..generator import Generator, sample
 from ..losses import moment_distance
 from ..statistics import BNSCenters, whitened
 from ..teacher import FrozenTeacher
 from .plan import BLOCK, LabelPlan, ShardConfig
 
-# Larger batches are quicker on small images and need too much memory on large ones.
-_SMALL_PIXELS = 64 * 64
-_LARGE_BATCH = 16
 _TEACHER_BATCH = 16  # always whole: libraries pick their algorithm by batch size
 _HASH_SIDE = 8
 
@@ -91,6 +89,10 @@ class BlockMaker:
         self._teacher = None
         if teacher is not None:
             self._teacher = FrozenTeacher(teacher, shape)
+            for generator in generators:
+                check_teacher("generator", generator.teacher, self._teacher.fingerprint)
+            if centers is not None:
+                check_teacher("centers", centers.teacher, self._teacher.fingerprint)
             known = self._teacher(torch.zeros(1, *shape)).shape[1]
             if known < self._plan.num_classes:
                 raise ValueError(
@@ -100,7 +102,6 @@ class BlockMaker:
         self._generators, self._config, self._preprocessing = generators, config, preprocessing
         self._offsets = np.cumsum([0, *(g.num_classes for g in generators)])
         self._centers = centers
-        self._batch = BLOCK if shape[1] * shape[2] <= _SMALL_PIXELS else _LARGE_BATCH
 
     @torch.no_grad()
     def __call__(self, number: int) -> Block:
@@ -108,7 +109,7 @@ class BlockMaker:
         count = min(BLOCK, config.num_images - first)
         generator, own_labels = self._plan.block(number)
         images, _ = sample(
-            self._generators[generator], own_labels, config.seed, first=first, batch=self._batch
+            self._generators[generator], own_labels, config.seed, first=first, batch=BLOCK
         )
         labels = own_labels + int(self._offsets[generator])
         pixels = self._preprocessing.denormalize(images)

@@ -18,6 +18,7 @@ from ..data.preprocessing import Preprocessing
 from ..seeding import stream
 from .plan import ShardFolder, read_json
 
+UNREADABLE = (OSError, SyntaxError, ValueError, KeyError)  # what damaged members raise
 _SHARD_ORDER, _IMAGE_ORDER = 30, 31
 
 
@@ -53,9 +54,9 @@ class ShardDataset(IterableDataset):
         seed: int = 0,
     ) -> None:
         self._folder = ShardFolder(folder)
-        index = read_json(self._folder.index)
+        index = self._folder.read_index()
         settings = read_json(self._folder.settings)
-        self._shards = [self._folder.path / record["file"] for record in index["shards"]]
+        self._records = index["shards"]
         self._images = int(index["summary"]["images"])
         self.preprocessing = Preprocessing.from_dict(settings["preprocessing"])
         self.num_classes = sum(settings["class_counts"])
@@ -71,34 +72,43 @@ class ShardDataset(IterableDataset):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        shards = list(enumerate(self._shards))
+        shards = list(range(len(self._records)))
         if self._shuffle:
-            shards = [shards[k] for k in self._order(len(shards), _SHARD_ORDER)]
+            shards = self._order(len(shards), _SHARD_ORDER)
         part, parts = _own_part()
-        for number, path in shards[part::parts]:
-            samples = read_shard(path)
+        for number in shards[part::parts]:
+            path = self._folder.path / self._records[number]["file"]
+            images = self._images_of(path, self._records[number]["images"])
             if self._shuffle:
-                whole = list(samples)
+                whole = list(images)
                 order = self._order(len(whole), _IMAGE_ORDER, number)
-                samples = (whole[k] for k in order)
-            for _, members in samples:
-                yield self._decoded(members)
+                images = (whole[k] for k in order)
+            for key, members in images:
+                yield self._decoded(path, key, members)
+
+    @staticmethod
+    def _images_of(path: Path, expected: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """A tar file may end behind any member and still look whole."""
+        found = 0
+        for found, image in enumerate(read_shard(path), 1):  # noqa: B007
+            yield image
+        if found != expected:
+            raise ValueError(f"{path}: damaged (holds {found} of {expected} images)")
 
     def _order(self, count: int, *purpose: int) -> list[int]:
         rng = stream(self._seed, *purpose, self.epoch)
         return torch.randperm(count, generator=rng).tolist()
 
-    def _decoded(self, members: dict[str, bytes]) -> dict[str, Any]:
-        facts = json.loads(members["json"])
-        pixels = torch.from_numpy(decode_image(members))
-        sample = {
-            "image": self._transform(pixels.permute(2, 0, 1)),
-            "label": facts["label"],
-            "index": facts["index"],
-        }
-        if "logits.npy" in members:
-            sample["logits"] = torch.from_numpy(_decode_npy(members["logits.npy"]))
-        return sample
+    def _decoded(self, path: Path, key: str, members: dict[str, bytes]) -> dict[str, Any]:
+        try:
+            facts = json.loads(members["json"])
+            pixels = torch.from_numpy(decode_image(members)).permute(2, 0, 1)
+            sample = {"label": facts["label"], "index": facts["index"]}
+            if "logits.npy" in members:
+                sample["logits"] = torch.from_numpy(_decode_npy(members["logits.npy"]))
+        except (*UNREADABLE, TypeError) as error:
+            raise ValueError(f"{path}: damaged (image {key}: {error!r})") from error
+        return {"image": self._transform(pixels), **sample}
 
 
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -14,6 +14,7 @@ import torch
 from ..config import Section
 from ..files import written_whole
 
+FORMAT = "fdda-fast shards 1"
 BLOCK = 64  # images that are made together; they have one generator
 IMAGE_FORMATS = ("png", "raw")
 # Odd multipliers near 2^64 times the fractional parts of the golden ratio and of sqrt(2): the
@@ -149,6 +150,13 @@ class ShardFolder:
             return None
         return record if whole else None
 
+    def read_index(self) -> dict[str, Any]:
+        """Raises FileNotFoundError, or ValueError where it is no index of shards."""
+        index = read_json(self.index)
+        if index.get("format") != FORMAT or not {"shards", "summary"} <= index.keys():
+            raise ValueError(f"{self.index}: not an index of shards ({FORMAT!r})")
+        return index
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises FileNotFoundError, or ValueError where it is no JSON object."""
@@ -164,6 +172,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Equal values make equal bytes; the whole file or none."""
+    """Equal values make equal bytes; the whole file or none, unless it is there already."""
+    data = (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+    if path.is_file() and path.read_bytes() == data:
+        return
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)

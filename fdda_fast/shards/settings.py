@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,12 +10,10 @@ from torch import nn
 from ..config import to_dict
 from ..data.preprocessing import Preprocessing
 from ..files import remove_temporaries
+from ..fingerprints import fingerprint
 from ..generator import Generator
 from ..statistics import BNSCenters
-from ..synthesis import fingerprint
-from .plan import ShardConfig, ShardFolder, read_json, write_json
-
-FORMAT = "fdda-fast shards 1"
+from .plan import FORMAT, ShardConfig, ShardFolder, read_json, write_json
 
 
 def describe(
@@ -30,11 +28,11 @@ def describe(
         "format": FORMAT,
         "config": to_dict(config),
         "preprocessing": to_dict(preprocessing),
-        "generators": [fingerprint({}, *g.state_dict().values()) for g in generators],
+        "generators": [fingerprint({}, g) for g in generators],
         "class_counts": [g.num_classes for g in generators],
     }
     if teacher is not None:
-        values["teacher"] = fingerprint({}, *teacher.state_dict().values())
+        values["teacher"] = fingerprint({}, teacher)
     if centers is not None:
         values["centers"] = fingerprint({}, *centers.mean, *centers.var)
     return values
@@ -49,7 +47,16 @@ def agree(folder: ShardFolder, settings: dict[str, Any]) -> None:
     remove_temporaries(folder.settings)
     if not folder.settings.is_file():
         write_json(folder.settings, settings)
-    found = read_json(folder.settings)
-    differing = sorted(n for n in {*found, *settings} if found.get(n) != settings.get(n))
+    found, wanted = _flat(read_json(folder.settings)), _flat(settings)
+    differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
     if differing:
         raise ValueError(f"{folder.path}: was started with other settings: {differing} differ")
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With names of two parts for what is in a table."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{name}.{part}".rstrip("."): v for part, v in inner.items()}
+    return flat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +19,8 @@ from ..memory import resident_memory
 from ..statistics import BNSCenters
 from ..training import Progress, deferred_interrupt
 from .blocks import Block, BlockMaker
-from .plan import BLOCK, ShardConfig, ShardFolder, read_json, write_json
-from .settings import FORMAT, agree, describe
+from .plan import BLOCK, FORMAT, ShardConfig, ShardFolder, read_json, write_json
+from .settings import agree, describe
 from .writer import ShardWriter
 
 _WAITING_BLOCKS = 2  # made and not yet written
@@ -82,10 +81,10 @@ def synthesize_shards(
             agree(folder, settings)
         _Worker(folder, claims, config, make, interrupted, progress).run()
         with claims.held(Claims.WHOLE):
-            if not folder.index.is_file():
-                remove_temporaries(folder.index)
-                write_json(folder.index, _index(folder, config))
-    return read_json(folder.index)
+            remove_temporaries(folder.index)
+            index = _index(folder, config)
+            write_json(folder.index, index)
+    return index
 
 
 class _Worker:
@@ -135,7 +134,6 @@ class _Worker:
                 finally:
                     pool.shutdown(cancel_futures=True)
             values = writer.finish()
-            os.fsync(file.fileno())
         write_json(record, {"shard": shard, "first": indices.start, **values})
 
     def _leave_if_asked(self) -> None:

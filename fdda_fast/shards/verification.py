@@ -18,7 +18,7 @@ from ..seeding import stream
 from ..statistics import BNSCenters
 from ..training import Progress
 from .blocks import BlockMaker
-from .dataset import decode_image, read_shard
+from .dataset import UNREADABLE, decode_image, read_shard
 from .encoding import tar_member
 from .plan import BLOCK, ShardConfig, ShardFolder, read_json
 from .settings import agree, describe
@@ -51,11 +51,16 @@ def verify_shards(
     """
     generators = [generators] if isinstance(generators, Generator) else list(generators)
     folder = ShardFolder(out_dir)
-    settings, index = read_json(folder.settings), read_json(folder.index)
+    settings, index = read_json(folder.settings), folder.read_index()
     config = from_dict(ShardConfig(), settings["config"], str(folder.settings))
     preprocessing = Preprocessing.from_dict(settings["preprocessing"])
     agree(folder, describe(generators, config, preprocessing, teacher, centers))
     make = BlockMaker(generators, config, preprocessing, teacher, centers)
+    if [record["shard"] for record in index["shards"]] != list(range(config.num_shards)):
+        raise ValueError(
+            f"{folder.index}: does not list the shards 0 to {config.num_shards - 1}, each once. "
+            "Delete it and run the same command without verification"
+        )
     faults = []
     records = index["shards"][part[0] :: part[1]]
     for done, record in enumerate(records):
@@ -75,7 +80,7 @@ def _shape(members: dict[str, bytes]) -> tuple[int, ...] | None:
     """Of the image; None where it cannot be decoded."""
     try:
         return decode_image(members).shape
-    except (OSError, SyntaxError, ValueError, KeyError):
+    except UNREADABLE:
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -15,7 +16,8 @@ from .encoding import END_OF_ARCHIVE, encode_npy, encode_png, tar_member
 from .plan import ShardConfig
 
 _NEAR = 2  # bits of 64 in which the hashes of near-duplicates differ at most
-_ROWS = 1024  # images compared at a time with all others of the shard
+_SYNC_BYTES = 8 << 20
+_ROWS = 1024  # images compared at a time with as many others of the shard
 
 
 def encode_block(block: Block, config: ShardConfig) -> bytes:
@@ -51,6 +53,9 @@ def _parts(block: Block, row: int, config: ShardConfig) -> Iterator[tuple[str, b
 class ShardWriter:
     """Writes blocks in their order, and sums up what they measure.
 
+    Time and again it waits until the disk has them: the next blocks are made meanwhile, and little
+    is left to wait for at the end.
+
     Args:
         file: open for writing.
     """
@@ -58,7 +63,7 @@ class ShardWriter:
     def __init__(self, file: BinaryIO, config: ShardConfig) -> None:
         self._file, self._config = file, config
         self._sha256 = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._synced = 0
         self._rejected = 0
         self._classes: Counter[int] = Counter()
         self._sums: Counter[str] = Counter()
@@ -79,11 +84,18 @@ class ShardWriter:
         self._file.write(data)
         self._sha256.update(data)
         self._bytes += len(data)
+        if self._bytes - self._synced >= _SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = self._bytes
 
     def finish(self) -> dict[str, Any]:
-        """Ends the archive; its record."""
+        """Ends the archive, which then is on the disk; its record."""
         self._write(END_OF_ARCHIVE)
-        self._file.flush()
+        self._sync()
         return {
             "images": sum(self._classes.values()),
             "rejected": self._rejected,
@@ -99,11 +111,13 @@ def near_duplicates(hashes: np.ndarray) -> int:
     """How many of the images [N, 64] look like one before them."""
     bits = hashes.astype(np.float32)
     ones = bits.sum(1)
-    count = 0
+    near = np.zeros(len(bits), bool)
     for start in range(0, len(bits), _ROWS):
         rows = slice(start, start + _ROWS)
-        end = min(start + _ROWS, len(bits))
-        differing = ones[rows, None] + ones[None, :end] - 2 * (bits[rows] @ bits[:end].T)
-        earlier = np.arange(end) < np.arange(start, end)[:, None]
-        count += int(((differing <= _NEAR) & earlier).any(1).sum())
-    return count
+        for other in range(0, start + 1, _ROWS):
+            columns = slice(other, other + _ROWS)
+            differing = ones[rows, None] + ones[columns] - 2 * (bits[rows] @ bits[columns].T)
+            if other == start:
+                differing[np.triu_indices_from(differing)] = np.inf  # not before
+            near[rows] |= (differing <= _NEAR).any(1)
+    return int(near.sum())

@@ -12,6 +12,7 @@ from torch import nn
 
 from fdda_fast.config import SynthesisConfig
 from fdda_fast.distributed import Ranks, merged
+from fdda_fast.fingerprints import fingerprint
 from fdda_fast.models.small import SmallResNet
 from fdda_fast.statistics import BNSCenters, collect_centers, stream_centers
 from fdda_fast.synthesis import GeneratorTrainer, train_generator
@@ -122,7 +123,9 @@ def test_a_generator_of_some_classes(model, centers, tmp_path):
     assert train_generator(model, some, CONFIG).num_classes == 3
     metrics = GeneratorTrainer(model, some, CONFIG).step(0)[2]
     from_zero = dataclasses.replace(some, first_class=0)
-    renamed = GeneratorTrainer(Rolled(model), from_zero, CONFIG).step(0)[2]
+    rolled = Rolled(model)
+    of_rolled = dataclasses.replace(from_zero, teacher=fingerprint({}, rolled))
+    renamed = GeneratorTrainer(rolled, of_rolled, CONFIG).step(0)[2]
     assert metrics == pytest.approx(renamed, rel=1e-5)
     other = GeneratorTrainer(model, from_zero, CONFIG).step(0)[2]
     assert metrics["ce"] != pytest.approx(other["ce"], rel=1e-3)

@@ -20,13 +20,13 @@ ROUNDINGS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 2}
 def strip_bytes(request, monkeypatch):
     """Several images a strip, several rows, one row; never Winograd."""
     monkeypatch.setattr(_strips, "STRIP_BYTES", request.param)
-    monkeypatch.setattr(_winograd_upsample, "_pays", lambda *_: False)
+    monkeypatch.setattr(_winograd_upsample, "upsample_pays", lambda *_: False)
 
 
 @pytest.fixture(params=[160, 5, 1], ids=["one group", "groups", "tiles"])
 def winograd(request, monkeypatch):
     """At every size, in one group of tiles or several."""
-    monkeypatch.setattr(_winograd_upsample, "_pays", lambda x, _: x.dtype == torch.float32)
+    monkeypatch.setattr(_winograd_upsample, "upsample_pays", lambda x, _: x.dtype == torch.float32)
     monkeypatch.setattr(_winograd_upsample, "TILES", request.param)
 
 
@@ -135,7 +135,7 @@ def winograd_case():
 
 def test_winograd_error_at_size():
     case, grad_y = winograd_case()
-    assert _winograd_upsample._pays(*case[:2])
+    assert _winograd_upsample.upsample_pays(*case[:2])
     exact = gradients(lambda *t: plain("upsample_conv3x3", *t), [t.double() for t in case], grad_y)
     usual = gradients(lambda *t: plain("upsample_conv3x3", *t), case, grad_y)
     found = gradients(ops.upsample_conv3x3, case, grad_y)

@@ -1,6 +1,7 @@
 """Reading shards back."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch.utils.data import DataLoader
 from fdda_fast.data import Preprocessing
 from fdda_fast.generator import Generator, sample
 from fdda_fast.shards import ShardConfig, ShardDataset, synthesize_shards
+from fdda_fast.shards.dataset import read_shard
+from fdda_fast.shards.encoding import tar_member
 
 GREY = Preprocessing(8, 8, (0.4,), (0.3,))
 RGB = Preprocessing(9, 9, (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
@@ -118,6 +121,52 @@ def test_damaged_files(tmp_path):
     path.write_bytes(b"\x01" * 10_000)
     with pytest.raises(ValueError, match=r"shard-000001.tar: damaged"):
         list(ShardDataset(tmp_path))
+
+
+def _cut(images):
+    return images[:-1]
+
+
+def _cut_inside(images):
+    key, parts = images[-1]
+    return [*images[:-1], (key, {"png": parts["png"]})]
+
+
+def _no_picture(images):
+    key, parts = images[3]
+    return [*images[:3], (key, parts | {"png": parts["png"][:40]}), *images[4:]]
+
+
+def _no_object(images):
+    key, parts = images[3]
+    return [*images[:3], (key, parts | {"json": b"[]"}), *images[4:]]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_cut, "holds 63 of 64 images"),
+        (_cut_inside, "image 0000000127: KeyError"),
+        (_no_picture, "image 0000000067: "),
+        (_no_object, "image 0000000067: TypeError"),
+    ],
+)
+def test_damaged_members(folder, tmp_path, change, message, shuffle):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "shard-000001.tar"
+    images = change(list(read_shard(path)))
+    members = (tar_member(f"{key}.{n}", d) for key, parts in images for n, d in parts.items())
+    path.write_bytes(b"".join(members))
+    with pytest.raises(ValueError, match=rf"shard-000001.tar: damaged \({message}"):
+        list(ShardDataset(tmp_path, shuffle=shuffle))
+
+
+def test_another_index(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json: not an index of shards"):
+        ShardDataset(tmp_path)
 
 
 def test_webdataset_reads_them(folder):

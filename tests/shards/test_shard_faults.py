@@ -1,6 +1,7 @@
 """Killed, interrupted, out of space, truncated: the same bytes in the end."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -14,8 +15,9 @@ from fork_server import GREY, config, tiny_generator
 
 from fdda_fast import claims as claims_module
 from fdda_fast.claims import Claims
-from fdda_fast.shards import synthesize_shards
+from fdda_fast.shards import synthesis, synthesize_shards
 from fdda_fast.shards.dataset import read_shard
+from fdda_fast.shards.plan import write_json
 from fdda_fast.shards.writer import ShardWriter
 
 RANKS, KILLS, LAST_POINT = 2, 5, 60
@@ -177,6 +179,7 @@ def truncate(path):
         ("shard-000019.json", truncate),
         ("shard-000000.json", Path.unlink),
         ("index.json", Path.unlink),
+        ("index.json", truncate),
     ],
 )
 def test_a_lost_file_is_made_again(tmp_path, undisturbed, name, damage):
@@ -185,6 +188,18 @@ def test_a_lost_file_is_made_again(tmp_path, undisturbed, name, damage):
     (tmp_path / f".{name}.123.tmp").write_text("left by a killed process")
     run(tmp_path)
     assert contents(tmp_path) == undisturbed
+
+
+def test_the_index_may_go_while_it_is_returned(tmp_path, undisturbed, monkeypatch):
+    """Another process has found a shard missing, and begins to make it again."""
+
+    def written_and_gone(path, values):
+        write_json(path, values)
+        if path.name == "index.json":
+            path.unlink()
+
+    monkeypatch.setattr(synthesis, "write_json", written_and_gone)
+    assert run(tmp_path) == json.loads(undisturbed["index.json"])
 
 
 def test_what_is_there_is_not_made_again(tmp_path):
@@ -197,6 +212,6 @@ def test_what_is_there_is_not_made_again(tmp_path):
 def test_other_settings_are_refused(tmp_path):
     run(tmp_path, shards=2)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"started with other settings: \['config'\]"):
+    with pytest.raises(ValueError, match=r"started with other settings: \['config.num_images'\]"):
         run(tmp_path, shards=3)
     assert contents(tmp_path) == before

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -227,6 +229,32 @@ def test_near_duplicates(monkeypatch):
         monkeypatch.setattr("fdda_fast.shards.writer._ROWS", rows)
         assert near_duplicates(hashes) == 3
     assert near_duplicates(hashes[:0]) == 0
+
+
+def test_near_duplicates_of_many_images_need_little_memory():
+    hashes = np.random.default_rng(0).random((6000, 64)) < 0.5
+    tracemalloc.start()
+    try:
+        near_duplicates(hashes)
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20  # all against 1024: 70 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_disk_is_waited_for_while_blocks_are_made(tmp_path, generators, monkeypatch):
+    """And once more before a shard gets its name."""
+    waited = []
+
+    def fsync(file):
+        waited.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("fdda_fast.shards.writer._SYNC_BYTES", 300_000)
+    write(tmp_path, generators, num_images=320, shard_size=320, image_format="raw")
+    whole = (tmp_path / "shard-000000.tar").stat().st_size
+    assert waited[-1] == whole
+    assert len(waited) == 3  # five blocks of 196,608 bytes, by two
+    assert waited == sorted(waited)
 
 
 def test_progress(tmp_path, generators):

@@ -100,6 +100,23 @@ def test_another_generator(folder):
         verify_shards(folder, Generator(4, (1, 8, 8)).eval())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["shards"].pop(1), "does not list the shards 0 to 2"),
+        (lambda index: index["shards"].append(index["shards"][0]), "does not list the shards"),
+        (lambda index: index.pop("format"), "not an index of shards"),
+        (lambda index: index.pop("shards"), "not an index of shards"),
+    ],
+)
+def test_another_index(generator, folder, change, message):
+    index = json.loads((folder / "index.json").read_bytes())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index.json: {message}"):
+        verify_shards(folder, generator)
+
+
 def test_nothing_to_verify(generator, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"settings.json"):
         verify_shards(tmp_path, generator)
