@@ -56,6 +56,7 @@ NETWORKS = (
     "fashion-mnist-resnet20",
     "fashion-mnist-mobilenetv2",
     "fashion-mnist-regnetx",
+    "glyphs-resnet20",
 )
 # bench/results/accuracy.csv and its neighbours are of earlier versions and have other columns.
 RESULTS = Path(__file__).parent / "results" / "accuracy-networks.csv"

@@ -132,9 +132,9 @@ def varied(glyphs: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return (255 * images).round().clamp(0, 255).to(torch.uint8)
 
 
-def images_of(split: str, seed: int, fonts: Path = FONTS) -> Iterator[torch.Tensor]:
+def images_of(split: str, seed: int) -> Iterator[torch.Tensor]:
     """uint8 [classes, SIDE, SIDE], in the order of `CLASSES`, PER_FACE times for every face."""
-    for number, face in enumerate(faces(split, fonts)):
+    for number, face in enumerate(faces(split)):
         glyphs = drawn(face)
         for index in range(PER_FACE):
             yield varied(glyphs, stream(seed, _STREAM, list(PACKAGES).index(split), number, index))
@@ -153,8 +153,8 @@ def make(folder: Path = FOLDER, seed: int = 0) -> None:
     Raises:
         FileNotFoundError: fonts that are not installed; nothing is written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     splits = {split: torch.cat(list(images_of(split, seed))).numpy() for split in PACKAGES}
+    folder.mkdir(parents=True, exist_ok=True)
     for split, images in splits.items():
         stem = {"train": "train", "test": "t10k"}[split]
         labels = np.resize(np.arange(len(CLASSES), dtype=np.uint8), len(images))

@@ -42,6 +42,8 @@ RECIPES = {
     "fashion-mnist-resnet20": Recipe("fashion-mnist", epochs=24),
     "fashion-mnist-mobilenetv2": Recipe("fashion-mnist", epochs=18),
     "fashion-mnist-regnetx": Recipe("fashion-mnist", epochs=20, bf16=True),
+    # Written there by bench/glyphs.py.
+    "glyphs-resnet20": Recipe("runs/glyphs", epochs=8, bf16=True),
     "digits-resnet8": Recipe("digits", epochs=60, max_shift=1),
 }
 
