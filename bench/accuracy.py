@@ -1,14 +1,14 @@
 """Accuracy from one real image per class: `python bench/accuracy.py`, everything with `--all`.
 
 Compares, `full_integer` placement and all layers at the named bits, on the whole test set: min-max
-quantisation on the calibration images; ranges of least squared error from them, untrained, too;
-fine-tuning on these images alone; the same plus the images of a generator trained without L_C and
-L_D (zero-shot data); FDDA; FDDA with `dtype = "bfloat16"` in both trainings; block-wise
-reconstruction on the calibration images alone; reconstruction on FDDA's images, too, and
-fine-tuning as in FDDA; and reconstruction on 1,024 real images, for what more images would bring.
-The same number of fine-tuning steps and images per step for all that are fine-tuned. `--ablations`
-adds FDDA without one of its losses, with other weights of them, with centers for some classes
-only, and with more real images.
+quantisation on the calibration images; ranges of least squared error from them, untrained, without
+and with BatchNorm correction; fine-tuning on these images alone; the same plus the images of a
+generator trained without L_C and L_D (zero-shot data); FDDA; FDDA with `dtype = "bfloat16"` in both
+trainings; block-wise reconstruction on the calibration images alone; reconstruction on FDDA's
+images, too, and fine-tuning as in FDDA; and reconstruction on 1,024 real images, for what more
+images would bring. The same number of fine-tuning steps and images per step for all that are
+fine-tuned. `--ablations` adds FDDA without one of its losses, with other weights of them, with
+centers for some classes only, and with more real images.
 
 Networks: the three shipped ones of Fashion-MNIST, and the ResNet-20 of 128 classes of glyphs
 (bench/glyphs.py, which is run where need be). The settings were chosen on Fashion-MNIST's ResNet-20

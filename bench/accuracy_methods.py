@@ -49,6 +49,7 @@ METHODS = {
         "ranges of least squared error, untrained",
         _MINMAX.replace(ranges="mse", weight_ranges="mse"),
     ),
+    "calibrated": Method("... and BatchNorm correction", _FAST.replace(steps=0)),
     "real": Method(
         "tuned on the calibration images",
         _FAST.replace(real_batch=_BOTH_BATCHES, synthetic_batch=0),

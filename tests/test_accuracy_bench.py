@@ -100,7 +100,8 @@ def test_what_each_method_is_given(calls, tmp_path):
     few = {name: count for name, count in images.items() if count != 10}
     assert few == {"reconstruct-1024": 1020, "fdda-4": 40, "fdda-16": 160}
     assert not any(config.flip for config in configs.values())  # digits
-    assert {name for name, config in configs.items() if config.steps == 0} == {"minmax", "mse"}
+    untrained = {name: c.correct_batch_norms for name, c in configs.items() if c.steps == 0}
+    assert untrained == {"minmax": False, "mse": False, "calibrated": True}
     assert configs["mse"].ranges == configs["mse"].weight_ranges == "mse"
     assert configs["real"].real_batch == 32
     assert kinds["reconstruct-1024"] == kinds["reconstruct"] == "reconstruct"
