@@ -1,35 +1,50 @@
-"""Accuracy on Fashion-MNIST from one real image per class: `python bench/accuracy.py`.
+"""Accuracy from one real image per class: `python bench/accuracy.py`, everything with `--all`.
 
-Compares, with the shipped ResNet-20, `full_integer` placement and all layers at the named bits,
-on the test set of 10,000: min-max quantisation on the calibration images; fine-tuning on these
-images alone; the same plus the images of a generator trained without L_C and L_D (zero-shot
-data); FDDA; FDDA with `dtype = "bfloat16"` in both trainings; block-wise reconstruction on the
-calibration images alone; reconstruction on FDDA's images, too, and fine-tuning as in FDDA; and
-reconstruction on 102 real images per class, for what more images would bring. The same number of
-fine-tuning steps and images per step for all that are fine-tuned. The settings were chosen with
-seed 0, which is therefore not among the default seeds, those of reconstruction on the digits' test
-set and on errors of units of seed 1.
+Compares, `full_integer` placement and all layers at the named bits, on the whole test set: min-max
+quantisation on the calibration images; ranges of least squared error from them, untrained, without
+and with BatchNorm correction; fine-tuning on these images alone; the same plus the images of a
+generator trained without L_C and L_D (zero-shot data); FDDA; FDDA with `dtype = "bfloat16"` in both
+trainings; block-wise reconstruction on the calibration images alone; reconstruction on FDDA's
+images, too, and fine-tuning as in FDDA; and reconstruction on 1,024 real images, for what more
+images would bring. The same number of fine-tuning steps and images per step for all that are
+fine-tuned. `--ablations` adds FDDA without one of its losses, with other weights of them, with
+centers for some classes only, and with more real images.
+
+Networks: the three shipped ones of Fashion-MNIST, and the ResNet-20 of 128 classes of glyphs
+(bench/glyphs.py, which is run where need be). The settings were chosen on Fashion-MNIST's ResNet-20
+with seed 0, which is therefore not among the default seeds, those of reconstruction on the digits'
+test set and on errors of units of seed 1.
 
 Every result is kept as a row of the CSV file and not computed again, so the work can be stopped,
-resumed, and split by seed over processes (each with a --results file of its own).
+resumed, and split by seed over processes, which may share the file. The seconds of a row include
+its generator's, which methods and bit widths share. `--table` shows what is there so far.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
+import functools
 import time
+from collections.abc import Sequence
+from itertools import groupby, product
 from pathlib import Path
+from typing import NamedTuple
 
+import glyphs
 import torch
+from accuracy_methods import ABLATIONS, EVERY, METHODS, Method
+from accuracy_table import FP32, table
+from result_rows import append_result, read_results
 from rich.console import Console
-from rich.table import Table
+from torch import nn
 
 import fdda_fast as fdda
 from fdda_fast.data import draw, open_source
 from fdda_fast.evaluation import accuracy
+from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
+from fdda_fast.models.train import RECIPES
+from fdda_fast.seeding import stream
 
 COLUMNS = {
     "W4A4": fdda.Bits(4, 4),
@@ -37,125 +52,120 @@ COLUMNS = {
     "W2A4": fdda.Bits(2, 4),
     "W2A2": fdda.Bits(2, 2),
 }
-METHODS = {
-    "minmax": "min-max on the calibration images",
-    "real": "tuned on the calibration images",
-    "zero-shot": "... and a generator without L_C, L_D",
-    "fdda": "FDDA",
-    "fdda-bfloat16": "FDDA, computed in bfloat16",
-    "reconstruct": "reconstruction on the calibration images",
-    "fdda+reconstruct": "reconstruction on FDDA's, too, then FDDA",
-    "reconstruct-1020": "reconstruction on 102 real images per class",
-}
-REAL_ALONE = ("minmax", "real", "reconstruct", "reconstruct-1020")
-RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
-Row = tuple[int, str, str]
+NETWORKS = (
+    "fashion-mnist-resnet20",
+    "fashion-mnist-mobilenetv2",
+    "fashion-mnist-regnetx",
+    "glyphs-resnet20",
+)
+# bench/results/accuracy.csv and its neighbours are of earlier versions and have other columns.
+RESULTS = Path(__file__).parent / "results" / "accuracy-networks.csv"
+_CENTERS_STREAM = 41
 
 
-def read_results(path: Path) -> dict[Row, tuple[float, float]]:
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        return {
-            (int(r["seed"]), r["method"], r["bits"]): (float(r["top1"]), float(r["seconds"]))
-            for r in csv.DictReader(file)
-        }
+class Row(NamedTuple):
+    network: str
+    method: str
+    bits: str
+    seed: int
 
 
-def append_result(path: Path, row: Row, top1: float, seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(["seed", "method", "bits", "top1", "seconds"])
-        writer.writerow([*row, f"{top1:.4f}", f"{seconds:.1f}"])
+class Network:
+    """A shipped teacher and its data."""
+
+    def __init__(self, name: str) -> None:
+        dataset = RECIPES[name].dataset
+        if dataset == str(glyphs.FOLDER):
+            glyphs.make_once()
+        self.teacher = load_teacher(name)
+        self.train, self.test = (open_source(dataset, split) for split in ("train", "test"))
 
 
-def quantize_config(method: str, seed: int) -> fdda.QuantizeConfig:
-    config = fdda.QuantizeConfig(seed=seed)
-    if method == "minmax":
-        return config.plain_minmax()
-    if method == "real":
-        return config.replace(
-            real_batch=config.real_batch + config.synthetic_batch, synthetic_batch=0
-        )
-    return config.replace(dtype=dtype_of(method))
+class Experiment:
+    """One network and seed; keeps the generators for all methods and bit widths that share one."""
 
+    def __init__(self, network: Network, seed: int) -> None:
+        self.network, self.seed = network, seed
+        self._generators: dict[tuple, tuple[Generator, float]] = {}
 
-def synthesis_config(method: str, seed: int) -> fdda.SynthesisConfig:
-    config = fdda.SynthesisConfig(seed=seed)
-    if method == "zero-shot":
-        return config.replace(distorted_weight=0.0, centralized_weight=0.0)
-    return config.replace(dtype=dtype_of(method))
+    def student(self, method: Method, bits: fdda.Bits) -> tuple[nn.Module, float]:
+        """The network and the seconds that it took, its generator's included."""
+        generator, generator_seconds = self._generator(method)
+        start = time.monotonic()
+        config = method.config.replace(seed=self.seed, flip=self.network.train.flip)
+        calibration = self._calibration(method)
+        teacher, kind = self.network.teacher, method.kind
+        student = fdda.quantize(teacher, calibration, bits, config, generator, method=kind)
+        return student, time.monotonic() - start + generator_seconds
 
+    def _calibration(self, method: Method) -> tuple[torch.Tensor, torch.Tensor]:
+        train = self.network.train
+        few = draw(train, method.images_per_class(train.num_classes), self.seed)
+        return few.images, few.labels
 
-def dtype_of(method: str) -> str:
-    return "bfloat16" if method == "fdda-bfloat16" else "float32"
-
-
-def run_seed(seed: int, methods: list[str], columns: list[str], path: Path) -> None:
-    teacher = load_teacher("fashion-mnist-resnet20")
-    test = open_source("fashion-mnist", "test")
-    train = open_source("fashion-mnist", "train")
-    for method in methods:
-        missing = [b for b in columns if (seed, method, b) not in read_results(path)]
-        if not missing:
-            continue
-        few = draw(train, 102 if method == "reconstruct-1020" else 1, seed)
-        calibration = (few.images, few.labels)
-        generator, synthesis_seconds = None, 0.0
-        if method not in REAL_ALONE:
+    def _generator(self, method: Method) -> tuple[Generator | None, float]:
+        if method.synthesis is None:
+            return None, 0.0
+        if method.generator not in self._generators:
             start = time.monotonic()
-            centers = fdda.collect_centers(teacher, *calibration, test.num_classes)
-            config = synthesis_config(method, seed)
+            teacher, num_classes = self.network.teacher, self.network.train.num_classes
+            images, labels = self._calibration(method)
+            order = torch.randperm(num_classes, generator=stream(self.seed, _CENTERS_STREAM))
+            given = torch.isin(labels, order[: round(method.centers * num_classes)])
+            centers = fdda.collect_centers(teacher, images[given], labels[given], num_classes)
+            config = method.synthesis.replace(seed=self.seed)
             generator = fdda.train_generator(teacher, centers, config)
-            synthesis_seconds = time.monotonic() - start
-        for bits in missing:
-            start = time.monotonic()
-            config = quantize_config(method, seed)
-            kind = method.removesuffix("-1020") if "reconstruct" in method else "fdda"
-            student = fdda.quantize(
-                teacher, calibration, COLUMNS[bits], config, generator, method=kind
-            )
-            seconds = time.monotonic() - start + synthesis_seconds
-            top1 = accuracy(student, test)
-            append_result(path, (seed, method, bits), top1, seconds)
-            print(f"seed {seed} {method:16} {bits}: {100 * top1:.2f} %, {seconds:.0f} s")
+            self._generators[method.generator] = generator, time.monotonic() - start
+        return self._generators[method.generator]
 
 
-def print_table(args: argparse.Namespace, fp32: float) -> None:
-    results = read_results(args.results)
-    table = Table(title=f"Fashion-MNIST, ResNet-20, FP32 {100 * fp32:.2f} %, seeds {args.seeds}")
-    table.add_column("method")
-    for bits in args.bits:
-        table.add_column(f"{bits} top-1 %", justify="right")
-    table.add_column("seconds per run", justify="right")
-    for method in args.methods:
-        cells, times = [], []
-        for bits in args.bits:
-            rows = [results[(seed, method, bits)] for seed in args.seeds]
-            top1 = [100 * accuracy for accuracy, _ in rows]
-            spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-            cells.append(f"{statistics.mean(top1):.2f}{spread}")
-            times += [seconds for _, seconds in rows]
-        table.add_row(METHODS[method], *cells, f"{statistics.median(times):.0f}")
-    Console().print(table)
+def run(rows: Sequence[Row], results: Path) -> None:
+    """Computes the rows that the file does not have, and FP32's."""
+    known = read_results(results, Row._fields)
+    missing = [row for row in rows if row not in known]
+    opened = functools.cache(Network)
+    for name in dict.fromkeys(row.network for row in rows):
+        row = Row(name, *FP32)
+        if row not in known:
+            top1 = accuracy(opened(name).teacher, opened(name).test)
+            append_result(results, row, top1, 0.0, Row._fields)
+    done = 0
+    for (name, seed), group in groupby(missing, lambda row: (row.network, row.seed)):
+        experiment = Experiment(opened(name), seed)
+        for row in group:
+            student, seconds = experiment.student(EVERY[row.method], COLUMNS[row.bits])
+            top1 = accuracy(student, opened(name).test)
+            append_result(results, row, top1, seconds, Row._fields)
+            done += 1
+            figures = f"{100 * top1:.2f} %, {seconds:.0f} s"
+            print(f"{done} of {len(missing)}: {' '.join(map(str, row))}: {figures}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="all networks, and the ablations")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS)
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=list(METHODS))
+    parser.add_argument("--ablations", action="store_true", help="these besides the methods")
     parser.add_argument("--bits", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print what the file has")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    for seed in args.seeds:
-        run_seed(seed, args.methods, args.bits, args.results)
-    fp32 = accuracy(load_teacher("fashion-mnist-resnet20"), open_source("fashion-mnist", "test"))
-    print_table(args, fp32)
+    networks = args.networks or NETWORKS[: None if args.all else 1]
+    more = ABLATIONS if args.all or args.ablations else ()
+    methods = list(dict.fromkeys([*args.methods, *more]))
+    if not args.table:
+        orders = product(args.seeds, networks, methods, args.bits)
+        run([Row(*order, seed) for seed, *order in orders], args.results)
+    found = read_results(args.results, Row._fields)
+    for network in networks:
+        if (network, *FP32) in found:
+            Console(width=170).print(table(found, network, methods, args.bits, args.seeds))
 
 
 if __name__ == "__main__":

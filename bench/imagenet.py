@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accuracy import append_result, read_results
+from result_rows import append_result, read_results
 from rich.console import Console
 from rich.table import Table
 from torch import nn

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from accuracy import COLUMNS, append_result, read_results
+from accuracy import COLUMNS
+from result_rows import append_result, read_results
 from rich.console import Console
 from rich.table import Table
 

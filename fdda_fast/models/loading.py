@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ SHIPPED = {
     "fashion-mnist-resnet20": (resnet20, "fashion_mnist_resnet20.safetensors"),
     "fashion-mnist-mobilenetv2": (mobilenetv2, "fashion_mnist_mobilenetv2.safetensors"),
     "fashion-mnist-regnetx": (regnetx, "fashion_mnist_regnetx.safetensors"),
+    "glyphs-resnet20": (partial(resnet20, num_classes=128), "glyphs_resnet20.safetensors"),
     "digits-resnet8": (resnet8, "digits_resnet8.safetensors"),
 }
 

@@ -1,7 +1,8 @@
 """Trains the shipped teachers: `python -m fdda_fast.models.train MODEL [--out FILE]`.
 
 The same torch release, CPU kind and thread count give the same weights bit for bit; elsewhere the
-accuracy agrees to a few hundredths of a point.
+accuracy agrees to a few hundredths of a point. `glyphs-resnet20` learns from what
+`python bench/glyphs.py` writes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ RECIPES = {
     "fashion-mnist-resnet20": Recipe("fashion-mnist", epochs=24),
     "fashion-mnist-mobilenetv2": Recipe("fashion-mnist", epochs=18),
     "fashion-mnist-regnetx": Recipe("fashion-mnist", epochs=20, bf16=True),
+    "glyphs-resnet20": Recipe("runs/glyphs", epochs=8, bf16=True),
     "digits-resnet8": Recipe("digits", epochs=60, max_shift=1),
 }
 
