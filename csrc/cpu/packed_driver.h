@@ -9,8 +9,10 @@
 //   kUnpacksCheaply    next to kManyRows rows, again and again
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
-//   row_sum(row, depth, conv)
-//                      sum of (x - x_zero_point) over a row
+//   sum_rows(rows, stride, depth, count, conv, sums)
+//                      sums of (x - x_zero_point) over rows
+//   finish_sums(sums, count)
+//                      such sums as gemm and gemm_planes want them, if kReadsLines
 //   gemm(tile)         all rows times all columns, with the epilogue; may be a member of a policy
 //                      that knows more about the call
 //   kFuses; fuses(rows), gemm_planes(tile, planes, depth)
@@ -185,6 +187,16 @@ class Driver {
       InputLines lines(conv_, first_row / conv_.out_width, end_row / conv_.out_width);
       lines.copy();
       rows.lines = &lines;
+      if constexpr (Policy::kReadsLines) {
+        if (!conv_.weight_fits_s8) {
+          const int64_t line_sums = lines.count() * conv_.out_width;
+          int32_t* const sums =
+              static_cast<int32_t*>(scratch(kSums, (count + line_sums) * sizeof(int32_t)));
+          lines.template sum_rows<Policy>(sums + count, sums);
+          policy_.finish_sums(sums, count);
+          rows.sums = sums;
+        }
+      }
       return multiply_all(rows, alone);
     }
     Input* gathered = nullptr;
@@ -211,9 +223,9 @@ class Driver {
             operand_.gather(group, first_row + begin, first_row + end, const_cast<Input*>(row));
           }
           if (!sums) continue;
-          for (int64_t i = begin; i < end; ++i, row += operand_.row_stride()) {
-            sums[group * count + i] = Policy::row_sum(row, depth_, conv_);
-          }
+          int32_t* const own = sums + group * count + begin;
+          Policy::sum_rows(row, operand_.row_stride(), depth_, end - begin, conv_, own);
+          if constexpr (Policy::kReadsLines) policy_.finish_sums(own, end - begin);
         }
       });
     }
@@ -245,7 +257,7 @@ class Driver {
     tile.columns = min64(task_panels_ * kPanelRows, group_outputs_ - panel * kPanelRows);
     if constexpr (Policy::kFuses) {
       if (Policy::fuses(rows.count) && !rows.lines) {
-        return Policy::gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
+        return policy_.gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
       }
     }
     Weights w;
@@ -266,6 +278,7 @@ class Driver {
       for (int64_t row = rows.first_row; row < rows.first_row + rows.count; row += width) {
         tile.rows = rows.lines->at(row / width);
         tile.first_row = row;
+        if (rows.sums) tile.row_sums = rows.sums + row - rows.first_row;
         policy_.gemm(tile);
       }
     }
