@@ -60,6 +60,9 @@ struct Tile {
   int64_t first_row;
   int64_t first_channel;
   int64_t columns;
+  const uint8_t* ahead;  // planes of the next task, to be fetched meanwhile
+  int64_t ahead_bytes;   // of them, 0 if there is none
+  int64_t rows_before;   // of the same task
 };
 
 template <class Policy>
@@ -269,6 +272,11 @@ class Driver {
     }
     tile.panels = w.panels;
     tile.starts = w.starts;
+    if (!all_.panels && panel + count < panels_) {
+      const int64_t next = (tile.first_channel + tile.columns) / kPanelRows;
+      tile.ahead = conv_.weight + next * plane_bytes_;
+      tile.ahead_bytes = min64(task_panels_, panels_ - panel - count) * plane_bytes_;
+    }
     if (!rows.lines) return policy_.gemm(tile);
     if constexpr (Policy::kReadsLines) {
       const int64_t width = conv_.out_width;
@@ -280,6 +288,7 @@ class Driver {
         tile.first_row = row;
         if (rows.sums) tile.row_sums = rows.sums + row - rows.first_row;
         policy_.gemm(tile);
+        tile.rows_before += width;
       }
     }
   }

@@ -11,6 +11,8 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int kWide = 2 * kPanelRows;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kFetchSteps = 32;  // between fetching lines ahead
 
 // Every third row's next bytes: more pointers than these would not fit the registers.
 template <int ROWS>
@@ -119,8 +121,17 @@ inline __attribute__((always_inline)) void sum_products(const Tile& t, int64_t f
   RowsApart<ROWS> rows(t.rows + first * t.row_stride, t.row_stride);
   Panels weights{t.panels, t.depth_blocks * kPanelBytes, kPanelBytes};
   const int64_t skipped = t.segment_step - t.segment_blocks * kBlockDepth;
+  // Half a line a step: by the time that few rows take, all of them.
+  int64_t fetched = (t.rows_before + first) / ROWS * t.depth_blocks * (kLineBytes / 2);
   for (int64_t left = t.depth_blocks; left > 0; left -= t.segment_blocks) {
-    add_products(acc, rows, weights, t.segment_blocks, exact_steps);
+    for (int64_t steps = t.segment_blocks; steps > 0; steps -= kFetchSteps) {
+      add_products(acc, rows, weights, min64(steps, kFetchSteps), exact_steps);
+      if (fetched >= t.ahead_bytes) continue;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kFetchSteps / 2; ++i, fetched += kLineBytes) {
+        _mm_prefetch(t.ahead + fetched, _MM_HINT_T1);
+      }
+    }
     rows.advance(skipped);
   }
 }
