@@ -98,7 +98,7 @@ struct U8S8 {
   static bool fuses(int64_t rows) { return rows <= kFusedRows && has_gfni(); }
 
   void gemm_planes(const Tile<U8S8>& t, const uint8_t* planes, int64_t depth) const {
-    alignas(64) int32_t sums[(kFusedRows + 1) * kWide];
+    alignas(64) int32_t sums[kFusedRows * kWide];
     const int64_t panel_bytes = t.depth_blocks * t.conv->bits * kPlaneBytes;
     for (int64_t j = 0; j < t.columns; j += kPanelRows, planes += panel_bytes) {
       const Planes p{planes, t.conv->bits, depth};
