@@ -13,8 +13,18 @@ namespace fdda {
 namespace {
 
 // kPair: of the two convolutions that follow, without taps, the second one alone adds the float
-// outputs of the first.
-enum Kind : int64_t { kQuantize, kRequantize, kMaxPool, kSumPool, kConv, kLinearSums, kPair };
+// outputs of the first. kEachImage, of a number of images and one of instructions, the first ones:
+// a quantisation to a convolution to codes, to be run image by image.
+enum Kind : int64_t {
+  kQuantize,
+  kRequantize,
+  kMaxPool,
+  kSumPool,
+  kConv,
+  kLinearSums,
+  kPair,
+  kEachImage
+};
 
 class Reader {
  public:
@@ -206,6 +216,10 @@ Program::Program(const std::vector<int64_t>& words) {
       case kConv: steps_.push_back(decode_conv(r)); break;
       case kLinearSums: steps_.push_back(decode_linear(r)); break;
       case kPair: pairs_.insert(steps_.size()); break;
+      case kEachImage:
+        images_ = r.next();
+        image_steps_ = static_cast<size_t>(r.next());
+        break;
       default: throw std::invalid_argument("program: unknown instruction");
     }
   }
@@ -215,6 +229,11 @@ Program::Program(const std::vector<int64_t>& words) {
         throw std::invalid_argument("program: a pair is two convolutions");
       }
     }
+  }
+  if (image_steps_ > 0 &&
+      (image_steps_ > steps_.size() || !std::holds_alternative<Quantize>(steps_[0]) ||
+       !std::holds_alternative<PackedConv>(steps_[image_steps_ - 1]))) {
+    throw std::invalid_argument("program: an image goes from a quantisation to a convolution");
   }
   for (Step& step : steps_) {
     std::visit(
@@ -231,7 +250,8 @@ Program::Program(const std::vector<int64_t>& words) {
 void Program::run(const std::vector<const void*>& inputs, double* seconds,
                   std::vector<const char*>* kernels) const {
   if (inputs.size() < inputs_) throw std::invalid_argument("program: inputs are missing");
-  auto resolved = [&](Step step) {
+  auto resolved = [&](size_t i, int64_t image) {
+    Step step = steps_[i];
     std::visit(
         [&](auto& a) {
           visit_sources(a, [&](auto& source) {
@@ -240,6 +260,14 @@ void Program::run(const std::vector<const void*>& inputs, double* seconds,
           });
         },
         step);
+    if (i == 0 && image > 0) {
+      Quantize& first = std::get<Quantize>(step);
+      first.x += image * first.stride_n;
+    }
+    if (i + 1 == image_steps_ && image > 0) {
+      PackedConv& last = std::get<PackedConv>(step);
+      last.epilogue.out_u8 += image * last.out_height * last.out_width * last.out_channels;
+    }
     return step;
   };
   auto timed = [&](size_t i, auto body) {
@@ -249,24 +277,29 @@ void Program::run(const std::vector<const void*>& inputs, double* seconds,
     return kernel;
   };
   if (seconds) std::fill_n(seconds, steps_.size(), 0.0);
-  for (size_t i = 0; i < steps_.size(); ++i) {
-    const Step step = resolved(steps_[i]);
-    const char *kernel = nullptr, *second = nullptr;
-    if (pairs_.count(i)) {
-      for_each_block(std::get<PackedConv>(step), std::get<PackedConv>(resolved(steps_[i + 1])),
-                     [&](const PackedConv& a, const PackedConv& b) {
-                       kernel = timed(i, [&] { return run_step(a); });
-                       second = timed(i + 1, [&] { return run_step(b); });
-                     });
-      ++i;
-    } else {
-      kernel =
-          timed(i, [&] { return std::visit([](const auto& a) { return run_step(a); }, step); });
+  auto run_steps = [&](size_t begin, size_t end, int64_t image) {
+    for (size_t i = begin; i < end; ++i) {
+      const Step step = resolved(i, image);
+      const char *kernel = nullptr, *second = nullptr;
+      const bool pair = pairs_.count(i) > 0;
+      if (pair) {
+        for_each_block(std::get<PackedConv>(step), std::get<PackedConv>(resolved(i + 1, image)),
+                       [&](const PackedConv& a, const PackedConv& b) {
+                         kernel = timed(i, [&] { return run_step(a); });
+                         second = timed(i + 1, [&] { return run_step(b); });
+                       });
+        ++i;
+      } else {
+        kernel =
+            timed(i, [&] { return std::visit([](const auto& a) { return run_step(a); }, step); });
+      }
+      if (!kernels || image > 0) continue;
+      kernels->push_back(kernel);
+      if (pair) kernels->push_back(second);
     }
-    if (!kernels) continue;
-    kernels->push_back(kernel);
-    if (second) kernels->push_back(second);
-  }
+  };
+  for (int64_t image = 0; image < images_; ++image) run_steps(0, image_steps_, image);
+  run_steps(image_steps_, steps_.size(), 0);
 }
 
 }  // namespace fdda

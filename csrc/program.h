@@ -32,6 +32,8 @@ class Program {
 
   std::vector<Step> steps_;
   std::set<size_t> pairs_;  // the first steps of pairs
+  int64_t images_ = 0;      // for each of which the first image_steps_ are run
+  size_t image_steps_ = 0;
   size_t inputs_ = 0;
 };
 

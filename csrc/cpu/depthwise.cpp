@@ -21,6 +21,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512VNNI__)
+#include "depthwise_3x3_avx512.h"
+#endif
+
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
@@ -537,6 +541,9 @@ bool weights_fit(const PackedConv& a, int64_t least, int64_t most) {
 }  // namespace
 
 void depthwise_conv2d(const PackedConv& a) {
+#if defined(__AVX512VNNI__)
+  if (Depthwise3x3::applies(a)) return Depthwise3x3(a).run();
+#endif
 #if defined(__AVX2__)
   if (weights_fit(a, kLeastS8, kMostS8)) return Depthwise<int8_t, false>(a).run();
 #endif

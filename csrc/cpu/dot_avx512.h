@@ -14,12 +14,14 @@ namespace FDDA_ISA {
 namespace {
 
 #if defined(__AVX512VNNI__)
-constexpr int kDotRows = 14;  // 14 * 2 sums, 2 weights and an input fit the 32 registers
+// Of two panels, of one: sums, weights, an input and the epilogue's factors fit the 32 registers.
+constexpr int kDotRows = 8, kNarrowDotRows = 14;
 
 // Of weights and codes up to these: any number.
 inline int64_t exact_steps(int64_t, int64_t) { return INT64_MAX; }
 #else
-constexpr int kDotRows = 6;  // 6 * 2 sums of either width, 2 weights, an input and a product
+// Of two panels, of one: sums of either width, weights, an input and a product.
+constexpr int kDotRows = 6, kNarrowDotRows = 12;
 
 inline int64_t exact_steps(int64_t weight, int64_t code) {
   return 32767 / (2 * max64(1, weight) * code);

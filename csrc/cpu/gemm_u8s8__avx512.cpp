@@ -1,138 +1,21 @@
 // Packed convolution on AVX-512, compiled with and without VNNI: u8 inputs as they are, weights
 // (code + offset) as s8. The input's zero point enters through the accumulators' start,
-// -x_zero_point * sum of the channel's weights.
+// -x_zero_point * sum of the channel's weights; so do offsets that do not fit s8, times the row's
+// sum of inputs: split into two s16 each, they take one product instruction.
 
 #include <immintrin.h>
 
 #include "operand_ranges.h"
-#include "packed_avx512.h"
 #include "packed_driver.h"
 #include "planes_avx512.h"
+#include "tile_u8s8_avx512.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int kWide = 2 * kPanelRows;
-constexpr int kFusedRows = 16;  // beyond, weights are better stored than expanded again
-
-// Every third row's next bytes: more pointers than these would not fit the registers.
-template <int ROWS>
-struct RowsApart {
-  const uint8_t* x[(ROWS + 2) / 3];
-  int64_t stride;
-
-  RowsApart(const uint8_t* first, int64_t stride) : stride(stride) {
-#pragma GCC unroll 5
-    for (int r = 0; r < ROWS; r += 3) x[r / 3] = first + r * stride;
-  }
-
-  const uint8_t* operator()(int r) const { return x[r / 3] + r % 3 * stride; }
-
-  void advance(int64_t bytes) {
-#pragma GCC unroll 5
-    for (int r = 0; r < ROWS; r += 3) x[r / 3] += bytes;
-  }
-
-  void next() { advance(kBlockDepth); }
-};
-
-template <int ROWS, int PANELS, class Tile>
-__attribute__((noinline)) void multiply(const Tile& t, int64_t first, int64_t exact_steps,
-                                        int32_t* sums) {
-  __m512i acc[ROWS][PANELS];
-#pragma GCC unroll 2
-  for (int p = 0; p < PANELS; ++p) {
-    const __m512i start = _mm512_loadu_si512(t.starts + p * kPanelRows);
-#pragma GCC unroll 14
-    for (int r = 0; r < ROWS; ++r) acc[r][p] = start;
-  }
-  RowsApart<ROWS> rows(t.rows + first * t.row_stride, t.row_stride);
-  Panels weights{t.panels, t.depth_blocks * kPanelBytes, kPanelBytes};
-  const int64_t skipped = t.segment_step - t.segment_blocks * kBlockDepth;
-  for (int64_t left = t.depth_blocks; left > 0; left -= t.segment_blocks) {
-    add_products(acc, rows, weights, t.segment_blocks, exact_steps);
-    rows.advance(skipped);
-  }
-#pragma GCC unroll 14
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-    for (int p = 0; p < PANELS; ++p) {
-      _mm512_store_si512(sums + r * kWide + p * kPanelRows, acc[r][p]);
-    }
-  }
-}
-
-// Epilogue of `count` rows from `first` on; sums are [count][kWide].
-template <bool FLOAT, class Tile>
-__attribute__((noinline)) void store(const Tile& t, int64_t first, int64_t count,
-                                     const int32_t* sums) {
-  // Copies: stores of bytes might change what is behind pointers.
-  const Epilogue e = t.conv->epilogue;
-  const int64_t width = t.conv->out_channels;
-  const int32_t* row_sums = t.row_sums ? t.row_sums + first : nullptr;
-  const __mmask32 mask = ~uint32_t{0} >> (kWide - t.columns);
-  const __mmask16 halves[2] = {static_cast<__mmask16>(mask), static_cast<__mmask16>(mask >> 16)};
-  const __m512 hi = _mm512_set1_ps(e.hi);
-  const __m512i lo = _mm512_set1_epi8(static_cast<char>(static_cast<int>(e.lo)));
-  __m512 multiplier[2], bias[2];
-  __m512i offset[2];
-#pragma GCC unroll 2
-  for (int p = 0; p < 2; ++p) {
-    const int64_t channel = t.first_channel + p * kPanelRows;
-    multiplier[p] = _mm512_maskz_loadu_ps(halves[p], e.multiplier + channel);
-    bias[p] = _mm512_maskz_loadu_ps(halves[p], e.bias + channel);
-    const int64_t* o = t.conv->weight_offset + channel;
-    const __mmask8 low = static_cast<__mmask8>(halves[p]), high = halves[p] >> 8;
-    offset[p] = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm512_cvtepi64_epi32(_mm512_maskz_loadu_epi64(low, o))),
-        _mm512_cvtepi64_epi32(_mm512_maskz_loadu_epi64(high, o + 8)), 1);
-  }
-  int64_t index = (t.first_row + first) * width + t.first_channel;
-  auto store_row = [&](int64_t at, const int32_t* s, __m512* v) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-    for (int p = 0; p < 2; ++p) {
-      __m512i sum = _mm512_load_si512(s + p * kPanelRows);
-      if (row_sums) {
-        const __m512i inputs = _mm512_set1_epi32(row_sums[(s - sums) / kWide]);
-        sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(inputs, offset[p]));
-      }
-      v[p] = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), multiplier[p]);
-      v[p] = _mm512_add_ps(v[p], bias[p]);
-      v[p] = add_residual(e, v[p], at + p * kPanelRows, halves[p]);
-      if (FLOAT) _mm512_mask_storeu_ps(e.out_f32 + at + p * kPanelRows, halves[p], v[p]);
-    }
-  };
-  for (int64_t r = 0; r < count; r += 2, index += 2 * width) {
-    const bool pair = r + 1 < count;
-    __m512 v[2][2] = {};
-    store_row(index, sums + r * kWide, v[0]);
-    if (pair) store_row(index + width, sums + (r + 1) * kWide, v[1]);
-    if (FLOAT) continue;
-    const __m512i codes = pack_codes(v, hi, lo);
-    uint8_t* out = e.out_u8 + index;
-    _mm256_mask_storeu_epi8(out, mask, _mm512_castsi512_si256(codes));
-    if (pair) _mm256_mask_storeu_epi8(out + width, mask, _mm512_extracti64x4_epi64(codes, 1));
-  }
-}
-
-template <class Tile>
-void store_rows(const Tile& t, int64_t first, int64_t count, const int32_t* sums) {
-  if (t.row_sums && t.wide_sums) {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = first + r, index = (t.first_row + row) * t.conv->out_channels;
-      for (int64_t j = 0; j < t.columns; ++j) {
-        const int64_t channel = t.first_channel + j;
-        store_output(t.conv->epilogue, index + channel, channel,
-                     sums[r * kWide + j] + t.conv->weight_offset[channel] * t.row_sums[row]);
-      }
-    }
-  } else if (t.conv->epilogue.out_u8) {
-    store<false>(t, first, count, sums);
-  } else {
-    store<true>(t, first, count, sums);
-  }
-}
+constexpr int64_t kBlockRows = 128;  // of outputs: L1 holds those of a task
+constexpr int kFusedRows = 16;       // beyond, weights are better stored than expanded again
 
 struct U8S8 {
   using Input = uint8_t;
@@ -142,6 +25,7 @@ struct U8S8 {
   static constexpr bool kUnpacksCheaply = true;
   static constexpr bool kReadsLines = true;
   int64_t exact_steps;
+  Range range;
 
   static void unpack(const PackedConv& conv, const uint8_t* planes, int64_t depth,
                      const int8_t* offset, Weight* panel, int32_t* start) {
@@ -168,16 +52,44 @@ struct U8S8 {
     memset(out, conv.x_zero_point, n);
   }
 
-  static int32_t row_sum(const Input* row, int64_t depth, const PackedConv& conv) {
+  static void sum_rows(const Input* rows, int64_t stride, int64_t depth, int64_t count,
+                       const PackedConv& conv, int32_t* sums) {
+    const __m256i zeros = _mm256_set1_epi32(static_cast<int32_t>(conv.x_zero_point * depth));
+    for (; count > 0; count -= 8, rows += 8 * stride, sums += 8) {
+      const int64_t last = min64(count, 8) - 1;
+      __m512i s[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) s[r] = sum_bytes(rows + min64(r, last) * stride, depth);
+#pragma GCC unroll 4
+      for (int r = 0; r < 8; r += 2) {
+        const __m512i low = _mm512_unpacklo_epi64(s[r], s[r + 1]);
+        s[r] = _mm512_add_epi64(low, _mm512_unpackhi_epi64(s[r], s[r + 1]));
+      }
+      const __m512i all = add_halves(add_halves(s[0], s[2]), add_halves(s[4], s[6]));
+      const __mmask8 present = static_cast<__mmask8>((2 << last) - 1);
+      _mm256_mask_storeu_epi32(sums, present, _mm256_sub_epi32(_mm512_cvtepi64_epi32(all), zeros));
+    }
+  }
+
+  // How gemm wants them.
+  void finish_sums(int32_t* sums, int64_t n) const {
+    if (range.splits()) range.split(sums, n);
+  }
+
+  // Of eight bytes each.
+  static __m512i sum_bytes(const Input* row, int64_t n) {
     const __m512i zero = _mm512_setzero_si512();
     __m512i sums = zero;
-    int64_t k = 0;
-    for (; k + 64 <= depth; k += 64) {
-      sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(row + k), zero));
+    for (; n > 64; n -= 64, row += 64) {
+      sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_loadu_si512(row), zero));
     }
-    const __mmask64 rest = (uint64_t{1} << (depth - k)) - 1;
-    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(rest, row + k), zero));
-    return static_cast<int32_t>(_mm512_reduce_add_epi64(sums) - conv.x_zero_point * depth);
+    const __mmask64 rest = ~uint64_t{0} >> (64 - n);
+    return _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(rest, row), zero));
+  }
+
+  // Sums of two adjacent quarters of a, then of b.
+  static __m512i add_halves(__m512i a, __m512i b) {
+    return _mm512_add_epi64(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
   }
 
 #if defined(__AVX512VNNI__)
@@ -185,8 +97,8 @@ struct U8S8 {
 
   static bool fuses(int64_t rows) { return rows <= kFusedRows && has_gfni(); }
 
-  static void gemm_planes(const Tile<U8S8>& t, const uint8_t* planes, int64_t depth) {
-    alignas(64) int32_t sums[(kFusedRows + 1) * kWide];
+  void gemm_planes(const Tile<U8S8>& t, const uint8_t* planes, int64_t depth) const {
+    alignas(64) int32_t sums[kFusedRows * kWide];
     const int64_t panel_bytes = t.depth_blocks * t.conv->bits * kPlaneBytes;
     for (int64_t j = 0; j < t.columns; j += kPanelRows, planes += panel_bytes) {
       const Planes p{planes, t.conv->bits, depth};
@@ -200,7 +112,17 @@ struct U8S8 {
         }
       });
     }
-    store_rows(t, 0, t.num_rows, sums);
+    if (t.row_sums && !range.splits()) {
+      for (int64_t r = 0; r < t.num_rows; ++r) store_unsplit(t, r, sums + r * kWide);
+      return;
+    }
+    const Columns<2, Output::kAny> columns(*t.conv, t.first_channel, t.columns);
+    for (int64_t r = 0; r < t.num_rows; ++r) {
+      __m512i row[1][2] = {
+          {_mm512_load_si512(sums + r * kWide), _mm512_load_si512(sums + r * kWide + kPanelRows)}};
+      add_offsets(t, r, range, row);
+      columns.store(t.first_row + r, row);
+    }
   }
 
 #else
@@ -208,24 +130,79 @@ struct U8S8 {
 #endif
 
   void gemm(const Tile<U8S8>& t) const {
-    alignas(64) int32_t sums[kDotRows * kWide];
-    const int64_t panel_size = t.depth_blocks * kPanelBytes;
-    for_each_row_tile<kDotRows>(t.num_rows, [&](auto rows, int64_t first) {
-      constexpr int kRows = decltype(rows)::kCount;
-      Tile<U8S8> part = t;
-      for (int64_t left = t.columns; left > 0; left -= kWide) {
-        part.columns = min64(kWide, left);
-        if (left > kPanelRows) {
-          multiply<kRows, 2>(part, first, exact_steps, sums);
+    if (t.row_sums && !range.splits()) return gemm_unsplit(t);
+    if (!range.narrow()) return gemm<Output::kAny>(t);
+    if (t.conv->epilogue.residual_u8) return gemm<Output::kCodesPlusCodes>(t);
+    gemm<Output::kCodes>(t);
+  }
+
+ private:
+  template <Output OUTPUT>
+  void gemm(const Tile<U8S8>& t) const {
+    for (int64_t first = 0; first < t.num_rows; first += kBlockRows) {
+      const int64_t count = min64(kBlockRows, t.num_rows - first);
+      for_each_columns(t, [&](const Tile<U8S8>& part) {
+        if (part.columns > kPanelRows) {
+          rows<kDotRows, 2, OUTPUT>(part, first, count);
         } else {
-          multiply<kRows, 1>(part, first, exact_steps, sums);
+          rows<kNarrowDotRows, 1, OUTPUT>(part, first, count);
         }
-        store_rows(part, first, kRows, sums);
-        part.panels += 2 * panel_size;
-        part.starts += kWide;
-        part.first_channel += kWide;
+      });
+    }
+  }
+
+  // Of even height, but for the last.
+  template <int ROWS, int PANELS, Output OUTPUT>
+  void rows(const Tile<U8S8>& t, int64_t first, int64_t count) const {
+    const int64_t height = ceil_div(count, ceil_div(count, ROWS)), rest = count % height;
+    auto run = [&](int64_t from, int64_t n, int64_t at_once) {
+      with_rows<ROWS>(at_once, [&](auto type) {
+        multiply_and_store<decltype(type)::kCount, PANELS, OUTPUT>(t, from, n, exact_steps, range);
+      });
+    };
+    run(first, count - rest, height);
+    if (rest) run(first + count - rest, rest, rest);
+  }
+
+  // body(tile) for every kWide columns.
+  template <class Body>
+  static void for_each_columns(const Tile<U8S8>& t, Body body) {
+    const int64_t panel_size = t.depth_blocks * kPanelBytes;
+    Tile<U8S8> part = t;
+    for (int64_t left = t.columns; left > 0; left -= kWide) {
+      part.columns = min64(kWide, left);
+      body(part);
+      part.panels += 2 * panel_size;
+      part.starts += kWide;
+      part.first_channel += kWide;
+    }
+  }
+
+  // One output at a time, where row sums or offsets are too large to be split.
+  void gemm_unsplit(const Tile<U8S8>& t) const {
+    alignas(64) int32_t sums[kWide];
+    for_each_columns(t, [&](const Tile<U8S8>& part) {
+      for (int64_t r = 0; r < t.num_rows; ++r) {
+        __m512i row[1][1];
+        for (int64_t j = 0; j < part.columns; j += kPanelRows) {
+          Tile<U8S8> panel = part;
+          panel.panels += j / kPanelRows * t.depth_blocks * kPanelBytes;
+          panel.starts += j;
+          sum_products(panel, r, exact_steps, range, row);
+          _mm512_store_si512(sums + j, row[0][0]);
+        }
+        store_unsplit(part, r, sums);
       }
     });
+  }
+
+  static void store_unsplit(const Tile<U8S8>& t, int64_t row, const int32_t* sums) {
+    const int64_t index = (t.first_row + row) * t.conv->out_channels;
+    for (int64_t j = 0; j < t.columns; ++j) {
+      const int64_t channel = t.first_channel + j;
+      store_output(t.conv->epilogue, index + channel, channel,
+                   sums[j] + t.conv->weight_offset[channel] * t.row_sums[row]);
+    }
   }
 };
 
@@ -242,7 +219,7 @@ const char* packed_conv2d(const PackedConv& conv) {
   const int64_t code = largest_code(conv);
 #endif
   if (winograd_conv2d(conv, code)) return "winograd";
-  Driver<U8S8>(conv, {exact_steps(largest_weight(conv), code)}).run();
+  Driver<U8S8>(conv, {exact_steps(largest_weight(conv), code), Range(conv)}).run();
   return "direct";
 }
 

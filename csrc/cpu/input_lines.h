@@ -18,14 +18,15 @@ class InputLines {
  public:
   // Whether it pays: not for lines so short that tiles of rows would be mostly empty.
   static bool apply(const PackedConv& conv) {
-    return conv.groups == 1 && conv.dilation_w == 1 && conv.weight_fits_s8 &&
-           conv.out_width >= kFewPixels && padding_is_modest(conv) &&
+    return conv.groups == 1 && conv.dilation_w == 1 && conv.out_width >= kFewPixels &&
+           padding_is_modest(conv) &&
            conv.kernel_h * conv.kernel_w * conv.stride_h * conv.stride_w > 1;
   }
 
   InputLines(const PackedConv& conv, int64_t first, int64_t end)
       : conv_(conv),
         first_(first),
+        end_(end),
         first_image_(first / conv.out_height),
         images_((end - 1) / conv.out_height - first_image_ + 1),
         span_((conv.out_width - 1) * conv.stride_w + conv.kernel_w),
@@ -59,6 +60,33 @@ class InputLines {
     copy_ = out;
   }
 
+  // Lines of inputs from the first one on.
+  int64_t count() const {
+    return (at(end_ - 1) - at(first_)) / pitch_ + (conv_.kernel_h - 1) * conv_.dilation_h + 1;
+  }
+
+  // Per output, the sum of (x - x_zero_point) over its window. `line_sums`, [count()][out_width]:
+  // room for those of the windows' rows.
+  template <class Policy>
+  void sum_rows(int32_t* line_sums, int32_t* out) const {
+    const int64_t width = conv_.out_width, step = conv_.stride_w * conv_.channels;
+    const int64_t size = conv_.kernel_w * conv_.channels, lines = count();
+    const uint8_t* const base = at(first_);
+    parallel_for(lines, ceil_div(65536, pitch_), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Policy::sum_rows(base + i * pitch_, step, size, width, conv_, line_sums + i * width);
+      }
+    });
+    for (int64_t line = first_; line < end_; ++line, out += width) {
+      const int32_t* row = line_sums + (at(line) - base) / pitch_ * width;
+      memcpy(out, row, width * sizeof(int32_t));
+      for (int64_t kh = 1; kh < conv_.kernel_h; ++kh) {
+        row += conv_.dilation_h * width;
+        for (int64_t j = 0; j < width; ++j) out[j] += row[j];
+      }
+    }
+  }
+
  private:
   static constexpr int64_t kFewPixels = 12;
 
@@ -81,7 +109,7 @@ class InputLines {
   }
 
   const PackedConv& conv_;
-  const int64_t first_, first_image_, images_;
+  const int64_t first_, end_, first_image_, images_;
   const int64_t span_;         // pixels of a line that outputs need
   const int64_t image_lines_;  // that the outputs of an image need
   bool in_place_;              // x itself has them

@@ -1,5 +1,7 @@
-// How large the operands of a packed convolution may be.
+// How large the operands and results of a packed convolution may be.
 #pragma once
+
+#include <string.h>
 
 #include "functions.h"
 #include "parallel.h"
@@ -32,6 +34,31 @@ inline int64_t largest_code(const PackedConv& conv) {
     }
   });
   return largest;
+}
+
+// Of |values|. As numbers, the bits of floats without signs have the same order; NaN is the
+// largest.
+inline float largest_magnitude(const float* values, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    memcpy(&bits, values + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float value;
+  memcpy(&value, &largest, sizeof value);
+  return value;
+}
+
+// Whether results are codes and, before they are rounded, within int32: then packing saturates them
+// as clamping would. False if they cannot be bounded.
+inline bool rounds_within_int32(const PackedConv& conv, float largest_sum) {
+  const Epilogue& e = conv.epilogue;
+  if (!e.out_u8 || e.residual_f32) return false;
+  const float scaled = largest_sum * largest_magnitude(e.multiplier, conv.out_channels);
+  const float bias = largest_magnitude(e.bias, conv.out_channels);
+  return scaled + bias + 255.0f * largest_magnitude(&e.residual_scale, 1) < 1e9f;
 }
 
 }  // namespace

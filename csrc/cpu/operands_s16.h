@@ -22,10 +22,12 @@ struct S16Operands : SimplePolicy {
 
   static void pad(Input* out, int64_t n, const PackedConv&) { memset(out, 0, n * sizeof(Input)); }
 
-  static int32_t row_sum(const Input* row, int64_t depth, const PackedConv&) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < depth; ++i) sum += row[i];
-    return sum;
+  static void sum_rows(const Input* rows, int64_t stride, int64_t depth, int64_t count,
+                       const PackedConv&, int32_t* sums) {
+    for (; count > 0; --count, rows += stride, ++sums) {
+      *sums = 0;
+      for (int64_t i = 0; i < depth; ++i) *sums += rows[i];
+    }
   }
 };
 

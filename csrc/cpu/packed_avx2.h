@@ -61,17 +61,20 @@ struct U8S8Operands : SimplePolicy {
     memset(out, conv.x_zero_point, n);
   }
 
-  static int32_t row_sum(const Input* row, int64_t depth, const PackedConv& conv) {
-    __m256i sums = _mm256_setzero_si256();
-    int64_t i = 0;
-    for (; i + 32 <= depth; i += 32) {
-      sums = _mm256_add_epi64(sums, _mm256_sad_epu8(load(row + i), _mm256_setzero_si256()));
+  static void sum_rows(const Input* rows, int64_t stride, int64_t depth, int64_t count,
+                       const PackedConv& conv, int32_t* out) {
+    for (; count > 0; --count, rows += stride, ++out) {
+      __m256i sums = _mm256_setzero_si256();
+      int64_t i = 0;
+      for (; i + 32 <= depth; i += 32) {
+        sums = _mm256_add_epi64(sums, _mm256_sad_epu8(load(rows + i), _mm256_setzero_si256()));
+      }
+      int64_t parts[4], sum = -conv.x_zero_point * depth;
+      store(parts, sums);
+      for (int64_t part : parts) sum += part;
+      for (; i < depth; ++i) sum += rows[i];
+      *out = static_cast<int32_t>(sum);
     }
-    int64_t parts[4], sum = -conv.x_zero_point * depth;
-    store(parts, sums);
-    for (int64_t part : parts) sum += part;
-    for (; i < depth; ++i) sum += row[i];
-    return static_cast<int32_t>(sum);
   }
 };
 

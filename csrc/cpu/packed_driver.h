@@ -9,8 +9,10 @@
 //   kUnpacksCheaply    next to kManyRows rows, again and again
 //   unpack(conv, planes, depth, offset, panel, start)
 //                      one panel of 16 channels to ceil(depth/4)*64 weights and 16 start values
-//   row_sum(row, depth, conv)
-//                      sum of (x - x_zero_point) over a row
+//   sum_rows(rows, stride, depth, count, conv, sums)
+//                      sums of (x - x_zero_point) over rows
+//   finish_sums(sums, count)
+//                      such sums as gemm and gemm_planes want them, if kReadsLines
 //   gemm(tile)         all rows times all columns, with the epilogue; may be a member of a policy
 //                      that knows more about the call
 //   kFuses; fuses(rows), gemm_planes(tile, planes, depth)
@@ -58,6 +60,9 @@ struct Tile {
   int64_t first_row;
   int64_t first_channel;
   int64_t columns;
+  const uint8_t* ahead;  // planes of the next task, to be fetched meanwhile
+  int64_t ahead_bytes;   // of them, 0 if there is none
+  int64_t rows_before;   // of the same task
 };
 
 template <class Policy>
@@ -185,6 +190,16 @@ class Driver {
       InputLines lines(conv_, first_row / conv_.out_width, end_row / conv_.out_width);
       lines.copy();
       rows.lines = &lines;
+      if constexpr (Policy::kReadsLines) {
+        if (!conv_.weight_fits_s8) {
+          const int64_t line_sums = lines.count() * conv_.out_width;
+          int32_t* const sums =
+              static_cast<int32_t*>(scratch(kSums, (count + line_sums) * sizeof(int32_t)));
+          lines.template sum_rows<Policy>(sums + count, sums);
+          policy_.finish_sums(sums, count);
+          rows.sums = sums;
+        }
+      }
       return multiply_all(rows, alone);
     }
     Input* gathered = nullptr;
@@ -211,9 +226,9 @@ class Driver {
             operand_.gather(group, first_row + begin, first_row + end, const_cast<Input*>(row));
           }
           if (!sums) continue;
-          for (int64_t i = begin; i < end; ++i, row += operand_.row_stride()) {
-            sums[group * count + i] = Policy::row_sum(row, depth_, conv_);
-          }
+          int32_t* const own = sums + group * count + begin;
+          Policy::sum_rows(row, operand_.row_stride(), depth_, end - begin, conv_, own);
+          if constexpr (Policy::kReadsLines) policy_.finish_sums(own, end - begin);
         }
       });
     }
@@ -245,7 +260,7 @@ class Driver {
     tile.columns = min64(task_panels_ * kPanelRows, group_outputs_ - panel * kPanelRows);
     if constexpr (Policy::kFuses) {
       if (Policy::fuses(rows.count) && !rows.lines) {
-        return Policy::gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
+        return policy_.gemm_planes(tile, aligned_planes(tile.first_channel, count), depth_);
       }
     }
     Weights w;
@@ -257,6 +272,11 @@ class Driver {
     }
     tile.panels = w.panels;
     tile.starts = w.starts;
+    if (!all_.panels && panel + count < panels_) {
+      const int64_t next = (tile.first_channel + tile.columns) / kPanelRows;
+      tile.ahead = conv_.weight + next * plane_bytes_;
+      tile.ahead_bytes = min64(task_panels_, panels_ - panel - count) * plane_bytes_;
+    }
     if (!rows.lines) return policy_.gemm(tile);
     if constexpr (Policy::kReadsLines) {
       const int64_t width = conv_.out_width;
@@ -266,7 +286,9 @@ class Driver {
       for (int64_t row = rows.first_row; row < rows.first_row + rows.count; row += width) {
         tile.rows = rows.lines->at(row / width);
         tile.first_row = row;
+        if (rows.sums) tile.row_sums = rows.sums + row - rows.first_row;
         policy_.gemm(tile);
+        tile.rows_before += width;
       }
     }
   }

@@ -30,6 +30,7 @@ enum ScratchSlot {
   kLocalRows,
   kPlanes,
   kSums,
+  kOffsets,
   kNumScratchSlots
 };
 void* scratch(ScratchSlot slot, size_t bytes);

@@ -24,10 +24,11 @@ void quantize_line(const float* __restrict x, uint8_t* __restrict out, int64_t n
   for (int64_t i = 0; i < n; ++i) out[i] = code(x[i]);
 }
 
+constexpr int64_t kPiece = 256;  // of a row at a time
+
 // One channel of a row into every `channels`-th byte.
 void quantize_channel(const float* x, int64_t stride, uint8_t* out, int64_t channels, int64_t n,
                       Quantizer code) {
-  constexpr int64_t kPiece = 256;
   float values[kPiece];
   uint8_t codes[kPiece];
   for (int64_t start = 0; start < n; start += kPiece) {
@@ -42,17 +43,52 @@ void quantize_channel(const float* x, int64_t stride, uint8_t* out, int64_t chan
   }
 }
 
-// A row of interleaved pixels from CHANNELS planes.
-template <int CHANNELS>
+#if defined(__AVX512VNNI__)
+// Which of 64 reds, then 64 greens, or of 64 blues, the bytes of 64 pixels are.
+struct PixelBytes {
+  uint8_t from[3][64] = {};
+  uint64_t blue[3] = {};
+  constexpr PixelBytes() {
+    for (int i = 0; i < 192; ++i) {
+      from[i / 64][i % 64] = static_cast<uint8_t>(i / 3 + i % 3 % 2 * 64);
+      blue[i / 64] |= static_cast<uint64_t>(i % 3 / 2) << (i % 64);
+    }
+  }
+};
+alignas(64) constexpr PixelBytes kPixelBytes;
+
+// As many pixels as there are whole vectors of; returns their number.
+__attribute__((target("avx512vbmi"))) int64_t interleave_vbmi(const uint8_t (&planes)[3][kPiece],
+                                                              int64_t n, uint8_t* out) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const __m512i red = _mm512_loadu_si512(planes[0] + i);
+    const __m512i green = _mm512_loadu_si512(planes[1] + i);
+    const __m512i blue = _mm512_loadu_si512(planes[2] + i);
+    for (int k = 0; k < 3; ++k) {
+      const __m512i from = _mm512_load_si512(kPixelBytes.from[k]);
+      const __m512i two = _mm512_permutex2var_epi8(red, from, green);
+      _mm512_storeu_si512(out + 3 * i + 64 * k,
+                          _mm512_mask_permutexvar_epi8(two, kPixelBytes.blue[k], from, blue));
+    }
+  }
+  return i;
+}
+#endif
+
+// A row of interleaved pixels from three planes.
 void quantize_planes(const float* x, int64_t stride, uint8_t* __restrict out, int64_t n,
                      Quantizer code) {
-  constexpr int64_t kPiece = 256;
-  uint8_t codes[CHANNELS][kPiece];
-  for (int64_t start = 0; start < n; start += kPiece, out += CHANNELS * kPiece) {
+  uint8_t planes[3][kPiece];
+  for (int64_t start = 0; start < n; start += kPiece, out += 3 * kPiece) {
     const int64_t size = min64(kPiece, n - start);
-    for (int c = 0; c < CHANNELS; ++c) quantize_line(x + c * stride + start, codes[c], size, code);
-    for (int64_t i = 0; i < size; ++i) {
-      for (int c = 0; c < CHANNELS; ++c) out[i * CHANNELS + c] = codes[c][i];
+    for (int c = 0; c < 3; ++c) quantize_line(x + c * stride + start, planes[c], size, code);
+    int64_t i = 0;
+#if defined(__AVX512VNNI__)
+    if (__builtin_cpu_supports("avx512vbmi")) i = interleave_vbmi(planes, size, out);
+#endif
+    for (; i < size; ++i) {
+      for (int c = 0; c < 3; ++c) out[3 * i + c] = planes[c][i];
     }
   }
 }
@@ -92,7 +128,7 @@ void quantize(const Quantize& a) {
             continue;
           }
           if (a.channels == 3 && a.stride_w == 1) {
-            quantize_planes<3>(x, a.stride_c, out, a.width, code);
+            quantize_planes(x, a.stride_c, out, a.width, code);
             continue;
           }
           for (int64_t c = 0; c < a.channels; ++c) {

@@ -7,6 +7,7 @@ in one arena: values whose lives do not meet share memory, and a call allocates 
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 import time
@@ -34,9 +35,10 @@ from .integer import (
 
 _ALIGNMENT = 64
 # As in program.cpp.
-_QUANTIZE, _REQUANTIZE, _MAX_POOL, _SUM_POOL, _CONV, _LINEAR_SUMS, _PAIR = range(7)
+_QUANTIZE, _REQUANTIZE, _MAX_POOL, _SUM_POOL, _CONV, _LINEAR_SUMS, _PAIR, _EACH_IMAGE = range(8)
 
 _LARGE = 2**20  # bytes of an image's float outputs that do not stay in cache for their reader
+_STEP = 2**16  # bytes moved in the time that an instruction takes before it computes anything
 
 Tensors = dict[str, torch.Tensor]
 
@@ -86,6 +88,10 @@ class Program:
         native = [
             _is_native(node.op, [values[i] for i in node.inputs], bound[n])
             for n, node in enumerate(graph.nodes)
+        ]
+        self._image_nodes = _image_nodes(graph, self._values, native)
+        self._layout = [
+            value[:1] if i < self._image_nodes else value for i, value in enumerate(self._values)
         ]
         self._arena, self._made = self._plan(native)
         self._kept: list[torch.Tensor] = []  # what instructions point to
@@ -154,6 +160,8 @@ class Program:
     def _plan(self, native: Sequence[bool]) -> tuple[torch.Tensor, list[Any]]:
         """The arena, and by value what of it the value is, None for those of other nodes."""
         nodes = self._graph.nodes
+        starts = list(range(-1, len(nodes)))
+        starts[self._image_nodes] = min(0, starts[self._image_nodes])  # of all images, one by one
         ends = list(range(-1, len(nodes)))
         ends[self._graph.output] = len(nodes)
         for n in reversed(range(len(nodes))):
@@ -162,7 +170,7 @@ class Program:
             for i in nodes[n].inputs:
                 ends[i] = max(ends[i], end)
         sizes = {
-            n + 1: -(-_bytes(self._values[n + 1]) // _ALIGNMENT) * _ALIGNMENT
+            n + 1: -(-_bytes(self._layout[n + 1]) // _ALIGNMENT) * _ALIGNMENT
             for n in range(len(nodes))
             if native[n]
         }
@@ -171,7 +179,7 @@ class Program:
             met = sorted(
                 (places[v], places[v] + sizes[v])
                 for v in places
-                if v - 1 <= ends[value] and value - 1 <= ends[v]
+                if starts[v] <= ends[value] and starts[value] <= ends[v]
             )
             place = 0
             for begin, end in met:
@@ -185,7 +193,7 @@ class Program:
         arena = arena[-arena.data_ptr() % _ALIGNMENT :]
         made: list[Any] = [None] * (len(nodes) + 1)
         for value, place in places.items():
-            made[value] = _view(arena[place:], self._values[value])
+            made[value] = _view(arena[place:], self._layout[value])
         return arena, made
 
     def _adds_up(self, n: int) -> bool:
@@ -216,12 +224,17 @@ class Program:
             return -1 - inputs.setdefault((value, layout), len(inputs))
 
         words: list[int] = []
+        if start < self._image_nodes:
+            words += [_EACH_IMAGE, len(self._values[0]), self._image_nodes]
         for n in range(start, end):
             node = self._graph.nodes[n]
             if self._adds_up(n):
                 words.append(_PAIR)
-            sources = _Sources(node.inputs, [self._values[i] for i in node.inputs], address)
-            words += _encode(node.op, self._bound[n], sources, self._made[n + 1], self._kept)
+            sources = _Sources(node.inputs, [self._layout[i] for i in node.inputs], address)
+            made = self._made[n + 1]
+            if n + 1 == self._image_nodes:
+                made = made[:1]
+            words += _encode(node.op, self._bound[n], sources, made, self._kept)
         return _Segment(start, _library._extension.program(words), tuple(inputs))
 
 
@@ -276,6 +289,37 @@ def _view(memory: torch.Tensor, example: Any) -> Any:
     shape = to_nhwc(example).shape if floats else example.shape
     dense = memory[: _bytes(example)].view(example.dtype).view(shape)
     return to_nchw(dense) if floats else dense
+
+
+def _image_nodes(graph: Graph, values: Sequence[Any], native: Sequence[bool]) -> int:
+    """How many nodes, from the first on, to run image by image.
+
+    Where activations outweigh weights, one image's stay in cache between the nodes and those of a
+    batch do not. All that the other nodes read of these must be the codes that the last one makes.
+    """
+    if len(values[0]) < 2:
+        return 0
+    last_read = [0] * len(values)
+    for n, node in enumerate(graph.nodes):
+        for i in node.inputs:
+            last_read[i] = n
+    last_read[graph.output] = len(graph.nodes)
+    best, best_gain, gain, read_until = 0, 0, 0, 0
+    for n, node in enumerate(graph.nodes):
+        first = isinstance(node.op, Quantize) and 0 in node.inputs and values[0].ndim == 4
+        kinds = Quantize | Requantize | MaxPool2d | PackedConv2d
+        if not native[n] or not isinstance(node.op, kinds) or first != (n == 0):
+            break
+        moved = sum(_bytes(values[i]) for i in (*node.inputs, n + 1)) // len(values[0])
+        gain += moved - _STEP * torch.get_num_threads()
+        convolution = isinstance(node.op, PackedConv2d)
+        if convolution:
+            gain -= math.prod(node.op.rows_and_depth())
+        read_until = max(read_until, last_read[n])
+        codes = convolution and node.op.output_bits is not None
+        if codes and read_until <= n and gain > best_gain:
+            best, best_gain = n + 1, gain
+    return best
 
 
 def _is_native(op: Any, inputs: Sequence[Any], bound: Tensors) -> bool:

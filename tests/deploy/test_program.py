@@ -46,6 +46,25 @@ def test_every_network(name, bits):
     assert_same(packed, images(3).to(memory_format=torch.channels_last))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images_one_by_one(name, monkeypatch):
+    """As if activations were large; to the last node that it is possible for."""
+    monkeypatch.setattr("fdda_fast.deploy.program._STEP", -(2**24))
+    packed = packed_network(name, Bits(4, 4))[1]
+    assert_same(packed, images(3))
+    program = program_of(packed)
+    never = ("dense", "preact", "excite", "shuffle", "normalised", "linear")
+    assert (program._image_nodes > 1) == (name not in never)
+    steps = program.profile(images(3))
+    assert [step.node.name for step in steps] == [node.name for node in packed.graph.nodes]
+
+
+def test_small_images_together():
+    packed = packed_network("resnet", Bits(4, 4))[1]
+    packed(images(8))
+    assert program_of(packed)._image_nodes == 0
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     packed = packed_network("resnet", Bits(4, 4))[1]

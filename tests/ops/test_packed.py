@@ -122,6 +122,43 @@ def test_depthwise_conv2d_equals_the_reference_on_every_isa(args):
     assert_equals_the_reference_on_every_isa("packed_conv2d", args)
 
 
+@settings(QUICK, max_examples=100)
+@given(args=convolutions(["one"], largest_size=40), factor=st.sampled_from([1, 1e9]))
+def test_conv2d_of_long_lines_equals_the_reference_on_every_isa(args, factor):
+    """Factor: values beyond int32."""
+    args = (*args[:11], args[11] * factor, *args[12:])
+    assert_equals_the_reference_on_every_isa("packed_conv2d", args)
+
+
+@st.composite
+def depthwise_3x3(draw):
+    g = generator(draw(SEED))
+    bits = draw(BITS)
+    channels = draw(st.sampled_from([16, 32, 48, 64, 80, 112, 144]))
+    stride = [draw(st.sampled_from([1, 2]))] * 2
+    padding = [draw(st.sampled_from([0, 1, 1, 3])) for _ in range(2)]
+    width = draw(st.sampled_from([*range(3, 12), 33, 64, 65, 66, 67, 129, 131]))
+    shape = (draw(st.integers(0, 2)), draw(st.integers(3, 8)), width, channels)
+    x = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    weight = ops.pack_weight(codes((channels, 9), bits, g, draw(st.booleans())), bits)
+    # Of nine bits, one less and one more.
+    low, high = draw(st.sampled_from([(0, 0), (-3, 3), (-127, 128), (-128, 128), (-127, 129)]))
+    offset = torch.randint(low, high + 1, (channels,), generator=g)
+    offset[0], offset[-1] = low, high
+    multiplier = torch.randn(channels, generator=g) * draw(st.sampled_from([1e-3, 1e9]))
+    bias = torch.randn(channels, generator=g) * 50 + 60
+    zero_point = draw(st.sampled_from([0, 1, 128, 255]))
+    geometry = ([3, 3], stride, padding, [1, 1], channels, zero_point)
+    output_range = draw(st.sampled_from([(0, 255), (0, 15), (10, 200)]))
+    return (x, weight, bits, channels, *geometry, offset, multiplier, bias, None, 0.0, output_range)
+
+
+@settings(QUICK, max_examples=200)
+@given(args=depthwise_3x3())
+def test_depthwise_3x3_equals_the_reference_on_every_isa(args):
+    assert_equals_the_reference_on_every_isa("packed_conv2d", args)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kernel", [3, 17])
 @pytest.mark.parametrize("bits", [2, 8])
