@@ -28,9 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fdda_fast as fdda
 from fdda_fast.fingerprints import fingerprint
 from fdda_fast.memory import resident_memory
-from fdda_fast.quantization.finetune import Finetuner, JointTraining
+from fdda_fast.quantization.finetune import Finetuner
 from fdda_fast.quantization.modules import activation_quantizers
 from fdda_fast.quantization.prepare import prepare
+from fdda_fast.quantization.stages import JointTraining
 from fdda_fast.synthesis import GeneratorTrainer
 
 CLASSES, SHAPE = 1000, (3, 224, 224)

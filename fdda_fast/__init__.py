@@ -5,7 +5,7 @@ from .config import QuantizeConfig, ReconstructConfig, SynthesisConfig
 from .deploy import PackedModel, load_packed, pack
 from .generator import Generator, sample
 from .quantization.bits import Bits
-from .quantization.finetune import quantize
+from .quantization.quantize import quantize
 from .shards import ShardConfig, ShardDataset, synthesize_shards, verify_shards
 from .statistics import BNSCenters, collect_centers, stream_centers
 from .synthesis import train_generator

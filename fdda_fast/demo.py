@@ -18,7 +18,7 @@ from .files import written_whole
 from .gallery import save_gallery
 from .models import load_teacher
 from .quantization.bits import Bits
-from .quantization.finetune import quantize
+from .quantization.quantize import quantize
 from .runs import RunFolder, display
 from .statistics import collect_centers
 from .synthesis import train_generator

@@ -22,7 +22,7 @@ from ..distributed import ALONE, Ranks, process_group
 from ..files import digest, written_whole
 from ..gallery import save_gallery
 from ..generator import Generator
-from ..quantization.finetune import quantize as quantize_stage
+from ..quantization.quantize import quantize as quantize_stage
 from ..runs import RunFolder, display, file_record, save_quantized
 from ..shards import ShardConfig, synthesize_shards, verify_shards
 from ..statistics import BNSCenters

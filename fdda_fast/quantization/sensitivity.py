@@ -19,9 +19,9 @@ from ..tracing import trace
 from ..training import Progress
 from .allocation import Widths
 from .bits import IMAGE_BITS, Bits, check_bits
-from .finetune import quantize
 from .modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from .prepare import prepare, reader_of
+from .quantize import quantize
 
 METRICS = ("kl", "mse")
 _BATCH = 64

@@ -8,7 +8,7 @@ from fdda_fast.config import QuantizeConfig, ReconstructConfig
 from fdda_fast.deploy import pack
 from fdda_fast.deploy.fold import weight_codes
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.finetune import quantize
+from fdda_fast.quantization.quantize import quantize
 from fdda_fast.quantization.rounding import LearnedRounding
 
 CONFIG = QuantizeConfig(

@@ -14,8 +14,8 @@ from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.finetune import quantize
 from fdda_fast.quantization.prepare import prepare
+from fdda_fast.quantization.quantize import quantize
 from fdda_fast.quantization.reconstruction import Reconstruction
 from fdda_fast.statistics import collect_centers, stream_centers
 from fdda_fast.synthesis import GeneratorTrainer, train_generator

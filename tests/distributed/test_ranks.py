@@ -37,6 +37,14 @@ def results(tmp_path_factory):
     return {name: {size: read(folder, name, size) for size in SIZES} for name in names}
 
 
+def distance(name, found, expected):
+    """In the unit that the scenario's tolerance has."""
+    difference = found.double() - expected.double()
+    order = 2 if name in TRAINED else torch.inf
+    scale = torch.linalg.vector_norm(expected.double(), order).clamp(min=1e-7)
+    return (torch.linalg.vector_norm(difference, order) / scale).item()
+
+
 def read(folder, name, size):
     """What each of the ranks has written."""
     files = (folder / f"{name}-{size}-{rank}.safetensors" for rank in range(size))
@@ -44,14 +52,13 @@ def read(folder, name, size):
 
 
 # Of losses in units of themselves, of tensors in units of their largest value. bfloat16 rounds to 3
-# digits, before and after the statistics are taken. Of a trained generator, rounding is what Adam
-# makes of it where a gradient is small; what the gradients are is compared by itself.
+# digits, before and after the statistics are taken.
 TOLERANCES = {
     "gradients": (1e-5, 1e-4),
     "two_pass_gradients": (1e-5, 1e-4),
     "bfloat16_gradients": (5e-3, 0.3),
-    "generator": (1e-3, 5e-2),
-    "two_pass": (1e-3, 5e-2),
+    "generator": (1e-3, 3e-2),
+    "two_pass": (1e-3, 3e-2),
     "along": (1e-3, 1e-4),
     "paper": (1e-5, 1e-5),
     "frozen": (1e-3, 1e-4),
@@ -59,6 +66,10 @@ TOLERANCES = {
     "stream": (0.0, 1e-6),
     "parts": (0.0, 0.0),
 }
+# Of a trained generator, rounding is what Adam makes of it where a gradient is small: few values
+# differ much, so that the differences' root mean square is looked at, not the largest. What the
+# gradients are is compared by itself.
+TRAINED = ("generator", "two_pass")
 # A norm follows the last convolution's tanh: what its bias gets from the pixels nearly cancels.
 CANCELS = {"bfloat16_gradients": ("conv3.bias",)}
 
@@ -72,9 +83,7 @@ def test_ranks_agree_with_one_process(results, name, size):
     for other in others:  # the first rank alone is told of losses
         assert all(torch.equal(first[k], other[k]) for k in first.keys() - {"losses"})
     for key in expected.keys() - {"losses", *MOVED_BY_ROUNDING, *CANCELS.get(name, ())}:
-        scale = expected[key].abs().max().item()
-        difference = (first[key].double() - expected[key].double()).abs().max().item()
-        assert difference <= tolerance * max(scale, 1e-7), key
+        assert distance(name, first[key], expected[key]) <= tolerance, key
     if "losses" in expected:
         torch.testing.assert_close(
             first["losses"], expected["losses"], rtol=loss_tolerance, atol=1e-6
@@ -93,9 +102,7 @@ def test_interrupted_on_two_ranks_and_resumed_on_four(results, tmp_path):
     assert all(other["steps"].tolist() == [] for other in others)
     (expected,) = results["generator"][1]
     for key in expected.keys() - {"losses", *MOVED_BY_ROUNDING}:
-        scale = expected[key].abs().max().item()
-        difference = (first[key].double() - expected[key].double()).abs().max().item()
-        assert difference <= TOLERANCES["generator"][1] * scale, key
+        assert distance("generator", first[key], expected[key]) <= TOLERANCES["generator"][1], key
 
 
 @pytest.mark.parametrize("size", SIZES)

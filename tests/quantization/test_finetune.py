@@ -22,9 +22,10 @@ from fdda_fast.data import (
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.finetune import Finetuner, quantize
+from fdda_fast.quantization.finetune import Finetuner
 from fdda_fast.quantization.modules import activation_quantizers, quantizer_mode
 from fdda_fast.quantization.prepare import prepare
+from fdda_fast.quantization.quantize import quantize
 from fdda_fast.seeding import stream
 from fdda_fast.statistics import collect_centers
 from fdda_fast.synthesis import GeneratorTrainer

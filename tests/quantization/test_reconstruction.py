@@ -13,9 +13,9 @@ from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.finetune import quantize
 from fdda_fast.quantization.modules import activation_quantizers
 from fdda_fast.quantization.prepare import prepare
+from fdda_fast.quantization.quantize import quantize
 from fdda_fast.quantization.reconstruction import Reconstruction, _Dropping
 from fdda_fast.quantization.rounding import LearnedRounding
 from fdda_fast.seeding import stream

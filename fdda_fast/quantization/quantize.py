@@ -1,0 +1,157 @@
+"""Quantisation from a few real images: `quantize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+
+from ..config import METHODS, QuantizeConfig
+from ..distributed import Ranks
+from ..fingerprints import check_teacher, fingerprint
+from ..generator import Generator
+from ..statistics import BNSCenters, check_labelled_images, collect_centers
+from ..synthesis import GeneratorTrainer
+from ..teacher import FrozenTeacher
+from ..training import Metrics, Progress, run_steps
+from .bits import Bits
+from .clipping import clip_weights
+from .finetune import CORRECTION_IMAGES, Batch, Finetuner
+from .prepare import prepare
+from .stages import JointTraining, ReconstructedTuning, range_batches, synthetic_source
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Batch,
+    bits: Bits | None = None,
+    config: QuantizeConfig | None = None,
+    generator: Generator | None = None,
+    *,
+    method: str = "fdda",
+    centers: BNSCenters | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> fx.GraphModule:
+    """Quantises a trained CNN with a few labelled images.
+
+    Where torch.distributed is initialised, all processes must call this: they share every batch,
+    and get what one process would but for rounding.
+
+    Args:
+        model: teacher; not changed.
+        calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; classes may
+            be missing.
+        bits: default Bits(4, 4).
+        config: default the preset `fast`. With steps=0 nothing is fine-tuned; `fdda` then takes
+            only the activation ranges, from the calibration images or, with a generator, from
+            batches like those of the steps.
+        generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
+        method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
+            ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
+            does that from synthetic images, too, and then fine-tunes from end to end; where it
+            trains the generator, it does so before, in `warmup_steps`.
+        centers: of the calibration images, when they are known already.
+        checkpoint: file to keep unfinished training in. resume: go on from it.
+        progress: called as progress(steps done, total, metrics), on the first rank.
+
+    Returns:
+        The student, a GraphModule in eval mode with fake quantisation; differentiable.
+
+    Raises:
+        ValueError: inputs that do not fit each other, a layer that cannot be quantised, no class
+            with a reliable center, a checkpoint of other settings.
+        KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
+    """
+    bits, config = bits or Bits(), config or QuantizeConfig()
+    _check_method(method, config, generator)
+    if method == "reconstruct":
+        batch = config.real_batch + config.synthetic_batch
+        config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
+    images, labels = calibration
+    check_labelled_images("calibration images", images, labels, 1 << 31)
+    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
+    with torch.no_grad():
+        num_classes = teacher(images[:1]).shape[1]
+    check_labelled_images("calibration images", images, labels, num_classes)
+    if generator is not None:
+        made = (generator.num_classes, generator.image_shape)
+        if made != (num_classes, tuple(images.shape[1:])):
+            raise ValueError(
+                f"generator makes {made[0]} classes of {list(made[1])} images, the model and the "
+                f"calibration images have {num_classes} of {list(images.shape[1:])}"
+            )
+        check_teacher("generator", generator.teacher, teacher.fingerprint)
+    student = prepare(
+        model,
+        bits,
+        placement=config.placement,
+        keep_float=config.keep_float,
+        from_zero=config.ranges == "reference" and config.steps > 0,
+    )
+    if config.weight_ranges != "auto" or config.ranges == "mse":
+        clip_weights(student, config.weight_ranges, config.percentile)
+    ranks = Ranks.world()
+    tuner = Finetuner(student, model, (images, labels), config, ranks)
+    if config.steps == 0 and method == "fdda":
+        if generator is not None:
+            tuner.calibrate(range_batches(tuner, synthetic_source(generator, config, ranks)))
+            return tuner.finish()
+        if config.range_images == "synthetic":
+            raise ValueError("QuantizeConfig.range_images='synthetic' needs a generator or steps")
+        tuner.calibrate(images.split(CORRECTION_IMAGES))
+        return tuner.finish()
+    trainer = None
+    if generator is None and config.synthetic_batch:
+        centers = centers or collect_centers(model, images, labels, num_classes)
+        trainer = GeneratorTrainer(model, centers, config.synthesis, ranks)
+    step: Callable[[int], Metrics]
+    if method != "fdda":
+        stages = ReconstructedTuning(tuner, generator, trainer)
+        step, state, total = stages.step, stages, stages.total
+    elif trainer is not None:
+        both = JointTraining(tuner, trainer)
+        step, state, total = both.step, both, config.warmup_steps + config.steps
+    else:
+        source = synthetic_source(generator, config, ranks)
+        tuner.calibrate(range_batches(tuner, source))
+        step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
+    run_steps(
+        step,
+        total,
+        state,
+        fingerprint=fingerprint(
+            (bits, config, method),
+            images,
+            labels,
+            model,
+            *([] if generator is None else [generator]),
+        ),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        resume=resume,
+        progress=progress,
+        ranks=ranks,
+    )
+    if method != "fdda" and config.steps == 0:
+        tuner.begin()
+    return tuner.finish()
+
+
+def _check_method(method: str, config: QuantizeConfig, generator: Generator | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method == "reconstruct" and generator is not None:
+        raise ValueError("method 'reconstruct' takes no generator, its images are real ones")
+    if method != "fdda" and config.ranges == "reference":
+        raise ValueError(
+            f"QuantizeConfig.ranges must not be 'reference' with method {method!r}, whose ranges "
+            "come from the images that it learns on"
+        )
+    if method != "fdda" and config.range_images != "all":
+        raise ValueError(
+            f"QuantizeConfig.range_images must be 'all' with method {method!r}, "
+            f"got {config.range_images!r}"
+        )
