@@ -10,7 +10,7 @@ from fdda_fast.ops import _products, _strips, _winograd_upsample, reference
 
 NAMES = ["upsample_conv3x3", "conv3x3_few_outputs"]
 # Of the direct convolution's error; of Winograd's also in units of float32's rounding.
-FACTOR, WINOGRAD_FACTOR, WINOGRAD_ROUNDINGS = 3, 10, 48
+FACTOR, WINOGRAD_FACTOR, WINOGRAD_ROUNDINGS = 3, 10, 32
 # How far bfloat16 may be off, in units of the output's rounding: every one of four terms is
 # rounded, as are the differences and the sums of weights.
 ROUNDINGS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 2}
