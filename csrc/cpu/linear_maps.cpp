@@ -19,7 +19,7 @@ namespace {
 // Channels are neighbours in the maps: a line of the cache.
 constexpr int64_t kPixels = 64, kChannels = 32;
 constexpr int kRows = 8;  // multiplied at a time
-constexpr int kAhead = 16;
+constexpr int kAhead = 16;  // rows from one that is multiplied to one that is asked for
 
 int64_t padded(int64_t size) { return ceil_div(size, kVectorLanes) * kVectorLanes; }
 

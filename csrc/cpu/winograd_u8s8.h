@@ -13,9 +13,8 @@
 //              not depend on C: constant displacements in the products' loop.
 //   weights:   [16 positions][C / 4][PANELS][16 outputs][4 inputs] s8, expanded from the bit planes
 //              of PANELS * 16 outputs at a time; those of the last row of positions are negated
-//   sums:      [2 rows][4 columns][tiles of a group][PANELS][16 outputs] s32: a column of
-//   positions'
-//              products, added and subtracted by A^T
+//   sums:      [2 rows][4 columns][tiles of a group][PANELS][16 outputs] s32: the products of a
+//              column of positions, added and subtracted by A^T
 
 #pragma once
 
