@@ -64,20 +64,16 @@ def _normalize(
     ranks: Ranks,
     convolution: nn.Conv2d | None = None,
 ) -> torch.Tensor:
-    """Batch norm with weight and bias [K, C] by label, LeakyReLU and perhaps a convolution."""
-    after = _parameters(convolution)
+    """Batch norm with weight and bias [K, C] by label, LeakyReLU and, training, a convolution."""
     if not norm.training:
-        tables = _tables(norm, labels, weight, bias)
-        if after:
-            return ops.fixed_bn_lrelu_conv3x3(x, tables, negative_slope, *after)
-        return ops.fixed_bn_lrelu(x, tables, negative_slope)
+        return ops.fixed_bn_lrelu(x, _tables(norm, labels, weight, bias), negative_slope)
     if ranks.size > 1:
         y, *moments, images = shared_bn_lrelu(
             x, labels, weight, bias, norm.eps, negative_slope, ranks, convolution
         )
         _move_running(norm, _values_per_channel(x, int(images)), *moments)
         return y
-    count = _values_per_channel(x, len(x))
+    count, after = _values_per_channel(x, len(x)), _parameters(convolution)
     operator = ops.conditional_bn_lrelu_conv3x3 if after else ops.conditional_bn_lrelu
     y, *moments = operator(x, labels, weight, bias, [len(x)], norm.eps, negative_slope, *after)
     _move_running(norm, count, *moments)
@@ -95,17 +91,9 @@ class ConditionalBatchNorm2d(nn.Module):
         nn.init.ones_(self.weight.weight)
         nn.init.zeros_(self.bias.weight)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor,
-        negative_slope: float = 1.0,
-        ranks: Ranks = ALONE,
-        convolution: nn.Conv2d | None = None,
-    ) -> torch.Tensor:
-        """[N, C, H, W], normalised, then LeakyReLU, then `convolution`, all in one operator."""
-        weight, bias = self.weight.weight, self.bias.weight
-        return _normalize(x, self.norm, labels, weight, bias, negative_slope, ranks, convolution)
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
+        """[N, C, H, W], normalised."""
+        return _normalize(x, self.norm, labels, self.weight.weight, self.bias.weight, 1.0, ranks)
 
     def of_upsampled(
         self,
@@ -115,11 +103,12 @@ class ConditionalBatchNorm2d(nn.Module):
         ranks: Ranks,
         convolution: nn.Conv2d | None = None,
     ) -> torch.Tensor:
-        """x up-sampled by 2, convolved by `upsampling`, then `forward` with a slope of 0.2."""
+        """x up-sampled by 2, convolved by `upsampling`, normalised, LeakyReLU, `convolution`."""
+        weight, bias = self.weight.weight, self.bias.weight
         if self.training:
             x = ops.upsample_conv3x3(x, *_parameters(upsampling))
-            return self(x, labels, _SLOPE, ranks, convolution)
-        tables = _tables(self.norm, labels, self.weight.weight, self.bias.weight)
+            return _normalize(x, self.norm, labels, weight, bias, _SLOPE, ranks, convolution)
+        tables = _tables(self.norm, labels, weight, bias)
         after = _parameters(convolution)
         operator = ops.upsample_fixed_bn_lrelu_conv3x3 if after else ops.upsample_fixed_bn_lrelu
         return operator(x, *_parameters(upsampling), tables, _SLOPE, *after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,6 @@ class FrozenTeacher:
 
     Attributes:
         running: the teacher's own statistics as [1, C_l] moments, layer by layer.
-        fingerprint: names the model by its weights and statistics.
 
     Raises:
         ValueError: the model cannot be traced, or has a BatchNorm2d without running statistics.
@@ -90,7 +90,7 @@ class FrozenTeacher:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dtype = dtype
-        self.fingerprint = fingerprint({}, model)
+        self._model = model
         graph_module = trace(model)
         note_shapes(graph_module, image_shape)
         self._recording, self.running = _fuse(graph_module)
@@ -101,6 +101,11 @@ class FrozenTeacher:
                     parameter.data = parameter.data.to(dtype)
         graph_module.to(memory_format=torch.channels_last)
         self._network = graph_module.requires_grad_(False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the model by its weights and statistics; made when it is asked for."""
+        return fingerprint({}, self._model)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """images float32 [N, C, H, W] -> logits float32 [N, K]."""

@@ -342,10 +342,12 @@ def use_threads(threads: int | None) -> None:
 def fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:
     """Raises ValueError unless they are the teacher's: its classes, images that it reads."""
     generators = [Generator.load(file) for file in files]
+    if not generators:
+        return []
     shape = inputs.image_shape
     classes = sum(generator.num_classes for generator in generators)
     other = next((g.image_shape for g in generators if g.image_shape != shape), shape)
-    if generators and (classes, other) != (inputs.num_classes, shape):
+    if (classes, other) != (inputs.num_classes, shape):
         raise ValueError(
             f"{', '.join(map(str, files))}: makes {classes} classes of {other} images, "
             f"the teacher reads {inputs.num_classes} classes of {shape}"

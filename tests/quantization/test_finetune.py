@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from digits import accuracy, equal, state
 from torch import nn
 
 from fdda_fast.config import QuantizeConfig, SynthesisConfig
@@ -20,7 +21,6 @@ from fdda_fast.data import (
     random_shift,
 )
 from fdda_fast.generator import Generator
-from fdda_fast.models import load_teacher
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.finetune import Finetuner
 from fdda_fast.quantization.modules import activation_quantizers, quantizer_mode
@@ -43,11 +43,6 @@ PAPER = QuantizeConfig.reference().replace(
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return load_teacher("digits-resnet8")
-
-
-@pytest.fixture(scope="module")
 def calibration():
     drawn = draw(open_source("digits", "train"), 2, seed=0)
     return drawn.images, drawn.labels
@@ -61,21 +56,6 @@ def generator():
         for _ in range(10):
             generator(torch.randn(16, 100), torch.randint(10, (16,)))
     return generator.eval()
-
-
-def state(student):
-    return {n: t.clone() for n, t in student.state_dict().items()}
-
-
-def equal(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[n], b[n]) for n in a)
-
-
-def accuracy(model):
-    test = open_source("digits", "test")
-    with torch.no_grad():
-        return (model(test.images(range(len(test)))).argmax(1) == test.labels).float().mean().item()
 
 
 def test_without_steps(teacher, calibration):

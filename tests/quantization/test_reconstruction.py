@@ -6,12 +6,12 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from digits import accuracy, equal, state
 
 from fdda_fast.config import QuantizeConfig, ReconstructConfig, SynthesisConfig
 from fdda_fast.data import draw, open_source
 from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
-from fdda_fast.models import load_teacher
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.modules import activation_quantizers
 from fdda_fast.quantization.prepare import prepare
@@ -32,11 +32,6 @@ CONFIG = QuantizeConfig(
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return load_teacher("digits-resnet8")
-
-
-@pytest.fixture(scope="module")
 def calibration():
     drawn = draw(open_source("digits", "train"), 1, seed=0)
     return drawn.images, drawn.labels
@@ -46,21 +41,6 @@ def calibration():
 def generator():
     torch.manual_seed(0)
     return Generator(10, (1, 8, 8)).eval()
-
-
-def state(student):
-    return {n: t.clone() for n, t in student.state_dict().items()}
-
-
-def equal(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[n], b[n]) for n in a)
-
-
-def accuracy(model):
-    test = open_source("digits", "test")
-    with torch.no_grad():
-        return (model(test.images(range(len(test)))).argmax(1) == test.labels).float().mean().item()
 
 
 def test_two_bits_from_one_image_per_class(teacher, calibration):
