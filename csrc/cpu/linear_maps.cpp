@@ -18,7 +18,7 @@ namespace {
 // Of a tile. Pixels are neighbours in the weight: so many that the processor sees where it is read.
 // Channels are neighbours in the maps: a line of the cache.
 constexpr int64_t kPixels = 64, kChannels = 32;
-constexpr int kRows = 8;  // multiplied at a time
+constexpr int kRows = 8;    // multiplied at a time
 constexpr int kAhead = 16;  // rows from one that is multiplied to one that is asked for
 
 int64_t padded(int64_t size) { return ceil_div(size, kVectorLanes) * kVectorLanes; }
