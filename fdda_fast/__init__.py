@@ -1,7 +1,7 @@
 """Low-bit post-training quantisation of CNNs from a few real images, on fast kernels."""
 
 from . import ops
-from .config import QuantizeConfig, ReconstructConfig, SynthesisConfig
+from .config import QuantizeConfig, ReconstructConfig, RefineConfig, SynthesisConfig
 from .deploy import PackedModel, load_packed, pack
 from .generator import Generator, sample
 from .quantization.bits import Bits
@@ -18,6 +18,7 @@ __all__ = [
     "PackedModel",
     "QuantizeConfig",
     "ReconstructConfig",
+    "RefineConfig",
     "ShardConfig",
     "ShardDataset",
     "SynthesisConfig",

@@ -27,6 +27,7 @@ RANGES = ("mse", "minmax", "percentile", "reference")
 WEIGHT_RANGES = ("auto", "minmax", "percentile", "mse")
 RANGE_IMAGES = ("all", "real", "synthetic")
 AUGMENTATIONS = ("shift", "crop")
+STARTS = ("calibration", "generator")
 METHODS = ("fdda", "reconstruct", "fdda+reconstruct")
 _EPOCH = 200  # steps, in the paper's settings
 _Config = TypeVar("_Config", bound="Section")
@@ -122,6 +123,38 @@ class SynthesisConfig(Section):
 
 
 @dataclass(frozen=True)
+class RefineConfig(Section):
+    """How the synthetic images of fine-tuning are refined, see `fdda_fast.refinement`.
+
+    Args:
+        images: in all; 0: none, the generator's are taken as they are.
+        start: what they are before: `calibration` images, warped (`fdda_fast.data.warped`), or
+            the `generator`'s.
+        group: images whose statistics are compared with the teacher's as those of one batch.
+        steps: of every group. lr: of Adam, in units of the normalised images; it falls to 0.
+        bns_weight: of L_BNS, in units of the teacher's running statistics. ce_weight: of the cross
+            entropy.
+    """
+
+    images: int = 512
+    start: str = "calibration"
+    group: int = 128
+    steps: int = 200
+    lr: float = 0.05
+    bns_weight: float = 3.0
+    ce_weight: float = 0.05
+
+    def __post_init__(self) -> None:
+        self._require("images", self.images >= 0, ">= 0")
+        self._require("start", self.start in STARTS, f"one of {STARTS}")
+        for name in ("group", "steps"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        self._require("lr", self.lr > 0, "> 0")
+        for name in ("bns_weight", "ce_weight"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
+
+
+@dataclass(frozen=True)
 class ReconstructConfig(Section):
     """How rounding and ranges are learned, see `fdda_fast.quantization.reconstruction`.
 
@@ -209,6 +242,8 @@ class QuantizeConfig(Section):
         dtype: of the convolutions and what is between them in fine-tuning steps; parameters,
             ranges, batch norms and losses are float32.
         synthesis: how the generator is trained when none is given.
+        refine: how synthetic images are refined before they are used; with refine.images 0 a
+            generator that is trained along goes on learning during the fine-tuning, as in FDDA.
         reconstruct: for the methods that reconstruct.
     """
 
@@ -243,6 +278,7 @@ class QuantizeConfig(Section):
     label_weight: float = 0.0
     dtype: str = "float32"
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
 
     def __post_init__(self) -> None:
@@ -304,6 +340,7 @@ class QuantizeConfig(Section):
             average_decay=0.0,
             max_grad_norm=math.inf,
             synthesis=SynthesisConfig.reference(),
+            refine=RefineConfig(images=0),
         )
 
 

@@ -45,7 +45,8 @@ COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 OWN = ["--model", "tiny_cli_model:make", "--weights", "tiny.safetensors", "--data", "tree",
        "--image-size", "16", "--resize", "16"]  # fmt: skip
 DIGITS = ["--model", "digits-resnet8", "--data", "digits"]
-TRAIN = ["--bits", "W4A4", "--steps", "3", "--warmup-steps", "2"]
+SHORT = ["--config", "short.toml"]
+TRAIN = ["--bits", "W4A4", "--steps", "3", "--warmup-steps", "2", *SHORT]
 
 
 def run(*arguments):
@@ -100,6 +101,7 @@ def place(tmp_path_factory):
         "bad": "steps = ", "unknown": "stepps = 3", "type": 'steps = "3"', "range": "lr = -1.0",
         "table": "synthesis = 3", "list": 'keep_float = ["no.such.layer"]', "float": "flip = 1",
         "bits": "[bits]\nweight = 11", "pair": "[bits.overrides]\nconv1 = 4", "dir": 'ranges = "x"',
+        "short": "[refine]\nimages = 4\nsteps = 2",
     }.items():  # fmt: skip
         (place / f"{name}.toml").write_text(text)
     return place
@@ -323,15 +325,15 @@ def test_quantize(results):
     out = results / "quantized"
     student = load_quantized(out)
     assert student(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
-    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 5
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 2 + 2 + 3
     assert len((out / "calibration.csv").read_text().splitlines()) == 1 + 6
 
 
 def test_quantize_with_a_finished_generator(results, tmp_path):
     generator = results / "synthetic" / "generator.safetensors"
-    options = ["--bits", "W3A3F8L8", "--steps", 2, "--generator", generator]
+    options = ["--bits", "W3A3F8L8", *SHORT, "--steps", 2, "--generator", generator]
     succeed("quantize", *OWN, *options, "--out", tmp_path / "run")
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 2
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 2 + 2
 
 
 def test_quantize_ranges_only(tmp_path):
@@ -341,11 +343,14 @@ def test_quantize_ranges_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [("reconstruct", 5 * 2), ("fdda+reconstruct", 1 + 5 * 2 + 3)]
+    ("method", "rows"), [("reconstruct", 5 * 2), ("fdda+reconstruct", 1 + 2 * 2 + 5 * 2 + 3)]
 )
 def test_quantize_by_reconstruction(tmp_path, method, rows):
     file = tmp_path / "settings.toml"
-    file.write_text("steps = 3\nwarmup_steps = 1\n[reconstruct]\nsteps = 2\nimages = 32\n")
+    file.write_text(
+        "steps = 3\nwarmup_steps = 1\n[refine]\nimages = 9\ngroup = 5\nsteps = 2\n"
+        "[reconstruct]\nsteps = 2\nimages = 32\n"
+    )
     options = ["--bits", "W4A4", "--method", method, "--config", file]
     succeed("quantize", *DIGITS, *options, "--out", tmp_path / "run")
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + rows

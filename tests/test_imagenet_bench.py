@@ -19,6 +19,10 @@ steps = 1
 range_steps = 1
 real_batch = 2
 synthetic_batch = 2
+[refine]
+images = 3
+group = 2
+steps = 1
 [synthesis]
 steps = 1
 batch_size = 2

@@ -1,6 +1,6 @@
 """Data sets, the calibration draw and image augmentation."""
 
-from .augment import blended, random_resized_crop, random_shift
+from .augment import blended, random_resized_crop, random_shift, warped
 from .calibration import Calibration, draw, every, from_record
 from .preprocessing import Preprocessing
 from .sources import ImageSource, open_source
@@ -16,4 +16,5 @@ __all__ = [
     "open_source",
     "random_resized_crop",
     "random_shift",
+    "warped",
 ]

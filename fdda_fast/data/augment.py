@@ -1,4 +1,4 @@
-"""Random changes to batches of images: shifts, resized crops, mirroring, blending."""
+"""Random changes to batches of images: shifts, resized crops, mirroring, blending, warps."""
 
 from __future__ import annotations
 
@@ -91,3 +91,44 @@ def random_resized_crop(
     theta[:, 1, 2] = (1 - height) * (2 * y - 1)
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid.to(images.dtype), padding_mode="border", align_corners=False)
+
+
+def warped(
+    images: torch.Tensor,
+    limits: tuple[torch.Tensor, torch.Tensor],
+    flip: bool,
+    rng: torch.Generator,
+) -> torch.Tensor:
+    """Other instances that the images' classes may have: other shapes, poses and tones.
+
+    Random affine maps (rotation up to 12 degrees; size, aspect ratio, shear and position by some
+    tenths), smooth displacements (Simard et al., ICDAR 2003; up to a twentieth of the side), and a
+    gamma curve and a contrast between the limits of pixels.
+
+    Args:
+        images: float32 [N, C, H, W] within the limits.
+        limits: smallest and largest value of every channel, float32 [C, 1, 1] each.
+        flip: mirror half of the images.
+
+    Returns:
+        The shape of `images`, within the limits.
+    """
+    n, _, h, w = images.shape
+    uniform = 2 * torch.rand(9, n, generator=rng) - 1
+    angle, size, aspect, shear, x, y, mirror, curve, contrast = uniform
+    angle = math.pi / 15 * angle
+    width, height = (torch.exp(0.2 * size + sign * 0.125 * aspect) for sign in (1, -1))
+    if flip:
+        width = torch.where(mirror < 0, -width, width)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = width * angle.cos(), 0.2 * shear - height * angle.sin()
+    theta[:, 1, 0], theta[:, 1, 1] = width * angle.sin(), height * angle.cos()
+    theta[:, :, 2] = 0.16 * torch.stack((x, y), 1)
+    moved = 0.1 * (2 * torch.rand(n, 2, 5, 5, generator=rng) - 1)
+    moved = F.interpolate(moved, size=(h, w), mode="bicubic", align_corners=True)
+    grid = F.affine_grid(theta, [n, 1, h, w], align_corners=False) + moved.permute(0, 2, 3, 1)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    low, high = limits
+    tones = ((images - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    tones = tones ** torch.exp(1.2 * curve).view(n, 1, 1, 1)
+    return low + (high - low) * (0.75 + 0.25 * contrast).view(n, 1, 1, 1) * tones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,12 +14,12 @@ from ..generator import Generator
 from ..statistics import BNSCenters, check_labelled_images, collect_centers
 from ..synthesis import GeneratorTrainer
 from ..teacher import FrozenTeacher
-from ..training import Metrics, Progress, run_steps
+from ..training import Progress, run_steps
 from .bits import Bits
 from .clipping import clip_weights
 from .finetune import CORRECTION_IMAGES, Batch, Finetuner
 from .prepare import prepare
-from .stages import JointTraining, ReconstructedTuning, range_batches, synthetic_source
+from .stages import JointTraining, StagedTuning, range_batches, synthetic_source
 
 
 def quantize(
@@ -108,21 +107,14 @@ def quantize(
     if generator is None and config.synthetic_batch:
         centers = centers or collect_centers(model, images, labels, num_classes)
         trainer = GeneratorTrainer(model, centers, config.synthesis, ranks)
-    step: Callable[[int], Metrics]
-    if method != "fdda":
-        stages = ReconstructedTuning(tuner, generator, trainer)
-        step, state, total = stages.step, stages, stages.total
-    elif trainer is not None:
-        both = JointTraining(tuner, trainer)
-        step, state, total = both.step, both, config.warmup_steps + config.steps
+    if method == "fdda" and trainer is not None and not config.refine.images:
+        stages = JointTraining(tuner, trainer)
     else:
-        source = synthetic_source(generator, config, ranks)
-        tuner.calibrate(range_batches(tuner, source))
-        step, state, total = lambda i: tuner.step(i, source(i)), tuner, config.steps
+        stages = StagedTuning(tuner, generator, trainer, reconstruct=method != "fdda")
     run_steps(
-        step,
-        total,
-        state,
+        stages.step,
+        stages.total,
+        stages,
         fingerprint=fingerprint(
             (bits, config, method),
             images,

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..config import QuantizeConfig
+from ..data.augment import warped
 from ..distributed import Ranks
 from ..generator import Generator, sample_together
+from ..refinement import Refiner, limits_of
 from ..seeding import stream
 from ..synthesis import GeneratorTrainer
-from ..training import Metrics, below, prefixed
+from ..training import Metrics, Stateful, below, prefixed
 from .finetune import Batch, Finetuner
 from .reconstruction import Reconstruction
 
-_LABEL_STREAM = 32
+_LABEL_STREAM, _START_STREAM, _REFINED_STREAM = 32, 34, 35
 
 
 class JointTraining:
@@ -29,6 +31,7 @@ class JointTraining:
                 f"got {tuner.config.synthetic_batch}"
             )
         self.tuner, self.trainer, self.config = tuner, trainer, tuner.config
+        self.total = tuner.config.warmup_steps + tuner.config.steps
         if trainer.config.dtype == tuner.config.dtype:
             trainer.teacher = tuner.teacher  # one copy
 
@@ -58,29 +61,48 @@ class JointTraining:
         self.trainer.load_state_tensors(tensors)
 
 
-class ReconstructedTuning:
-    """The generator where one is to be trained, then reconstruction, then fine-tuning."""
+class StagedTuning:
+    """One stage after the other: generator, refinement, reconstruction, fine-tuning.
+
+    Args:
+        generator: finished; None: that of `trainer`, if any.
+        trainer: of a generator that is not there yet.
+        reconstruct: whether there is a reconstruction.
+    """
 
     def __init__(
-        self, tuner: Finetuner, generator: Generator | None, trainer: GeneratorTrainer | None
+        self,
+        tuner: Finetuner,
+        generator: Generator | None,
+        trainer: GeneratorTrainer | None,
+        *,
+        reconstruct: bool,
     ) -> None:
-        config = tuner.config
-        self.tuner, self.trainer = tuner, trainer
-        self.source = synthetic_source(
-            generator if trainer is None else trainer.generator, config, tuner.ranks
-        )
-        self.reconstruction = Reconstruction(
-            tuner.student,
-            tuner.model,
-            self._images,
-            tuple(tuner.images.shape[1:]),
-            config,
-            tuner.ranks,
-        )
+        config, ranks = tuner.config, tuner.ranks
+        generator = generator if trainer is None else trainer.generator
+        self.tuner = tuner
+        self._source = synthetic_source(generator, config, ranks)
+        self._parts: dict[str, Stateful] = {}
+        self._stages: list[tuple[int, Callable[[int], Metrics]]] = []
+        if trainer is not None:
+            self._parts["trainer"] = trainer
+            self._stages.append((config.warmup_steps, lambda index: trainer.step(index)[2]))
+        if generator is not None and config.synthetic_batch and config.refine.images:
+            refiner = _refiner(tuner, generator)
+            self._parts["refiner"] = refiner
+            self._stages.append((refiner.steps, refiner.step))
+            self._source = _with_refined(self._source, refiner, config)
         self._made: torch.Tensor | None = None
-        self.warmup = 0 if trainer is None else config.warmup_steps
-        self.start = self.warmup + self.reconstruction.steps
-        self.total = self.start + config.steps
+        self._reconstructed = reconstruct
+        if reconstruct:
+            shape = tuple(tuner.images.shape[1:])
+            reconstruction = Reconstruction(
+                tuner.student, tuner.model, self._images, shape, config, ranks
+            )
+            self._parts["reconstruction"] = reconstruction
+            self._stages.append((reconstruction.steps, reconstruction.step))
+        self._stages.append((config.steps, self._tune))
+        self.total = sum(steps for steps, _ in self._stages)
 
     def _images(self) -> torch.Tensor:
         """Like those of the fine-tuning steps, but none of these."""
@@ -89,32 +111,70 @@ class ReconstructedTuning:
             batch = config.real_batch + config.synthetic_batch
             for index in range(-(-config.reconstruct.images // batch)):
                 index += config.steps + config.range_steps
-                made.append(self.tuner.blended_batch(index, self.source(index))[0])
+                made.append(self.tuner.blended_batch(index, self._source(index))[0])
             self._made = torch.cat(made)[: config.reconstruct.images]
         return self._made
 
-    def step(self, index: int) -> Metrics:
-        if index < self.warmup:
-            return self.trainer.step(index)[2]
-        if index < self.start:
-            return self.reconstruction.step(index - self.warmup)
-        index -= self.start
-        if index == 0:
+    def _tune(self, index: int) -> Metrics:
+        if index == 0 and self._reconstructed:
             self.tuner.begin()
-        return self.tuner.step(index, self.source(index))
+        elif index == 0:
+            self.tuner.calibrate(range_batches(self.tuner, self._source))
+        return self.tuner.step(index, self._source(index))
+
+    def step(self, index: int) -> Metrics:
+        """Step `index` of all stages' steps."""
+        for steps, step in self._stages:
+            if index < steps:
+                return step(index)
+            index -= steps
+        raise IndexError(index)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            **self.tuner.state_tensors(),
-            **prefixed("reconstruction", self.reconstruction.state_tensors()),
-            **({} if self.trainer is None else self.trainer.state_tensors()),
-        }
+        state = self.tuner.state_tensors()
+        for name, part in self._parts.items():
+            state |= prefixed(name, part.state_tensors())
+        return state
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tuner.load_state_tensors(tensors)
-        self.reconstruction.load_state_tensors(below("reconstruction", tensors))
-        if self.trainer is not None:
-            self.trainer.load_state_tensors(tensors)
+        for name, part in self._parts.items():
+            part.load_state_tensors(below(name, tensors))
+
+
+def _refiner(tuner: Finetuner, generator: Generator) -> Refiner:
+    """Of the tuner's calibration images, warped, or the generator's."""
+    config, images, labels = tuner.config, tuner.images, tuner.labels
+    limits = limits_of(images)
+
+    def starts(group: int) -> Batch:
+        rng = stream(config.seed, _START_STREAM, group)
+        first = group * config.refine.group
+        rows = torch.arange(first, min(first + config.refine.group, config.refine.images))
+        if config.refine.start == "generator":
+            made = rows % generator.num_classes
+            start = sample_together(generator, made, int(rng.initial_seed() >> 1), tuner.ranks)
+            return start.clamp(*limits), made
+        rows %= len(images)
+        return warped(images[rows], limits, config.flip, rng), labels[rows]
+
+    return Refiner(tuner.teacher, starts, limits, config.refine, tuner.ranks)
+
+
+def _with_refined(
+    generated: Callable[[int], Batch], refiner: Refiner, config: QuantizeConfig
+) -> Callable[[int], Batch]:
+    """Batches by step: the first half generated, the others drawn from the refined images."""
+
+    def batch(index: int) -> Batch:
+        rng = stream(config.seed, _REFINED_STREAM, index)
+        images, labels = generated(index)
+        rows = torch.randint(len(refiner.images), (len(images) - len(images) // 2,), generator=rng)
+        kept = slice(len(images) // 2)
+        images = torch.cat([images[kept], refiner.images[rows]])
+        return images, torch.cat([labels[kept], refiner.labels[rows]])
+
+    return batch
 
 
 def range_batches(

@@ -8,7 +8,7 @@ import signal
 import torch
 
 from fdda_fast import center_parts
-from fdda_fast.config import QuantizeConfig, ReconstructConfig, SynthesisConfig
+from fdda_fast.config import QuantizeConfig, ReconstructConfig, RefineConfig, SynthesisConfig
 from fdda_fast.data import draw, every, open_source
 from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
@@ -17,8 +17,10 @@ from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.prepare import prepare
 from fdda_fast.quantization.quantize import quantize
 from fdda_fast.quantization.reconstruction import Reconstruction
+from fdda_fast.refinement import Refiner
 from fdda_fast.statistics import collect_centers, stream_centers
 from fdda_fast.synthesis import GeneratorTrainer, train_generator
+from fdda_fast.teacher import FrozenTeacher
 
 # Shares differ: 9, 7 and 15 images. Adam's first steps are of the size of the learning rate where a
 # gradient is nothing but rounding, so that must be small for rounding to stay small.
@@ -30,7 +32,7 @@ TWO_PASS = SynthesisConfig.reference().replace(
 )
 ALONG = QuantizeConfig(
     steps=4, warmup_steps=2, range_steps=2, real_batch=6, synthetic_batch=7,
-    synthesis=GENERATOR.replace(lr=1e-7),
+    synthesis=GENERATOR.replace(lr=1e-7), refine=RefineConfig(images=0),
 )  # fmt: skip
 PAPER = QuantizeConfig.reference().replace(
     steps=3, warmup_steps=2, range_steps=3, real_batch=6, synthetic_batch=5, synthesis=TWO_PASS
@@ -113,6 +115,23 @@ def tune(folder, config, generator=None):
 def frozen(folder):
     torch.manual_seed(0)
     return tune(folder, ALONG, Generator(10, (1, 8, 8)).eval())
+
+
+def refine(folder):
+    """Two groups of images, of which the second is smaller."""
+
+    def starts(group):
+        rng = torch.Generator().manual_seed(group)
+        count = (9, 5)[group]
+        return torch.randn(count, 1, 8, 8, generator=rng), torch.arange(count)
+
+    limits = torch.full((1, 1, 1), -2.0), torch.full((1, 1, 1), 2.0)
+    config = RefineConfig(images=14, group=9, steps=3, lr=1e-3)
+    teacher = FrozenTeacher(digits()[0], (1, 8, 8))
+    made, history = Refiner(teacher, starts, limits, config, Ranks.world()), []
+    for index in range(made.steps):
+        history.append(made.step(index))
+    return {"images": made.images, "labels": made.labels, **losses(history)}
 
 
 def reconstruct(folder):
@@ -208,6 +227,7 @@ SCENARIOS = {
     "along": functools.partial(tune, config=ALONG),
     "paper": functools.partial(tune, config=PAPER),
     "frozen": frozen,
+    "refine": refine,
     "reconstruct": reconstruct,
     "stream": stream,
     "parts": parts,

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from digits import accuracy, equal, state
 
-from fdda_fast.config import QuantizeConfig, ReconstructConfig, SynthesisConfig
+from fdda_fast.config import (
+    QuantizeConfig,
+    ReconstructConfig,
+    RefineConfig,
+    SynthesisConfig,
+)
 from fdda_fast.data import draw, open_source
 from fdda_fast.distributed import Ranks
 from fdda_fast.generator import Generator
@@ -27,7 +32,7 @@ CONFIG = QuantizeConfig(
     synthesis=SynthesisConfig(
         batch_size=6, classes_per_step=2, images_per_class=2, any_class_steps=1
     ),
-    reconstruct=RECONSTRUCT,
+    refine=RefineConfig(images=12, group=8, steps=2), reconstruct=RECONSTRUCT,
 )  # fmt: skip
 
 
@@ -101,8 +106,8 @@ def interrupt_at(stop):
     return progress
 
 
-# The generator's 2 steps, 5 units of 4, and 3 of fine-tuning.
-@pytest.mark.parametrize("stop", [1, 2, 3, 6, 9, 21, 22, 24])
+# The generator's 2 steps, 2 of each of 2 groups of images, 5 units of 4, and 3 of fine-tuning.
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7, 10, 13, 25, 26, 28])
 def test_resuming_is_bit_identical(teacher, calibration, tmp_path, stop):
     path = tmp_path / "checkpoint.safetensors"
     arguments = teacher, calibration, Bits(2, 3), CONFIG
@@ -117,7 +122,7 @@ def test_resuming_is_bit_identical(teacher, calibration, tmp_path, stop):
         quantize(*arguments, method="reconstruct", checkpoint=path, resume=True)
     done = []
     resumed = run(resume=True, progress=lambda i, n, m: done.append(i))
-    assert done == list(range(stop + 1, 26))
+    assert done == list(range(stop + 1, 30))
     assert equal(state(straight), state(resumed))
 
 
