@@ -3,21 +3,23 @@
 Compares, `full_integer` placement and all layers at the named bits, on the whole test set: min-max
 quantisation on the calibration images; ranges of least squared error from them, untrained, without
 and with BatchNorm correction; fine-tuning on these images alone; the same plus the images of a
-generator trained without L_C and L_D (zero-shot data); FDDA; FDDA with `dtype = "bfloat16"` in both
-trainings; block-wise reconstruction on the calibration images alone; reconstruction on FDDA's
-images, too, and fine-tuning as in FDDA; and reconstruction on 1,024 real images, for what more
-images would bring. The same number of fine-tuning steps and images per step for all that are
-fine-tuned. `--ablations` adds FDDA without one of its losses, with other weights of them, with
-centers for some classes only, and with more real images.
+generator trained without L_C and L_D (zero-shot data), of FDDA's generator, and refined images as
+the preset `fast` makes them, these also with `dtype = "bfloat16"`; block-wise reconstruction on the
+calibration images alone; reconstruction on refined images, too, and then fine-tuning; and
+reconstruction on 1,024 real images, for what more images would bring. The same number of
+fine-tuning steps and images per step for all that are fine-tuned. `--ablations` adds generators
+without one of the losses, with other weights of them and with centers for some classes only, and
+refinement with more real images.
 
 Networks: the three shipped ones of Fashion-MNIST, and the ResNet-20 of 128 classes of glyphs
 (bench/glyphs.py, which is run where need be). The settings were chosen on Fashion-MNIST's ResNet-20
 with seed 0, which is therefore not among the default seeds, those of reconstruction on the digits'
-test set and on errors of units of seed 1.
+test set and on errors of units of seed 1, those of refinement with seeds 0 and 1 on 10,000 images
+of the training set.
 
 Every result is kept as a row of the CSV file and not computed again, so the work can be stopped,
 resumed, and split by seed over processes, which may share the file. The seconds of a row include
-its generator's, which methods and bit widths share. `--table` shows what is there so far.
+its synthetic images', which methods and bit widths share. `--table` shows what is there so far.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import time
 from collections.abc import Sequence
 from itertools import groupby, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import glyphs
 import torch
@@ -82,41 +84,48 @@ class Network:
 
 
 class Experiment:
-    """One network and seed; keeps the generators for all methods and bit widths that share one."""
+    """One network and seed; keeps synthetic images for all methods and bits that share them."""
 
     def __init__(self, network: Network, seed: int) -> None:
         self.network, self.seed = network, seed
-        self._generators: dict[tuple, tuple[Generator, float]] = {}
+        self._made: dict[tuple, tuple[dict[str, Any], float]] = {}
 
     def student(self, method: Method, bits: fdda.Bits) -> tuple[nn.Module, float]:
-        """The network and the seconds that it took, its generator's included."""
-        generator, generator_seconds = self._generator(method)
+        """The network and the seconds that it took, its synthetic images' included."""
+        synthetic, seconds = self._synthetic(method)
         start = time.monotonic()
         config = method.config.replace(seed=self.seed, flip=self.network.train.flip)
         calibration = self._calibration(method)
         teacher, kind = self.network.teacher, method.kind
-        student = fdda.quantize(teacher, calibration, bits, config, generator, method=kind)
-        return student, time.monotonic() - start + generator_seconds
+        student = fdda.quantize(teacher, calibration, bits, config, method=kind, **synthetic)
+        return student, time.monotonic() - start + seconds
 
     def _calibration(self, method: Method) -> tuple[torch.Tensor, torch.Tensor]:
         train = self.network.train
         few = draw(train, method.images_per_class(train.num_classes), self.seed)
         return few.images, few.labels
 
-    def _generator(self, method: Method) -> tuple[Generator | None, float]:
-        if method.synthesis is None:
-            return None, 0.0
-        if method.generator not in self._generators:
-            start = time.monotonic()
-            teacher, num_classes = self.network.teacher, self.network.train.num_classes
-            images, labels = self._calibration(method)
-            order = torch.randperm(num_classes, generator=stream(self.seed, _CENTERS_STREAM))
-            given = torch.isin(labels, order[: round(method.centers * num_classes)])
-            centers = fdda.collect_centers(teacher, images[given], labels[given], num_classes)
-            config = method.synthesis.replace(seed=self.seed)
-            generator = fdda.train_generator(teacher, centers, config)
-            self._generators[method.generator] = generator, time.monotonic() - start
-        return self._generators[method.generator]
+    def _synthetic(self, method: Method) -> tuple[dict[str, Any], float]:
+        """What `quantize` takes of synthetic images, and the seconds that they took."""
+        if method.images not in self._made:
+            start, made = time.monotonic(), {}
+            if method.synthesis is not None:
+                made["generator"] = self._generator(method)
+            elif method.refined:
+                flip, calibration = self.network.train.flip, self._calibration(method)
+                made["synthetic"] = fdda.refine(
+                    self.network.teacher, calibration, seed=self.seed, flip=flip
+                )
+            self._made[method.images] = made, time.monotonic() - start
+        return self._made[method.images]
+
+    def _generator(self, method: Method) -> Generator:
+        teacher, num_classes = self.network.teacher, self.network.train.num_classes
+        images, labels = self._calibration(method)
+        order = torch.randperm(num_classes, generator=stream(self.seed, _CENTERS_STREAM))
+        given = torch.isin(labels, order[: round(method.centers * num_classes)])
+        centers = fdda.collect_centers(teacher, images[given], labels[given], num_classes)
+        return fdda.train_generator(teacher, centers, method.synthesis.replace(seed=self.seed))
 
 
 def run(rows: Sequence[Row], results: Path) -> None:

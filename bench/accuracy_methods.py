@@ -18,7 +18,9 @@ class Method:
     Args:
         title: what the table calls it.
         config: settings of the quantisation.
-        synthesis: settings of the generator; None: real images alone.
+        synthesis: settings of the generator, whose images are taken as they are.
+        refined: whether there are refined calibration images; where there is no generator
+            either, real images are all there is.
         kind: `method` of `fdda.quantize`.
         per_class: real images of every class; None: as near to 1,024 of all as the same number
             of each comes.
@@ -28,6 +30,7 @@ class Method:
     title: str
     config: fdda.QuantizeConfig = _FAST
     synthesis: fdda.SynthesisConfig | None = None
+    refined: bool = False
     kind: str = "fdda"
     per_class: int | None = 1
     centers: float = 1.0
@@ -36,12 +39,12 @@ class Method:
         return self.per_class or max(1, round(_MANY / num_classes))
 
     @property
-    def generator(self) -> tuple[fdda.SynthesisConfig | None, int | None, float]:
-        """Equal for methods that share a generator."""
-        return self.synthesis, self.per_class, self.centers
+    def images(self) -> tuple[fdda.SynthesisConfig | None, bool, int | None, float]:
+        """Equal for methods that share their synthetic images."""
+        return self.synthesis, self.refined, self.per_class, self.centers
 
 
-_BFLOAT16 = {"dtype": "bfloat16"}
+_GENERATED = _FAST.replace(refine=_FAST.refine.replace(images=0))
 _BOTH_BATCHES = _FAST.real_batch + _FAST.synthetic_batch
 METHODS = {
     "minmax": Method("min-max on the calibration images", _MINMAX),
@@ -56,17 +59,17 @@ METHODS = {
     ),
     "zero-shot": Method(
         "... and a generator without L_C, L_D",
+        _GENERATED,
         synthesis=_FDDA.replace(distorted_weight=0.0, centralized_weight=0.0),
     ),
-    "fdda": Method("FDDA", synthesis=_FDDA),
+    "fdda-generator": Method("... and FDDA's generator", _GENERATED, synthesis=_FDDA),
+    "fdda": Method("... and refined images (`fast`)", refined=True),
     "fdda-bfloat16": Method(
-        "FDDA, computed in bfloat16",
-        _FAST.replace(**_BFLOAT16),
-        synthesis=_FDDA.replace(**_BFLOAT16),
+        "... the same, tuned in bfloat16", _FAST.replace(dtype="bfloat16"), refined=True
     ),
     "reconstruct": Method("reconstruction on the calibration images", kind="reconstruct"),
     "fdda+reconstruct": Method(
-        "reconstruction on FDDA's, too, then FDDA", synthesis=_FDDA, kind="fdda+reconstruct"
+        "reconstruction on refined images, too, then tuned", refined=True, kind="fdda+reconstruct"
     ),
     "reconstruct-1024": Method(
         "reconstruction on 1,024 real images", kind="reconstruct", per_class=None
@@ -74,24 +77,29 @@ METHODS = {
 }
 ABLATIONS = {
     "without-centralized": Method(
-        "FDDA without L_C", synthesis=_FDDA.replace(centralized_weight=0.0)
+        "generator without L_C", _GENERATED, _FDDA.replace(centralized_weight=0.0)
     ),
-    "without-distorted": Method("FDDA without L_D", synthesis=_FDDA.replace(distorted_weight=0.0)),
-    "centers-70": Method("FDDA, centers for 70 % of the classes", synthesis=_FDDA, centers=0.7),
-    **{
-        f"fdda-{count}": Method(f"FDDA, {count} images per class", synthesis=_FDDA, per_class=count)
-        for count in (4, 16)
-    },
+    "without-distorted": Method(
+        "generator without L_D", _GENERATED, _FDDA.replace(distorted_weight=0.0)
+    ),
+    "centers-70": Method(
+        "generator, centers for 70 % of the classes", _GENERATED, _FDDA, centers=0.7
+    ),
     **{
         f"{name}-{weight}": Method(
-            f"FDDA, weight of {symbol} {weight}",
-            synthesis=_FDDA.replace(**{f"{name}_weight": weight}),
+            f"generator, weight of {symbol} {weight}",
+            _GENERATED,
+            _FDDA.replace(**{f"{name}_weight": weight}),
         )
         for name, symbol, weights in (
             ("distorted", "L_D", (0.25, 4.0)),
             ("centralized", "L_C", (0.01, 1.0)),
         )
         for weight in weights
+    },
+    **{
+        f"fdda-{count}": Method(f"refined images, {count} per class", refined=True, per_class=count)
+        for count in (4, 16)
     },
 }
 EVERY = METHODS | ABLATIONS

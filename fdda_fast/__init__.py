@@ -6,6 +6,7 @@ from .deploy import PackedModel, load_packed, pack
 from .generator import Generator, sample
 from .quantization.bits import Bits
 from .quantization.quantize import quantize
+from .refinement import refine
 from .shards import ShardConfig, ShardDataset, synthesize_shards, verify_shards
 from .statistics import BNSCenters, collect_centers, stream_centers
 from .synthesis import train_generator
@@ -27,6 +28,7 @@ __all__ = [
     "ops",
     "pack",
     "quantize",
+    "refine",
     "sample",
     "stream_centers",
     "synthesize",

@@ -27,7 +27,6 @@ RANGES = ("mse", "minmax", "percentile", "reference")
 WEIGHT_RANGES = ("auto", "minmax", "percentile", "mse")
 RANGE_IMAGES = ("all", "real", "synthetic")
 AUGMENTATIONS = ("shift", "crop")
-STARTS = ("calibration", "generator")
 METHODS = ("fdda", "reconstruct", "fdda+reconstruct")
 _EPOCH = 200  # steps, in the paper's settings
 _Config = TypeVar("_Config", bound="Section")
@@ -124,12 +123,10 @@ class SynthesisConfig(Section):
 
 @dataclass(frozen=True)
 class RefineConfig(Section):
-    """How the synthetic images of fine-tuning are refined, see `fdda_fast.refinement`.
+    """How synthetic images are refined, see `fdda_fast.refine`.
 
     Args:
-        images: in all; 0: none, the generator's are taken as they are.
-        start: what they are before: `calibration` images, warped (`fdda_fast.data.warped`), or
-            the `generator`'s.
+        images: in all; 0: none, a generator's are taken as they are.
         group: images whose statistics are compared with the teacher's as those of one batch.
         steps: of every group. lr: of Adam, in units of the normalised images; it falls to 0.
         bns_weight: of L_BNS, in units of the teacher's running statistics. ce_weight: of the cross
@@ -137,7 +134,6 @@ class RefineConfig(Section):
     """
 
     images: int = 512
-    start: str = "calibration"
     group: int = 128
     steps: int = 200
     lr: float = 0.05
@@ -146,7 +142,6 @@ class RefineConfig(Section):
 
     def __post_init__(self) -> None:
         self._require("images", self.images >= 0, ">= 0")
-        self._require("start", self.start in STARTS, f"one of {STARTS}")
         for name in ("group", "steps"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
         self._require("lr", self.lr > 0, "> 0")
@@ -205,7 +200,7 @@ class QuantizeConfig(Section):
     Args:
         steps: fine-tuning steps; 0 means activation ranges from the calibration images and
             nothing else.
-        warmup_steps: generator steps before the first fine-tuning step, when the generator is
+        warmup_steps: generator steps before the first fine-tuning step, where a generator is
             trained along the way.
         seed: decides every draw of the fine-tuning.
         placement, keep_float: see `fdda_fast.quantization.prepare`.
@@ -242,8 +237,9 @@ class QuantizeConfig(Section):
         dtype: of the convolutions and what is between them in fine-tuning steps; parameters,
             ranges, batch norms and losses are float32.
         synthesis: how the generator is trained when none is given.
-        refine: how synthetic images are refined before they are used; with refine.images 0 a
-            generator that is trained along goes on learning during the fine-tuning, as in FDDA.
+        refine: how the synthetic images are made, of a given generator's or, without one, of the
+            calibration images. With refine.images 0 they are a generator's as they are, and one
+            is trained along where none is given, as in FDDA.
         reconstruct: for the methods that reconstruct.
     """
 

@@ -1,9 +1,9 @@
-"""The whole way on a shipped teacher: centers, generator, quantisation, packing, comparison."""
+"""The whole way on a shipped teacher: centers, images, quantisation, packing, comparison."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import evaluation
 from .checkpoint import save_tensors
-from .config import QuantizeConfig, SynthesisConfig
+from .config import QuantizeConfig, RefineConfig
 from .data import draw, open_source
 from .deploy import load_packed, pack
 from .files import written_whole
@@ -19,9 +19,9 @@ from .gallery import save_gallery
 from .models import load_teacher
 from .quantization.bits import Bits
 from .quantization.quantize import quantize
+from .refinement import refine
 from .runs import RunFolder, display
 from .statistics import collect_centers
-from .synthesis import train_generator
 
 BITS = "W2A3"
 
@@ -33,20 +33,20 @@ class Recipe:
     Args:
         dataset, model: shipped ones.
         per_class: calibration images.
-        generator_steps, steps: of the generator and of the fine-tuning.
+        refine: of the synthetic images. steps: of the fine-tuning.
     """
 
     dataset: str
     model: str
     per_class: int
-    generator_steps: int
-    steps: int
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    steps: int = QuantizeConfig.steps
     seed: int = 0
 
 
 RECIPES = {
-    "digits": Recipe("digits", "digits-resnet8", 1, 1200, 1200),
-    "fashion-mnist": Recipe("fashion-mnist", "fashion-mnist-resnet20", 1, 1200, 1200),
+    "digits": Recipe("digits", "digits-resnet8", 1),
+    "fashion-mnist": Recipe("fashion-mnist", "fashion-mnist-resnet20", 1),
 }
 
 
@@ -96,11 +96,12 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
     calibration.save_record(out / "calibration.csv")
     centers.save(out / "centers.safetensors")
 
-    synthesis = SynthesisConfig(steps=recipe.generator_steps, seed=recipe.seed)
-    with display("generator") as progress:
-        generator = train_generator(teacher, centers, synthesis, progress=progress)
-    generator.save(out / "generator.safetensors")
-    save_gallery(out / "gallery.png", generator, source.preprocessing, source.class_names)
+    with display("images") as progress:
+        synthetic = refine(
+            teacher, (images, labels), recipe.refine,
+            seed=recipe.seed, flip=source.flip, progress=progress,
+        )  # fmt: skip
+    save_gallery(out / "gallery.png", *synthetic, source.preprocessing, source.class_names)
 
     config = QuantizeConfig(steps=recipe.steps, flip=source.flip, seed=recipe.seed)
     # With and without this package's own calibration, so that the table does not credit the
@@ -108,7 +109,9 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
     calibrated = quantize(teacher, (images, labels), bits, config.replace(steps=0))
     minmax = quantize(teacher, (images, labels), bits, config.plain_minmax())
     with display("quantize") as progress:
-        student = quantize(teacher, (images, labels), bits, config, generator, progress=progress)
+        student = quantize(
+            teacher, (images, labels), bits, config, synthetic=synthetic, progress=progress
+        )
 
     teacher_file, packed_file = out / "teacher.safetensors", out / "model.fdda"
     save_tensors(teacher_file, teacher.state_dict(), {})

@@ -10,41 +10,37 @@ from PIL import Image, ImageDraw
 
 from .data.preprocessing import Preprocessing
 from .files import written_whole
-from .generator import Generator, sample
 
+GALLERY_IMAGES, GALLERY_CLASSES = 10, 20  # a class, and in all
 _CELL, _GAP, _LABEL_WIDTH = 64, 4, 96
 
 
 def save_gallery(
     path: str | Path,
-    generator: Generator,
+    images: torch.Tensor,
+    labels: torch.Tensor,
     preprocessing: Preprocessing,
     class_names: Sequence[str] | None = None,
-    *,
-    per_class: int = 10,
-    max_classes: int = 20,
-    seed: int = 0,
 ) -> None:
-    """Draws `per_class` images of the first `max_classes` classes and writes them as PNG.
+    """Writes the first images of the first classes as PNG.
 
     Args:
-        preprocessing: of the teacher; its inverse makes pixels of the generator's output.
+        images: float32 [N, C, H, W]. labels: int64 [N].
+        preprocessing: of the teacher; its inverse makes pixels of the images.
         class_names: to write beside the rows; numbers otherwise.
     """
-    classes = min(max_classes, generator.num_classes)
-    labels = torch.arange(classes).repeat_interleave(per_class)
-    pixels = preprocessing.denormalize(sample(generator, labels, seed)[0])
-    pitch = _CELL + _GAP
-    sheet = Image.new("RGB", (_LABEL_WIDTH + per_class * pitch, classes * pitch + _GAP), "white")
+    classes, pitch = labels.unique()[:GALLERY_CLASSES].tolist(), _CELL + _GAP
+    size = (_LABEL_WIDTH + GALLERY_IMAGES * pitch, len(classes) * pitch + _GAP)
+    sheet = Image.new("RGB", size, "white")
     writer = ImageDraw.Draw(sheet)
-    for row in range(classes):
+    for row, label in enumerate(classes):
         top = _GAP + row * pitch
-        name = class_names[row] if class_names else str(row)
+        name = class_names[label] if class_names else str(label)
         # The built-in font has no more than Latin letters.
         writer.text((_GAP, top), name[:14].encode("ascii", "replace").decode(), fill="black")
-        for column in range(per_class):
-            cell = _cell(pixels[row * per_class + column])
-            sheet.paste(cell, (_LABEL_WIDTH + column * pitch, top))
+        shown = images[labels == label][:GALLERY_IMAGES]
+        for column, pixels in enumerate(preprocessing.denormalize(shown)):
+            sheet.paste(_cell(pixels), (_LABEL_WIDTH + column * pitch, top))
     with written_whole(path) as temporary:
         sheet.save(temporary, format="PNG")
 

@@ -1,28 +1,35 @@
-"""Refinement: images moved, pixel by pixel, until the teacher's statistics are its own again."""
+"""Refinement: images moved, pixel by pixel, until their BatchNorm statistics are the teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .config import RefineConfig
+from .data.augment import warped
 from .distributed import ALONE, Ranks, merged_over_ranks
+from .fingerprints import check_teacher, fingerprint
+from .generator import Generator, sample_together
 from .losses import moment_distance
-from .statistics import whitened
+from .seeding import stream
+from .statistics import check_labelled_images, whitened
 from .teacher import FrozenTeacher
 from .training import (
     Metrics,
+    Progress,
     below,
     load_optimizer_tensors,
     optimizer_tensors,
     prefixed,
+    run_steps,
 )
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _BETAS = (0.5, 0.99)  # of Adam
+_STREAM = 50
 
 
 class Refiner:
@@ -30,9 +37,10 @@ class Refiner:
 
     Args:
         teacher: differentiable in its images.
-        starts: makes the images of a group, by its number: float32 [N, C, H, W] and the teacher's
-            classes, int64 [N]; called when its first step needs them.
-        limits: smallest and largest value of every channel, float32 [C, 1, 1] each.
+        calibration: images float32 [N, C, H, W], N > 0, and labels int64 [N].
+        num_classes: of the teacher.
+        seed: decides every draw. flip: mirror half of the calibration images.
+        generator: of the images to begin with; None: the calibration images.
         ranks: refine every group together, each its share of the images.
 
     Attributes:
@@ -42,21 +50,29 @@ class Refiner:
     def __init__(
         self,
         teacher: FrozenTeacher,
-        starts: Callable[[int], Batch],
-        limits: Batch,
+        calibration: Batch,
+        num_classes: int,
         config: RefineConfig,
+        *,
+        seed: int,
+        flip: bool,
+        generator: Generator | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.teacher, self.starts, self.limits = teacher, starts, limits
+        ranks.check_batch("RefineConfig.group", config.group)
+        self.teacher, self.generator, self.calibration = teacher, generator, calibration
+        self.num_classes, self.seed, self.flip = num_classes, seed, flip
         self.config, self.ranks = config, ranks
-        self.groups = -(-config.images // config.group)
-        self.images, self.labels = torch.empty(0), torch.empty(0, dtype=torch.int64)
+        images, _ = calibration
+        low, high = torch.aminmax(images.transpose(0, 1).flatten(1), dim=1)
+        self._limits = low.view(-1, 1, 1), high.view(-1, 1, 1)
+        self.images, self.labels = images[:0], torch.empty(0, dtype=torch.int64)
         self._optimizer: torch.optim.Adam | None = None
 
     @property
     def steps(self) -> int:
         """In all."""
-        return self.groups * self.config.steps
+        return -(-self.config.images // self.config.group) * self.config.steps
 
     def step(self, index: int) -> Metrics:
         """Step `index` of all groups' steps."""
@@ -76,17 +92,33 @@ class Refiner:
         (config.bns_weight * bns + config.ce_weight * entropy).backward()
         # Every pixel has its own gradient, and all ranks make the same step.
         x.grad = ranks.gather_rows(own.grad, len(y))
-        figures = torch.stack([entropy.detach()])
-        ranks.sum_([figures])
+        shown = entropy.detach()
+        ranks.sum_([shown])
         self._optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
         self._optimizer.step()
         with torch.no_grad():
-            x.clamp_(*self.limits)
+            x.clamp_(*self._limits)
         if step + 1 == config.steps:
-            self.images = torch.cat([self.images.view(-1, *x.shape[1:]), x.detach()])
+            self.images = torch.cat([self.images, x.detach()])
             self.labels = torch.cat([self.labels, y])
             self._optimizer = None
-        return {"refine_bns": bns.item(), "refine_ce": figures.item()}
+        return {"refine_bns": bns.item(), "refine_ce": shown.item()}
+
+    def starts(self, group: int) -> Batch:
+        """The images of a group before their refinement, and their classes, which take turns."""
+        config, rng = self.config, stream(self.seed, _STREAM, group)
+        first = group * config.group
+        count = min(config.group, config.images - first)
+        labels = torch.arange(first, first + count) % self.num_classes
+        if self.generator is not None:
+            drawn = sample_together(self.generator, labels, rng.initial_seed() >> 1, self.ranks)
+            return drawn.clamp(*self._limits), labels
+        images, known = self.calibration
+        # One of the class, or any where it has none: the cross entropy makes it one of the class.
+        fits = (known == labels[:, None]).float()
+        fits = torch.where(fits.any(1, keepdim=True), fits, 1.0)
+        rows = torch.multinomial(fits, 1, generator=rng)[:, 0]
+        return warped(images[rows], self._limits, self.flip, rng), labels
 
     def _begin(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Makes these the group that is refined."""
@@ -107,7 +139,86 @@ class Refiner:
             load_optimizer_tensors(self._optimizer, below("optimizer", tensors))
 
 
-def limits_of(images: torch.Tensor) -> Batch:
-    """Smallest and largest value of every channel of [N, C, H, W], as [C, 1, 1] each."""
-    low, high = torch.aminmax(images.transpose(0, 1).flatten(1), dim=1)
-    return low.view(-1, 1, 1), high.view(-1, 1, 1)
+def refine(
+    model: nn.Module,
+    calibration: Batch,
+    config: RefineConfig | None = None,
+    generator: Generator | None = None,
+    *,
+    seed: int = 0,
+    flip: bool = True,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> Batch:
+    """Makes images whose BatchNorm statistics are the teacher's own, for `quantize(synthetic=...)`.
+
+    They begin as calibration images, warped (`fdda_fast.data.warped`), or as a generator's, and are
+    moved pixel by pixel, group by group, as in DeepInversion (Yin et al., CVPR 2020): by L_BNS over
+    the group, in units of the teacher's running statistics, and the cross entropy with the classes.
+    They keep within the values of the calibration images.
+
+    A generator that has seen one image of a class makes that image over and over; these differ.
+
+    Args:
+        model: teacher with BatchNorm2d layers that torch.fx can trace; not changed.
+        calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; of classes that
+            are missing, images begin as those of others.
+        generator: of the images to begin with; None: the calibration images.
+        seed: decides every draw. flip: mirror half of the calibration images.
+        checkpoint: file to keep unfinished work in. resume: go on from it.
+        progress: called as progress(steps done, total, metrics), on the first rank.
+        ranks: which processes share every group; default all.
+
+    Returns:
+        images float32 [config.images, C, H, W], and their classes int64, which take turns.
+
+    Raises:
+        ValueError: calibration images that do not fit the model, a generator of other classes or
+            images or of another teacher, a checkpoint of other settings.
+        KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
+    """
+    config, ranks = config or RefineConfig(), ranks or Ranks.world()
+    images, labels = calibration
+    check_labelled_images("calibration images", images, labels, 1 << 31)
+    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
+    with torch.no_grad():
+        num_classes = teacher(images[:1]).shape[1]
+    check_labelled_images("calibration images", images, labels, num_classes)
+    if generator is not None:
+        check_generator(generator, num_classes, tuple(images.shape[1:]), teacher)
+    refiner = Refiner(
+        teacher, calibration, num_classes, config,
+        seed=seed, flip=flip, generator=generator, ranks=ranks,
+    )  # fmt: skip
+    run_steps(
+        refiner.step,
+        refiner.steps,
+        refiner,
+        fingerprint=fingerprint(
+            (config, seed, flip),
+            images,
+            labels,
+            model,
+            *([] if generator is None else [generator]),
+        ),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        resume=resume,
+        progress=progress,
+        ranks=ranks,
+    )
+    return refiner.images, refiner.labels
+
+
+def check_generator(
+    generator: Generator, num_classes: int, image_shape: tuple[int, ...], teacher: FrozenTeacher
+) -> None:
+    """Raises ValueError unless the generator's classes, images and teacher are these."""
+    made = (generator.num_classes, generator.image_shape)
+    if made != (num_classes, image_shape):
+        raise ValueError(
+            f"generator makes {made[0]} classes of {list(made[1])} images, the model and the "
+            f"calibration images have {num_classes} of {list(image_shape)}"
+        )
+    check_teacher("generator", generator.teacher, teacher.fingerprint)

@@ -319,11 +319,13 @@ def check_labelled_images(
         raise ValueError(f"{name} is empty")
     if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
+            f"labels of {name} must be int64 [{len(images)}], "
+            f"got {labels.dtype} {list(labels.shape)}"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+            f"labels of {name} must lie in 0..{num_classes - 1}, "
+            f"got {int(labels.min())}..{int(labels.max())}"
         )
 
 

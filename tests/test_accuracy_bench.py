@@ -31,19 +31,25 @@ class Made:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Instead of training: generators made, and arguments of quantisations."""
+    """Instead of training: generators made, and arguments of quantisations, refined images' too."""
     generators, students = [], []
+    refined = []
 
     def train_generator(model, centers, config):
         made = Made(config, int((centers.count > 0).sum()), int(centers.count.sum()))
         generators.append(made)
         return made
 
-    def quantize(model, calibration, bits, config, generator, *, method):
-        students.append((len(calibration[0]), bits, config, generator, method))
+    def refine(model, calibration, *, seed, flip):
+        refined.append(("refined", seed, flip, len(calibration[0])))
+        return refined[-1]
+
+    def quantize(model, calibration, bits, config, *, method, generator=None, synthetic=None):
+        students.append((len(calibration[0]), bits, config, generator or synthetic, method))
         return model
 
     monkeypatch.setattr(fdda, "train_generator", train_generator)
+    monkeypatch.setattr(fdda, "refine", refine)
     monkeypatch.setattr(fdda, "quantize", quantize)
     monkeypatch.setattr(accuracy, "NETWORKS", (NETWORK, "fashion-mnist-resnet20"))
     return generators, students
@@ -53,14 +59,16 @@ def bench(path, *words):
     accuracy.main(["--networks", NETWORK, "--results", str(path), *words])
 
 
-def test_generators_are_shared_and_rows_kept(calls, tmp_path, capsys):
+def test_images_are_shared_and_rows_kept(calls, tmp_path, capsys):
     generators, students = calls
     path = tmp_path / "rows.csv"
     few = ["--methods", "real", "fdda", "fdda+reconstruct", "zero-shot", "--bits", "W4A4", "W2A2"]
     bench(path, *few, "--seeds", "1")
-    assert [made.config.seed for made in generators] == [1, 1]  # FDDA's two methods share one
+    assert [made.config.seed for made in generators] == [1]
     assert [s[4] for s in students] == ["fdda"] * 4 + ["fdda+reconstruct"] * 2 + ["fdda"] * 2
-    assert [s[3] for s in students] == [None] * 2 + generators[:1] * 4 + generators[1:] * 2
+    refined = ("refined", 1, False, 10)
+    assert [s[3] for s in students] == [None] * 2 + [refined] * 4 + generators * 2
+    assert all(s[3] is students[2][3] for s in students[2:6])  # FDDA's two methods share them
     before = path.read_bytes()
     bench(path, *few, "--seeds", "1")  # nothing is left to compute
     assert (path.read_bytes(), len(students)) == (before, 8)
@@ -96,7 +104,10 @@ def test_what_each_method_is_given(calls, tmp_path):
         dict(zip([*METHODS, *ABLATIONS], values, strict=True))
         for values in zip(*students, strict=True)
     )
-    assert len(generators) == len(ABLATIONS) + 3
+    assert len(generators) == len(ABLATIONS) - 2 + 2
+    given = {name for name, m in made.items() if isinstance(m, tuple)}
+    assert given == {"fdda", "fdda-bfloat16", "fdda+reconstruct", "fdda-4", "fdda-16"}
+    assert all(made[name] == ("refined", 1, False, images[name]) for name in given)
     few = {name: count for name, count in images.items() if count != 10}
     assert few == {"reconstruct-1024": 1020, "fdda-4": 40, "fdda-16": 160}
     assert not any(config.flip for config in configs.values())  # digits
@@ -108,17 +119,18 @@ def test_what_each_method_is_given(calls, tmp_path):
     weights = {
         name: (m.config.distorted_weight, m.config.centralized_weight)
         for name, m in made.items()
-        if m is not None
+        if isinstance(m, Made)
     }
-    assert weights["fdda"] == weights["centers-70"] == weights["fdda-16"] == (1.0, 0.1)
+    assert all(configs[name].refine.images == 0 for name in weights)
+    assert weights["fdda-generator"] == weights["centers-70"] == (1.0, 0.1)
     assert weights["zero-shot"] == (0, 0)
     assert weights["without-centralized"] == (1, 0)
     assert weights["without-distorted"] == (0, 0.1)
     assert weights["distorted-4.0"] == (4, 0.1)
     assert weights["centralized-0.01"] == (1, 0.01)
-    assert (made["centers-70"].centers, made["fdda"].centers) == (7, 10)
-    assert (made["fdda-16"].images, made["fdda"].images) == (160, 10)
-    assert made["fdda-bfloat16"].config.dtype == configs["fdda-bfloat16"].dtype == "bfloat16"
+    assert (made["centers-70"].centers, made["fdda-generator"].centers) == (7, 10)
+    assert made["centers-70"].images == 7
+    assert configs["fdda-bfloat16"].dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("classes", "each"), [(10, 102), (128, 8), (5000, 1)])

@@ -46,7 +46,7 @@ OWN = ["--model", "tiny_cli_model:make", "--weights", "tiny.safetensors", "--dat
        "--image-size", "16", "--resize", "16"]  # fmt: skip
 DIGITS = ["--model", "digits-resnet8", "--data", "digits"]
 SHORT = ["--config", "short.toml"]
-TRAIN = ["--bits", "W4A4", "--steps", "3", "--warmup-steps", "2", *SHORT]
+TRAIN = ["--bits", "W4A4", "--steps", "3", *SHORT]
 
 
 def run(*arguments):
@@ -325,7 +325,7 @@ def test_quantize(results):
     out = results / "quantized"
     student = load_quantized(out)
     assert student(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
-    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 2 + 2 + 3
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 2 + 3
     assert len((out / "calibration.csv").read_text().splitlines()) == 1 + 6
 
 
@@ -343,12 +343,12 @@ def test_quantize_ranges_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [("reconstruct", 5 * 2), ("fdda+reconstruct", 1 + 2 * 2 + 5 * 2 + 3)]
+    ("method", "rows"), [("reconstruct", 5 * 2), ("fdda+reconstruct", 2 * 2 + 5 * 2 + 3)]
 )
 def test_quantize_by_reconstruction(tmp_path, method, rows):
     file = tmp_path / "settings.toml"
     file.write_text(
-        "steps = 3\nwarmup_steps = 1\n[refine]\nimages = 9\ngroup = 5\nsteps = 2\n"
+        "steps = 3\n[refine]\nimages = 9\ngroup = 5\nsteps = 2\n"
         "[reconstruct]\nsteps = 2\nimages = 32\n"
     )
     options = ["--bits", "W4A4", "--method", method, "--config", file]
@@ -514,8 +514,9 @@ def test_demo(tmp_path, monkeypatch):
     from dataclasses import replace
 
     from fdda_fast import demo
+    from fdda_fast.config import RefineConfig
 
-    short = replace(demo.RECIPES["digits"], generator_steps=2, steps=2)
+    short = replace(demo.RECIPES["digits"], refine=RefineConfig(images=8, steps=2), steps=2)
     monkeypatch.setitem(demo.RECIPES, "digits", short)
     told = succeed("demo", "--out", tmp_path / "run", "--bits", "W4A4")
     assert "packed integers" in told
@@ -623,6 +624,7 @@ def refused(place, *arguments):
         (["--bits", "W4A4F8L4"], "must look like"),
         (["--steps", "0"], "--steps"),
         (["--warmup-steps", "-1"], "--warmup-steps"),
+        (["--warmup-steps", "3"], "needs a generator that is trained along"),
     ],
 )
 def test_bad_input_of_quantize(place, options, message):
@@ -720,8 +722,7 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
 
 
 def test_interrupted_and_resumed(tmp_path):
-    options = ["quantize", *OWN, "--bits", "W4A4", "--steps", "60", "--warmup-steps", "20",
-               "--threads", "1"]  # fmt: skip
+    options = ["quantize", *OWN, "--bits", "W4A4", "--steps", "60", "--threads", "1"]  # fmt: skip
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "fdda_fast", *options, "--out", str(out)],

@@ -10,22 +10,24 @@ from PIL import Image
 from rich.console import Console
 
 from fdda_fast import demo, evaluation
+from fdda_fast.config import RefineConfig
 from fdda_fast.data import open_source
 from fdda_fast.gallery import save_gallery
-from fdda_fast.generator import Generator
 from fdda_fast.quantization.bits import Bits
+
+SHORT = RefineConfig(images=20, steps=2)
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    recipe = dataclasses.replace(demo.RECIPES["digits"], generator_steps=4, steps=2)
+    recipe = dataclasses.replace(demo.RECIPES["digits"], refine=SHORT, steps=2)
     return demo.run_demo(recipe, tmp_path_factory.mktemp("demo") / "out", Bits(4, 4))
 
 
 def test_files(result):
     assert {p.name for p in result.folder.iterdir()} == {
         "calibration.csv", "centers.safetensors", "config.toml", "environment.toml", "gallery.png",
-        "generator.safetensors", "model.fdda", "results.csv", "teacher.safetensors",
+        "model.fdda", "results.csv", "teacher.safetensors",
     }  # fmt: skip
     with (result.folder / "results.csv").open() as file:
         assert [float(row["top1"]) for row in csv.DictReader(file)] == [
@@ -54,7 +56,7 @@ def test_table_fits_eighty_columns(result, capsys):
 
 
 def test_a_second_demo_replaces_the_first(result):
-    recipe = dataclasses.replace(result.recipe, generator_steps=1, steps=1)
+    recipe = dataclasses.replace(result.recipe, steps=1)
     again = demo.run_demo(recipe, result.folder, Bits(4, 4))
     assert again.lines[0].top1 == result.lines[0].top1
 
@@ -116,12 +118,17 @@ def test_gallery(tmp_path, channels, size):
         source.preprocessing, image_size=size, resize=size, mean=(0.5,) * channels,
         std=(0.5,) * channels,
     )  # fmt: skip
-    generator = Generator(30, (channels, size, size)).eval()
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(100, channels, size, size, generator=rng)
+    labels = torch.arange(100) % 3 + 27  # the first classes have none
     for name in ("a.png", "b.png"):
-        save_gallery(
-            tmp_path / name, generator, preprocessing, ["né 日本"] * 30, per_class=2, max_classes=3
-        )
+        save_gallery(tmp_path / name, images, labels, preprocessing, ["né 日本"] * 30)
     with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (96 + 2 * 68, 3 * 68 + 4)
+        assert image.size == (96 + 10 * 68, 3 * 68 + 4)
+        first = image.crop((96 + 68, 4, 96 + 68 + 64, 4 + 64)).convert("RGB")
+    pixels = preprocessing.denormalize(images[3:4])[0].permute(1, 2, 0).squeeze(2).numpy()
+    resampling = Image.Resampling.NEAREST if size < 64 else Image.Resampling.LANCZOS
+    expected = Image.fromarray(pixels).convert("RGB").resize((64, 64), resampling)
+    assert first.tobytes() == expected.tobytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert len(list(tmp_path.iterdir())) == 2

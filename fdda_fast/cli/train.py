@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from ..center_parts import CenterParts
@@ -20,8 +21,8 @@ from ..claims import Claims
 from ..config import METHODS, SynthesisConfig
 from ..distributed import ALONE, Ranks, process_group
 from ..files import digest, written_whole
-from ..gallery import save_gallery
-from ..generator import Generator
+from ..gallery import GALLERY_CLASSES, GALLERY_IMAGES, save_gallery
+from ..generator import Generator, sample
 from ..quantization.quantize import quantize as quantize_stage
 from ..runs import RunFolder, display, file_record, save_quantized
 from ..shards import ShardConfig, synthesize_shards, verify_shards
@@ -173,7 +174,9 @@ def synthesize(
                     progress=progress,
                 )
         names = inputs.class_names and inputs.class_names[: generators[0].num_classes]
-        save_gallery(run.result, generators[0], preprocessing, names, seed=config.seed)
+        shown = torch.arange(min(GALLERY_CLASSES, generators[0].num_classes))
+        shown = sample(generators[0], shown.repeat_interleave(GALLERY_IMAGES), config.seed)
+        save_gallery(run.result, *shown, preprocessing, names)
     own = _generator_file(run)
     print(*([] if files else [own]), images, run.result, sep="\n")
 
@@ -409,12 +412,18 @@ def quantize(
         ),
     ] = METHODS[0],
     generator: Annotated[
-        Path | None, typer.Option(help="Finished generator; default: one is trained along the way.")
+        Path | None,
+        typer.Option(help="Finished generator, of whose images the synthetic ones are made."),
     ] = None,
     ptq: Annotated[bool, typer.Option("--ptq", help="Activation ranges only: no tuning.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Fine-tuning steps.")] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(min=0, help="Generator steps before fine-tuning.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Generator steps before fine-tuning, where one is trained along (--preset "
+            "reference, or refine.images = 0 in --config).",
+        ),
     ] = None,
 ) -> None:
     """Quantise a network and tune it on calibration and synthetic images.
@@ -433,6 +442,11 @@ def quantize(
     if steps is not None:
         config = config.replace(steps=steps)
     if warmup_steps is not None:
+        if generator is not None or config.refine.images:
+            raise ValueError(
+                "--warmup-steps needs a generator that is trained along: no --generator, and "
+                "--preset reference or refine.images = 0 in --config"
+            )
         config = config.replace(warmup_steps=warmup_steps)
     with process_group() as ranks:
         inputs = where.open(config.seed)

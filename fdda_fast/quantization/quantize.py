@@ -9,8 +9,9 @@ from torch import fx, nn
 
 from ..config import METHODS, QuantizeConfig
 from ..distributed import Ranks
-from ..fingerprints import check_teacher, fingerprint
+from ..fingerprints import fingerprint
 from ..generator import Generator
+from ..refinement import Refiner, check_generator
 from ..statistics import BNSCenters, check_labelled_images, collect_centers
 from ..synthesis import GeneratorTrainer
 from ..teacher import FrozenTeacher
@@ -19,7 +20,15 @@ from .bits import Bits
 from .clipping import clip_weights
 from .finetune import CORRECTION_IMAGES, Batch, Finetuner
 from .prepare import prepare
-from .stages import JointTraining, StagedTuning, range_batches, synthetic_source
+from .stages import (
+    JointTraining,
+    Source,
+    StagedTuning,
+    drawn_from,
+    generated,
+    no_images,
+    range_batches,
+)
 
 
 def quantize(
@@ -30,6 +39,7 @@ def quantize(
     generator: Generator | None = None,
     *,
     method: str = "fdda",
+    synthetic: Batch | None = None,
     centers: BNSCenters | None = None,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -48,11 +58,13 @@ def quantize(
         config: default the preset `fast`. With steps=0 nothing is fine-tuned; `fdda` then takes
             only the activation ranges, from the calibration images or, with a generator, from
             batches like those of the steps.
-        generator: synthetic images come from it; None: one is trained along the way, as in FDDA.
+        generator: synthetic images are made of its images; None: see `config.refine`.
         method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
             ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
             does that from synthetic images, too, and then fine-tunes from end to end; where it
-            trains the generator, it does so before, in `warmup_steps`.
+            trains a generator, it does so before, in `warmup_steps`.
+        synthetic: images like the calibration images and their classes, from `refine` or
+            elsewhere, which are taken as they are; no others are made.
         centers: of the calibration images, when they are known already.
         checkpoint: file to keep unfinished training in. resume: go on from it.
         progress: called as progress(steps done, total, metrics), on the first rank.
@@ -66,7 +78,7 @@ def quantize(
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     bits, config = bits or Bits(), config or QuantizeConfig()
-    _check_method(method, config, generator)
+    _check_method(method, config, generator, synthetic)
     if method == "reconstruct":
         batch = config.real_batch + config.synthetic_batch
         config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
@@ -77,13 +89,14 @@ def quantize(
         num_classes = teacher(images[:1]).shape[1]
     check_labelled_images("calibration images", images, labels, num_classes)
     if generator is not None:
-        made = (generator.num_classes, generator.image_shape)
-        if made != (num_classes, tuple(images.shape[1:])):
+        check_generator(generator, num_classes, tuple(images.shape[1:]), teacher)
+    if synthetic is not None:
+        check_labelled_images("synthetic images", *synthetic, num_classes)
+        if synthetic[0].shape[1:] != images.shape[1:]:
             raise ValueError(
-                f"generator makes {made[0]} classes of {list(made[1])} images, the model and the "
-                f"calibration images have {num_classes} of {list(images.shape[1:])}"
+                f"synthetic images must be like the calibration images, {list(images.shape[1:])}, "
+                f"got {list(synthetic[0].shape[1:])}"
             )
-        check_teacher("generator", generator.teacher, teacher.fingerprint)
     student = prepare(
         model,
         bits,
@@ -95,22 +108,33 @@ def quantize(
         clip_weights(student, config.weight_ranges, config.percentile)
     ranks = Ranks.world()
     tuner = Finetuner(student, model, (images, labels), config, ranks)
+    source: Source = no_images
+    if config.synthetic_batch and synthetic is not None:
+        source = drawn_from(lambda: synthetic, config)
+    elif config.synthetic_batch and generator is not None:
+        source = generated(generator, config, ranks)
     if config.steps == 0 and method == "fdda":
-        if generator is not None:
-            tuner.calibrate(range_batches(tuner, synthetic_source(generator, config, ranks)))
+        if synthetic is not None or generator is not None:
+            tuner.calibrate(range_batches(tuner, source))
             return tuner.finish()
         if config.range_images == "synthetic":
             raise ValueError("QuantizeConfig.range_images='synthetic' needs a generator or steps")
         tuner.calibrate(images.split(CORRECTION_IMAGES))
         return tuner.finish()
-    trainer = None
-    if generator is None and config.synthetic_batch:
+    maker: GeneratorTrainer | Refiner | None = None
+    wanted = config.synthetic_batch > 0 and synthetic is None
+    if wanted and config.refine.images:
+        maker = Refiner(
+            tuner.teacher, (images, labels), num_classes, config.refine,
+            seed=config.seed, flip=config.flip, generator=generator, ranks=ranks,
+        )  # fmt: skip
+    elif wanted and generator is None:
         centers = centers or collect_centers(model, images, labels, num_classes)
-        trainer = GeneratorTrainer(model, centers, config.synthesis, ranks)
-    if method == "fdda" and trainer is not None and not config.refine.images:
-        stages = JointTraining(tuner, trainer)
+        maker = GeneratorTrainer(model, centers, config.synthesis, ranks)
+    if method == "fdda" and isinstance(maker, GeneratorTrainer):
+        stages: JointTraining | StagedTuning = JointTraining(tuner, maker)
     else:
-        stages = StagedTuning(tuner, generator, trainer, reconstruct=method != "fdda")
+        stages = StagedTuning(tuner, source, maker, reconstruct=method != "fdda")
     run_steps(
         stages.step,
         stages.total,
@@ -121,6 +145,7 @@ def quantize(
             labels,
             model,
             *([] if generator is None else [generator]),
+            *(synthetic or ()),
         ),
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         resume=resume,
@@ -132,11 +157,16 @@ def quantize(
     return tuner.finish()
 
 
-def _check_method(method: str, config: QuantizeConfig, generator: Generator | None) -> None:
+def _check_method(
+    method: str, config: QuantizeConfig, generator: Generator | None, synthetic: Batch | None
+) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if method == "reconstruct" and generator is not None:
-        raise ValueError("method 'reconstruct' takes no generator, its images are real ones")
+    if generator is not None and synthetic is not None:
+        raise ValueError("generator and synthetic: expected at most one of them, got both")
+    if method == "reconstruct" and (generator is not None or synthetic is not None):
+        given = "generator" if synthetic is None else "synthetic images"
+        raise ValueError(f"method 'reconstruct' takes no {given}, its images are real ones")
     if method != "fdda" and config.ranges == "reference":
         raise ValueError(
             f"QuantizeConfig.ranges must not be 'reference' with method {method!r}, whose ranges "

@@ -1,4 +1,4 @@
-"""The stages of quantisation that have a generator or a reconstruction beside the fine-tuning."""
+"""The stages of quantisation: what makes images, reconstruction and fine-tuning in turn."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..config import QuantizeConfig
-from ..data.augment import warped
 from ..distributed import Ranks
 from ..generator import Generator, sample_together
-from ..refinement import Refiner, limits_of
+from ..refinement import Refiner
 from ..seeding import stream
 from ..synthesis import GeneratorTrainer
 from ..training import Metrics, Stateful, below, prefixed
 from .finetune import Batch, Finetuner
 from .reconstruction import Reconstruction
 
-_LABEL_STREAM, _START_STREAM, _REFINED_STREAM = 32, 34, 35
+Source = Callable[[int], Batch | None]  # synthetic images by step
+_LABEL_STREAM, _ROW_STREAM = 32, 34
 
 
 class JointTraining:
@@ -39,7 +39,7 @@ class JointTraining:
         config = self.config
         start = config.warmup_steps
         if index == start and config.ranges != "reference":
-            source = synthetic_source(self.trainer.generator, config, self.tuner.ranks)
+            source = generated(self.trainer.generator, config, self.tuner.ranks)
             self.tuner.calibrate(range_batches(self.tuner, source))
         self.tuner.student.zero_grad()  # the other's step may have the memory
         images, labels, metrics = self.trainer.step(index)
@@ -62,36 +62,34 @@ class JointTraining:
 
 
 class StagedTuning:
-    """One stage after the other: generator, refinement, reconstruction, fine-tuning.
+    """One stage after the other: generator or refinement, reconstruction, fine-tuning.
 
     Args:
-        generator: finished; None: that of `trainer`, if any.
-        trainer: of a generator that is not there yet.
+        source: batches of synthetic images by step, where they are there already.
+        maker: what makes them first, if anything does: a trainer of a generator, or a refiner.
         reconstruct: whether there is a reconstruction.
     """
 
     def __init__(
         self,
         tuner: Finetuner,
-        generator: Generator | None,
-        trainer: GeneratorTrainer | None,
+        source: Source,
+        maker: GeneratorTrainer | Refiner | None = None,
         *,
         reconstruct: bool,
     ) -> None:
         config, ranks = tuner.config, tuner.ranks
-        generator = generator if trainer is None else trainer.generator
-        self.tuner = tuner
-        self._source = synthetic_source(generator, config, ranks)
+        self.tuner, self._source = tuner, source
         self._parts: dict[str, Stateful] = {}
         self._stages: list[tuple[int, Callable[[int], Metrics]]] = []
-        if trainer is not None:
-            self._parts["trainer"] = trainer
-            self._stages.append((config.warmup_steps, lambda index: trainer.step(index)[2]))
-        if generator is not None and config.synthetic_batch and config.refine.images:
-            refiner = _refiner(tuner, generator)
-            self._parts["refiner"] = refiner
-            self._stages.append((refiner.steps, refiner.step))
-            self._source = _with_refined(self._source, refiner, config)
+        if maker is not None:
+            self._parts["maker"] = maker
+        if isinstance(maker, GeneratorTrainer):
+            self._source = generated(maker.generator, config, ranks)
+            self._stages.append((config.warmup_steps, lambda index: maker.step(index)[2]))
+        elif maker is not None:
+            self._source = drawn_from(lambda: (maker.images, maker.labels), config)
+            self._stages.append((maker.steps, maker.step))
         self._made: torch.Tensor | None = None
         self._reconstructed = reconstruct
         if reconstruct:
@@ -142,44 +140,7 @@ class StagedTuning:
             part.load_state_tensors(below(name, tensors))
 
 
-def _refiner(tuner: Finetuner, generator: Generator) -> Refiner:
-    """Of the tuner's calibration images, warped, or the generator's."""
-    config, images, labels = tuner.config, tuner.images, tuner.labels
-    limits = limits_of(images)
-
-    def starts(group: int) -> Batch:
-        rng = stream(config.seed, _START_STREAM, group)
-        first = group * config.refine.group
-        rows = torch.arange(first, min(first + config.refine.group, config.refine.images))
-        if config.refine.start == "generator":
-            made = rows % generator.num_classes
-            start = sample_together(generator, made, int(rng.initial_seed() >> 1), tuner.ranks)
-            return start.clamp(*limits), made
-        rows %= len(images)
-        return warped(images[rows], limits, config.flip, rng), labels[rows]
-
-    return Refiner(tuner.teacher, starts, limits, config.refine, tuner.ranks)
-
-
-def _with_refined(
-    generated: Callable[[int], Batch], refiner: Refiner, config: QuantizeConfig
-) -> Callable[[int], Batch]:
-    """Batches by step: the first half generated, the others drawn from the refined images."""
-
-    def batch(index: int) -> Batch:
-        rng = stream(config.seed, _REFINED_STREAM, index)
-        images, labels = generated(index)
-        rows = torch.randint(len(refiner.images), (len(images) - len(images) // 2,), generator=rng)
-        kept = slice(len(images) // 2)
-        images = torch.cat([images[kept], refiner.images[rows]])
-        return images, torch.cat([labels[kept], refiner.labels[rows]])
-
-    return batch
-
-
-def range_batches(
-    tuner: Finetuner, source: Callable[[int], Batch | None]
-) -> Iterator[torch.Tensor]:
+def range_batches(tuner: Finetuner, source: Source) -> Iterator[torch.Tensor]:
     """Batches like those of the fine-tuning steps, or a part of them, but none of these."""
     config, first = tuner.config, tuner.config.steps
     # A batch begins with the real images.
@@ -192,16 +153,28 @@ def range_batches(
         yield tuner.batch(index, source(index))[0][rows]
 
 
-def synthetic_source(
-    generator: Generator | None, config: QuantizeConfig, ranks: Ranks
-) -> Callable[[int], Batch | None]:
-    """Batches of a finished generator by step; nothing where none is wanted."""
-    if generator is None or config.synthetic_batch == 0:
-        return lambda index: None
+def no_images(index: int) -> None:
+    """The source of those that learn from real images alone."""
+
+
+def generated(generator: Generator, config: QuantizeConfig, ranks: Ranks) -> Source:
+    """Batches of a finished generator."""
 
     def batch(index: int) -> Batch:
         rng = stream(config.seed, _LABEL_STREAM, index)
         labels = torch.randint(generator.num_classes, (config.synthetic_batch,), generator=rng)
         return sample_together(generator, labels, int(rng.initial_seed() >> 1), ranks), labels
+
+    return batch
+
+
+def drawn_from(images: Callable[[], Batch], config: QuantizeConfig) -> Source:
+    """Batches of what `images` returns when they are needed."""
+
+    def batch(index: int) -> Batch:
+        rng = stream(config.seed, _ROW_STREAM, index)
+        every, labels = images()
+        rows = torch.randint(len(every), (config.synthetic_batch,), generator=rng)
+        return every[rows], labels[rows]
 
     return batch

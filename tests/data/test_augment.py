@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdda_fast.data.augment import blended, random_resized_crop, random_shift
+from fdda_fast.data.augment import blended, random_resized_crop, random_shift, warped
 
 
 def images(count=6, channels=2, size=(7, 9)):
@@ -195,3 +195,48 @@ def test_blended_keeps_dtype_and_gradient():
     result.sum().backward()
     # Each image gives all of itself away: the weights of an image add up over where it went.
     assert x.grad.sum().item() == pytest.approx(x.numel())
+
+
+def limits(channels, low=-1.0, high=2.0):
+    return torch.full((channels, 1, 1), low), torch.full((channels, 1, 1), high)
+
+
+def test_warped_images_are_others_within_the_limits():
+    x = images(64, 3, (12, 10)).clamp(-1, 2)
+    before = x.clone()
+    y = warped(x, limits(3), False, rng())
+    assert torch.equal(x, before)
+    assert y.shape == x.shape
+    assert y.min() >= -1
+    assert y.max() <= 2
+    assert torch.equal(y, warped(x, limits(3), False, rng()))
+    same = warped(x[:1].expand(64, -1, -1, -1), limits(3), False, rng())
+    assert torch.cdist(same.flatten(1), same.flatten(1)).add(torch.eye(64)).min() > 0.5
+
+
+def test_warped_moves_by_what_is_said():
+    """The centre of a disc: up to 0.16 + 0.1 of half the side, less by the smaller size."""
+    at = torch.arange(41.0) - 20
+    disc = ((at.view(-1, 1) ** 2 + at**2) < 64).float().expand(400, 1, 41, 41)
+    y = warped(disc, (torch.zeros(1, 1, 1), torch.ones(1, 1, 1)), False, rng())
+    y = (y > 0.25).float()
+    area = y.sum((1, 2, 3)) / disc[0].sum()
+    assert 0.45 < area.min() < 0.85
+    assert 1.2 < area.max() < 2.1
+    centre = torch.stack([(y.sum(d) * at).sum((1, 2)) / y.sum((1, 2, 3)) for d in (2, 3)])
+    assert 2.5 < centre.abs().max() < 0.27 * 20.5 * 1.5
+
+
+def test_warped_mirrors_half_of_the_images_where_asked():
+    left = torch.zeros(200, 1, 20, 20)
+    left[..., :10] = 1
+    lows = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    for flip, low, high in ((True, 70, 130), (False, 0, 0)):
+        y = warped(left, lows, flip, rng())
+        mirrored = y[..., :10].mean((1, 2, 3)) < y[..., 10:].mean((1, 2, 3))
+        assert low <= mirrored.sum() <= high
+
+
+def test_warped_leaves_a_flat_channel():
+    x = torch.full((5, 1, 8, 8), 3.0)
+    assert torch.equal(warped(x, limits(1, 3.0, 3.0), True, rng()), x)

@@ -17,10 +17,9 @@ from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.prepare import prepare
 from fdda_fast.quantization.quantize import quantize
 from fdda_fast.quantization.reconstruction import Reconstruction
-from fdda_fast.refinement import Refiner
+from fdda_fast.refinement import refine
 from fdda_fast.statistics import collect_centers, stream_centers
 from fdda_fast.synthesis import GeneratorTrainer, train_generator
-from fdda_fast.teacher import FrozenTeacher
 
 # Shares differ: 9, 7 and 15 images. Adam's first steps are of the size of the learning rate where a
 # gradient is nothing but rounding, so that must be small for rounding to stay small.
@@ -117,21 +116,15 @@ def frozen(folder):
     return tune(folder, ALONG, Generator(10, (1, 8, 8)).eval())
 
 
-def refine(folder):
+def refined(folder):
     """Two groups of images, of which the second is smaller."""
-
-    def starts(group):
-        rng = torch.Generator().manual_seed(group)
-        count = (9, 5)[group]
-        return torch.randn(count, 1, 8, 8, generator=rng), torch.arange(count)
-
-    limits = torch.full((1, 1, 1), -2.0), torch.full((1, 1, 1), 2.0)
-    config = RefineConfig(images=14, group=9, steps=3, lr=1e-3)
-    teacher = FrozenTeacher(digits()[0], (1, 8, 8))
-    made, history = Refiner(teacher, starts, limits, config, Ranks.world()), []
-    for index in range(made.steps):
-        history.append(made.step(index))
-    return {"images": made.images, "labels": made.labels, **losses(history)}
+    teacher, *calibration = digits()
+    history = []
+    images, labels = refine(
+        teacher, calibration, RefineConfig(images=14, group=9, steps=3, lr=1e-3),
+        progress=lambda i, n, m: history.append(m),
+    )  # fmt: skip
+    return {"images": images, "labels": labels, **losses(history)}
 
 
 def reconstruct(folder):
@@ -227,7 +220,7 @@ SCENARIOS = {
     "along": functools.partial(tune, config=ALONG),
     "paper": functools.partial(tune, config=PAPER),
     "frozen": frozen,
-    "refine": refine,
+    "refined": refined,
     "reconstruct": reconstruct,
     "stream": stream,
     "parts": parts,

@@ -97,7 +97,7 @@ def test_streamed_centers_refuse_bad_input(model):
         stream_centers(model, [], CLASSES)
     with pytest.raises(ValueError, match=r"images must be float \[N, C, H, W\], got \[2, 9, 8\]"):
         stream_centers(model, [(images[0], labels)], CLASSES)
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.5, got 0\.\.7"):
+    with pytest.raises(ValueError, match=r"labels of images must lie in 0\.\.5, got 0\.\.7"):
         stream_centers(model, [(images, labels), (images, 7 * labels)], CLASSES)
     with pytest.raises(ValueError, match="no BatchNorm2d"):
         stream_centers(nn.Sequential(nn.Flatten(), nn.Linear(144, 6)), [(images, labels)], CLASSES)

@@ -62,15 +62,15 @@ TOLERANCES = {
     "along": (1e-3, 1e-4),
     "paper": (1e-5, 1e-5),
     "frozen": (1e-3, 1e-4),
-    "refine": (1e-4, 1e-4),
+    "refined": (1e-4, 1e-4),
     "reconstruct": (1e-5, 1e-4),
     "stream": (0.0, 1e-6),
     "parts": (0.0, 0.0),
 }
-# Of a trained generator and of refined images, rounding is what Adam makes of it where a gradient is small: few values
-# differ much, so that the differences' root mean square is looked at, not the largest. What the
-# gradients are is compared by itself.
-TRAINED = ("generator", "two_pass", "refine")
+# Of a trained generator and of refined images, rounding is what Adam makes of it where a gradient
+# is small: few values differ much, so that the differences' root mean square is looked at, not the
+# largest. What the gradients are is compared by itself.
+TRAINED = ("generator", "two_pass", "refined")
 # A norm follows the last convolution's tanh: what its bias gets from the pixels nearly cancels.
 CANCELS = {"bfloat16_gradients": ("conv3.bias",)}
 
