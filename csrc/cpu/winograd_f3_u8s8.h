@@ -1,21 +1,4 @@
-// Winograd's F(3x3, 3x3) in 8-bit integers, exact, for weights of 2 bits: 25 products for 9 outputs
-// of a 3x3 convolution, where F(2x2, 3x3) takes 36 and the definition 81. Its points are 0, 1, -1,
-// 2 and infinity (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016, section
-// 4):
-//
-//   B^T  2 -1 -2  1  0     6 G  3  0  0     A^T  1  1  1  1  0
-//        0 -2 -1  1  0         -3 -3 -3          0  1 -1  2  0
-//        0  2 -3  1  0         -1  1 -1          0  1  1  4  1
-//        0 -1  0  1  0          1  2  4
-//        0  2 -1 -2  1          0  0  6
-//
-//   V = B^T d B + 126          of the inputs' codes d <= 7: [0, 252], u8
-//   U = (6 G) w (6 G)^T        of weights |w| <= 2: [-126, 126], s8, but for position (1, 1), where
-//                              it is 9 times the sum of all taps: the products are multiplied by
-//                              -3, and U by -3
-//   36 y = A^T (sum U V) A     modulo 2^32
-//
-// The additions add 126 A^T (sum U) A, a constant; so does the inputs' zero point.
+// Winograd's F(3x3, 3x3) in 8-bit integers on AVX512-VNNI: tiles, inputs and weights.
 //
 //   inputs:    [25 positions][ceil(C / 64)][tiles][64 channels] u8
 //   weights:   [25 positions][C / 4][PANELS][16 outputs][4 inputs] s8, of PANELS * 16 outputs
@@ -25,14 +8,13 @@
 
 #include "parallel.h"
 #include "planes_avx512.h"
+#include "winograd_f3.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int kStep = 3, kPoints = 5, kPositions = kPoints * kPoints;
-constexpr int kTopCode = 7, kTopWeight = 2;
-constexpr int kShift = 18 * kTopCode;
+constexpr int kStep = F3::kStep, kPoints = F3::kPoints, kPositions = F3::kPositions;
 constexpr int64_t kLine = 64;                      // channels of a line of V
 constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
 constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
@@ -121,17 +103,6 @@ typedef uint8_t Bytes __attribute__((vector_size(kLine)));  // added modulo 256
 
 // ---- inputs ----
 
-// B^T in one direction, plus `shift`.
-inline __attribute__((always_inline)) void transform_inputs(const Bytes* d, Bytes shift, Bytes* v) {
-  const Bytes difference = d[3] - d[1], shifted = difference + shift;
-  const Bytes a = d[0] - d[2], b = d[1] - d[2];
-  v[0] = shifted + a + a;
-  v[1] = shifted - (d[1] + d[2]);
-  v[2] = shifted + b + b + b;
-  v[3] = shifted;
-  v[4] = d[4] - d[2] + shift - difference - difference;
-}
-
 // One row of tiles, 64 channels from `channel` on; whether the codes read were small enough.
 bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t channel) {
   const int64_t tiles_y = ceil_div(conv.height, kStep), tiles_x = ceil_div(conv.width, kStep);
@@ -152,39 +123,21 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
     steps[i] = inside ? conv.channels : 0;
   }
   Bytes seen = {};
-  auto column = [&](int64_t x, Bytes* t) __attribute__((always_inline)) {
-    Bytes d[kPoints];
+  auto read = [&](int64_t x, Bytes* d) __attribute__((always_inline)) {
     const bool inside = x >= 0 && x < conv.width;
 #pragma GCC unroll 5
     for (int i = 0; i < kPoints; ++i) {
       d[i] = (Bytes)(inside ? _mm512_maskz_loadu_epi8(mask, rows[i] + x * steps[i]) : zero);
     }
     seen |= d[1] | d[2] | d[3];  // the other two rows are these of other tiles
-    transform_inputs(d, Bytes{}, t);
   };
-  const Bytes shift = (Bytes)_mm512_set1_epi8(static_cast<char>(kShift));
+  const Bytes shift = (Bytes)_mm512_set1_epi8(static_cast<char>(F3::kShift));
   uint8_t* const inputs = b.inputs + channel / kLine * b.line_stride;
   const int32_t* slots = b.slots + row * tiles_x;
-  Bytes t[kPoints][kPoints];
-  column(-1, t[0]);
-  column(0, t[1]);
-  for (int64_t tile = 0; tile < tiles_x; ++tile) {
-    for (int j = 2; j < kPoints; ++j) column(kStep * tile - 1 + j, t[j]);
-    uint8_t* const out = inputs + slots[tile] * kLine;
-#pragma GCC unroll 5
-    for (int i = 0; i < kPoints; ++i) {
-      const Bytes d[kPoints] = {t[0][i], t[1][i], t[2][i], t[3][i], t[4][i]};
-      Bytes v[kPoints];
-      transform_inputs(d, shift, v);
-#pragma GCC unroll 5
-      for (int j = 0; j < kPoints; ++j) {
-        _mm512_store_si512(out + (kPoints * i + j) * b.position_stride, (__m512i)v[j]);
-      }
-      t[0][i] = t[3][i];
-      t[1][i] = t[4][i];
-    }
-  }
-  return !_mm512_test_epi8_mask((__m512i)seen, _mm512_set1_epi8(static_cast<char>(~kTopCode)));
+  F3::transform_inputs(tiles_x, shift, b.position_stride, read,
+                       [&](int64_t tile) { return inputs + slots[tile] * kLine; });
+  const char too_large = static_cast<char>(~F3::kLargestCode);
+  return !_mm512_test_epi8_mask((__m512i)seen, _mm512_set1_epi8(too_large));
 }
 
 // ---- weights ----
@@ -194,18 +147,6 @@ struct Panel {
   int64_t position_stride;
   alignas(64) int32_t constants[kStep * kStep][2 * kPanelRows];  // to be added to outputs
 };
-
-// 6 G in one direction.
-inline __attribute__((always_inline)) void transform_weights(const Bytes* g, int step, Bytes* u) {
-  const Bytes g0 = g[0], g1 = g[step], g2 = g[2 * step];
-  const Bytes two = g2 + g2, four = two + two, difference = g1 - (g0 + g2);
-  const Bytes minus_all = difference - (g1 + g1);
-  u[0] = g0 + g0 + g0;
-  u[1] = minus_all + minus_all + minus_all;
-  u[2] = difference;
-  u[3] = g0 + (g1 + g1) + four;
-  u[4] = four + two;
-}
 
 // 16 outputs, the `half`th of `panels`.
 void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
@@ -220,24 +161,20 @@ void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half,
   __m512i sums[5] = {};  // of taps (1, 1), (1, 2), (2, 1), (2, 2), and of -3 times all
   int8_t* out = panel->weights + half * kLine;
   for (int64_t k = 0; k < k4; ++k, out += panels * kLine) {
-    Bytes g[9], rows[3][kPoints], u[kPoints][kPoints];
+    Bytes g[9], u[kPositions];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) g[t] = (Bytes)_mm512_add_epi8(expand(t * k4 + k), offset);
-#pragma GCC unroll 3
-    for (int x = 0; x < 3; ++x) transform_weights(g + x, 3, rows[x]);
-#pragma GCC unroll 5
-    for (int y = 0; y < kPoints; ++y) transform_weights(rows[0] + y, kPoints, u[y]);
-    u[1][1] = rows[0][1] + rows[1][1] + rows[2][1];
-    const Bytes summed[5] = {g[4], g[5], g[7], g[8], u[1][1]};
+    F3::transform_weights(g, u);
+    const Bytes summed[5] = {g[4], g[5], g[7], g[8], u[F3::kAllTaps]};
 #pragma GCC unroll 5
     for (int t = 0; t < 5; ++t) sums[t] = add_fours(sums[t], (__m512i)summed[t]);
 #pragma GCC unroll 25
     for (int p = 0; p < kPositions; ++p) {
-      _mm512_store_si512(out + p * panel->position_stride, (__m512i)u[p / kPoints][p % kPoints]);
+      _mm512_store_si512(out + p * panel->position_stride, (__m512i)u[p]);
     }
   }
 
-  // A^T (6 G) / 6 is 0, g[2], g[1] + 3 g[2]: the share of the taps that are summed.
+  // What the addition to V brings: A^T (6 G) / 6 is 0, g[2], g[1] + 3 g[2].
   static const int factors[kStep * kStep][4] = {
       {}, {}, {}, {}, {0, 0, 0, 1}, {0, 0, 1, 3}, {}, {0, 1, 0, 3}, {1, 3, 3, 9}};
   const __m512i third = _mm512_set1_epi32(static_cast<int32_t>(0xaaaaaaab));  // modulo 2^32
@@ -246,7 +183,7 @@ void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half,
   for (int k = 0; k < kStep * kStep; ++k) {
     __m512i s = all;
     for (int t = 0; t < 4; ++t) {
-      const __m512i factor = _mm512_set1_epi32(-kShift * factors[k][t]);
+      const __m512i factor = _mm512_set1_epi32(-F3::kShift * factors[k][t]);
       s = _mm512_add_epi32(s, _mm512_mullo_epi32(sums[t], factor));
     }
     _mm512_store_si512(panel->constants[k] + half * kPanelRows, s);

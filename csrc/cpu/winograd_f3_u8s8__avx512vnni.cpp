@@ -110,8 +110,8 @@ template <int PANELS, Output OUTPUT>
 __attribute__((noinline)) void store_tiles(const PackedConv& conv, int64_t channel,
                                            const Panel& panel, const int32_t* sums,
                                            const TileAt* tiles, int64_t count) {
+  typedef uint32_t Sums __attribute__((vector_size(64)));
   const Columns<PANELS, OUTPUT> columns(conv, channel, min64(kWide, conv.out_channels - channel));
-  const __m512i ninth = _mm512_set1_epi32(0x38e38e39);  // modulo 2^32
   constexpr int64_t stride = sum_stride(PANELS);
   for (int64_t t = 0; t < count; ++t, sums += PANELS * kPanelRows) {
     const TileAt at = tiles[t];
@@ -119,31 +119,25 @@ __attribute__((noinline)) void store_tiles(const PackedConv& conv, int64_t chann
       __m512i y[kStep][PANELS];
 #pragma GCC unroll 2
       for (int p = 0; p < PANELS; ++p) {
-        __m512i r[kPoints];
+        Sums m[kPoints], s[kStep];
 #pragma GCC unroll 5
         for (int j = 0; j < kPoints; ++j) {
-          r[j] = _mm512_load_si512(sums + (kPoints * i + j) * stride + p * kPanelRows);
+          const int32_t* from = sums + (kPoints * i + j) * stride + p * kPanelRows;
+          m[j] = (Sums)_mm512_load_si512(from);
         }
-        const __m512i sum = _mm512_add_epi32(r[1], r[2]), two = _mm512_add_epi32(r[3], r[3]);
-        y[0][p] = _mm512_add_epi32(_mm512_add_epi32(sum, r[3]), r[0]);
-        y[1][p] = _mm512_add_epi32(_mm512_sub_epi32(r[1], r[2]), two);
-        y[2][p] = _mm512_add_epi32(_mm512_add_epi32(sum, r[4]), _mm512_add_epi32(two, two));
+        F3::transform_products(m, s);
 #pragma GCC unroll 3
         for (int j = 0; j < kStep; ++j) {
           const int32_t* constants = panel.constants[kStep * i + j] + p * kPanelRows;
-          y[j][p] = _mm512_srai_epi32(_mm512_mullo_epi32(y[j][p], ninth), 2);
-          y[j][p] = _mm512_add_epi32(y[j][p], _mm512_load_si512(constants));
+          y[j][p] = _mm512_add_epi32(_mm512_srai_epi32((__m512i)F3::ninth(s[j]), 2),
+                                     _mm512_load_si512(constants));
         }
       }
       const int64_t pixel = at.pixel + i * conv.width;
       with_rows<kStep>(at.columns, [&](auto width) __attribute__((always_inline)) {
         constexpr int kWidth = decltype(width)::kCount;
         __m512i existing[kWidth][PANELS];
-#pragma GCC unroll 3
-        for (int j = 0; j < kWidth; ++j) {
-#pragma GCC unroll 2
-          for (int p = 0; p < PANELS; ++p) existing[j][p] = y[j][p];
-        }
+        memcpy(existing, y, sizeof existing);
         columns.store(pixel, existing);
       });
     }
@@ -153,9 +147,12 @@ __attribute__((noinline)) void store_tiles(const PackedConv& conv, int64_t chann
 // ---- driver ----
 
 // PANELS * 16 outputs from `channel` on of the tiles [begin, end).
-template <int PANELS, Output OUTPUT>
-void run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t begin,
+template <int PANELS>
+void run_panel(const PackedConv& conv, bool narrow, const Block& b, int64_t channel, int64_t begin,
                int64_t end) {
+  const auto store = !narrow                     ? store_tiles<PANELS, Output::kAny>
+                     : conv.epilogue.residual_u8 ? store_tiles<PANELS, Output::kCodesPlusCodes>
+                                                 : store_tiles<PANELS, Output::kCodes>;
   Panel panel;
   const int64_t k4 = conv.channels / kBlockDepth;
   panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
@@ -186,38 +183,15 @@ void run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
         if (first < last) multiply_all<PANELS>(column, first - begin, last - begin, !without);
       }
     }
-    store_tiles<PANELS, OUTPUT>(conv, channel, panel, sums, b.tiles + begin, group - begin);
+    store(conv, channel, panel, sums, b.tiles + begin, group - begin);
     begin = group;
   }
 }
 
-template <Output OUTPUT>
-void run_panels(const PackedConv& conv, const Block& b, int64_t channel, int64_t begin,
-                int64_t end) {
-  if (conv.out_channels - channel > kPanelRows) {
-    run_panel<2, OUTPUT>(conv, b, channel, begin, end);
-  } else {
-    run_panel<1, OUTPUT>(conv, b, channel, begin, end);
-  }
-}
-
-// Positions of all tiles of `step` outputs in either direction.
-int64_t positions(const PackedConv& conv, int64_t step) {
-  auto points = [step](int64_t size) {
-    return size / step * (step + 2) + (size % step ? step + 1 : 0);
-  };
-  return conv.batch * points(conv.height) * points(conv.width);
-}
-
 // Everything that can be told without reading inputs or weights.
 bool applies(const PackedConv& conv) {
-  constexpr int64_t kLeastSaved = 100;  // positions, which pay for more weights to be transformed
-  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
-         conv.pad_h == 1 && conv.pad_w == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
-         conv.groups == 1 && conv.channels % kBlockDepth == 0 && conv.channels >= 48 &&
-         conv.channels <= 1 << 16 &&  // so that 4 y fits int32, constants included
-         conv.weight_fits_s8 && largest_weight(conv) <= kTopWeight &&
-         conv.x_zero_point <= kTopCode && positions(conv, 2) - positions(conv, 3) >= kLeastSaved;
+  return suits_winograd(conv) && conv.weight_fits_s8 &&
+         F3::fits(largest_weight(conv), conv.x_zero_point) && F3::pays(conv);
 }
 
 // Rows [first_row, last_row) of tiles. Several threads share the rows' inputs, then the panels of
@@ -242,12 +216,10 @@ bool run_rows(const PackedConv& conv, bool narrow, int64_t first_row, int64_t la
     for (int64_t task = begin; task < end; ++task) {
       const int64_t channel = task / shares * kWide, share = task % shares;
       const int64_t first = share * b.count / shares, last = (share + 1) * b.count / shares;
-      if (!narrow) {
-        run_panels<Output::kAny>(conv, b, channel, first, last);
-      } else if (conv.epilogue.residual_u8) {
-        run_panels<Output::kCodesPlusCodes>(conv, b, channel, first, last);
+      if (conv.out_channels - channel > kPanelRows) {
+        run_panel<2>(conv, narrow, b, channel, first, last);
       } else {
-        run_panels<Output::kCodes>(conv, b, channel, first, last);
+        run_panel<1>(conv, narrow, b, channel, first, last);
       }
     }
   });
@@ -258,8 +230,9 @@ bool run_rows(const PackedConv& conv, bool narrow, int64_t first_row, int64_t la
 
 bool winograd_f3_conv2d(const PackedConv& conv) {
   if (!applies(conv)) return false;
-  const bool narrow = rounds_within_int32(
-      conv, static_cast<float>(9 * kTopCode * kTopWeight) * static_cast<float>(conv.channels));
+  const bool narrow =
+      rounds_within_int32(conv, static_cast<float>(9 * F3::kLargestCode * F3::kLargestWeight) *
+                                    static_cast<float>(conv.channels));
   const int64_t tiles_x = ceil_div(conv.width, kStep);
   const int64_t rows = conv.batch * ceil_div(conv.height, kStep);
   const int64_t row_bytes = kPositions * tiles_x * ceil_div(conv.channels, kLine) * kLine;

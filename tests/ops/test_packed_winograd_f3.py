@@ -10,8 +10,9 @@ from test_packed_winograd import NAMES, arguments, run, weight_codes
 from fdda_fast import ops
 from fdda_fast.ops import reference
 
-ISA = "avx512vnni"
-pytestmark = pytest.mark.skipif(ISA not in ISAS, reason=f"{ISA} is not supported here")
+F3_ISAS = [isa for isa in ("avxvnni", "avx512vnni") if isa in ISAS]
+pytestmark = pytest.mark.skipif(not F3_ISAS, reason="no instruction set has it here")
+on_every_isa = pytest.mark.parametrize("isa", F3_ISAS)
 
 LARGEST_CODE = 7
 INPUT = torch.tensor(
@@ -20,21 +21,20 @@ INPUT = torch.tensor(
 WEIGHT = torch.tensor([[3, 0, 0], [-3, -3, -3], [-1, 1, -1], [1, 2, 4], [0, 0, 6]])
 
 
-def positions(shape, step):
-    batch, *size, _ = shape
-    height, width = (s // step * (step + 2) + (step + 1) * (s % step > 0) for s in size)
-    return batch * height * width
+def products(shape, step):
+    batch, height, width, _ = shape
+    return batch * -(-height // step) * -(-width // step) * (step + 2) ** 2
 
 
 def applies(x, bits, zero_point, offset):
     code = max(zero_point, int(x.max()) if x.numel() else 0)
-    saved = positions(x.shape, 2) - positions(x.shape, 3)
+    saved = products(x.shape, 2) - products(x.shape, 3)
     fits = bits == 2 and code <= LARGEST_CODE and bool(((offset == 0) | (offset == 1)).all())
     return fits and x.shape[3] >= 48 and saved >= 100
 
 
-def check(args, kernel):
-    actual, ran = run(ISA, args)
+def check(isa, args, kernel):
+    actual, ran = run(isa, args)
     assert ran == kernel
     expected = reference.packed_conv2d(*args)
     if args[-1] is None:
@@ -78,16 +78,18 @@ def convolutions(draw):
 @settings(QUICK, max_examples=300)
 @given(drawn=convolutions(), threads=st.sampled_from([1, 2]))
 def test_equals_the_reference_and_runs_where_it_is_exact(drawn, threads):
-    args, expected = drawn
-    actual, kernel = with_threads(threads, run, ISA, args)
-    assert (kernel == "winograd_f3") == expected
-    reference_result = reference.packed_conv2d(*args)
-    if args[-1] is None:
-        assert_same_bits(actual, reference_result)
-    else:
-        assert torch.equal(actual, reference_result)
+    args, exact = drawn
+    expected = reference.packed_conv2d(*args)
+    for isa in ISAS:
+        actual, kernel = with_threads(threads, run, isa, args)
+        assert (kernel == "winograd_f3") == (exact and isa in F3_ISAS), isa
+        if args[-1] is None:
+            assert_same_bits(actual, expected)
+        else:
+            assert torch.equal(actual, expected)
 
 
+@on_every_isa
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "height", "width", "channels", "out_channels"),
@@ -101,21 +103,22 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn, threads):
         (1, 11, 11, 100, 72),  # the same, whose tiles are shared too
     ],
 )
-def test_layers(threads, batch, height, width, channels, out_channels):
+def test_layers(isa, threads, batch, height, width, channels, out_channels):
     g = generator(channels)
     x = torch.randint(0, 8, (batch, height, width, channels), generator=g, dtype=torch.uint8)
     q = weight_codes((out_channels, 9 * channels), 2, g)
     offset = torch.randint(0, 2, (out_channels,), generator=g)
     residual = torch.randint(0, 8, (batch, height, width, out_channels), generator=g)
     args = arguments(x, q, 2, 3, offset, g, residual.to(torch.uint8), (0, 7))
-    actual = with_threads(threads, check, args, "winograd_f3")
+    actual = with_threads(threads, check, isa, args, "winograd_f3")
     assert actual.unique().numel() == 8
 
 
+@on_every_isa
 @pytest.mark.parametrize("row", range(5))
 @pytest.mark.parametrize("column", range(5))
 @pytest.mark.parametrize("sign", [1, -1])
-def test_every_position_at_its_extremes(row, column, sign):
+def test_every_position_at_its_extremes(isa, row, column, sign):
     """Of the tile in the middle, inputs and weights whose transforms are the largest of that sign,
     over so many channels that a product too large for its type shows."""
     channels = 256
@@ -126,19 +129,21 @@ def test_every_position_at_its_extremes(row, column, sign):
     q = torch.where(torch.stack([taps, ~taps]), 1, -2).to(torch.int8)
     q = q.flatten(1).repeat(17, 1)[..., None].expand(-1, -1, channels).flatten(1)
     offset = torch.tensor([1, 0] * 17)
-    check(arguments(x, q, 2, 0, offset, generator(0), output_range=None), "winograd_f3")
+    args = arguments(x, q, 2, 0, offset, generator(0), output_range=None)
+    check(isa, args, "winograd_f3")
 
 
+@on_every_isa
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (10, 0), (0, 10), (5, 6), (10, 10)])
 @pytest.mark.parametrize("image", [0, 23])
 @pytest.mark.parametrize("channel", [0, 67])
-def test_one_large_code_is_seen_anywhere(image, row, column, channel):
+def test_one_large_code_is_seen_anywhere(isa, image, row, column, channel):
     """24 images are several blocks of rows; outputs of the earlier ones are computed again."""
     g = generator(0)
     q = weight_codes((17, 9 * 68), 2, g)
     x = torch.randint(0, 8, (24, 11, 11, 68), generator=g, dtype=torch.uint8)
     x[image, row, column, channel] = 8
-    check(arguments(x, q, 2, 0, torch.zeros(17, dtype=torch.int64), g), "winograd")
+    check(isa, arguments(x, q, 2, 0, torch.zeros(17, dtype=torch.int64), g), "winograd")
 
 
 def sample(**changes):
@@ -157,6 +162,7 @@ def inputs(*shape):
     return torch.ones(shape, dtype=torch.uint8)
 
 
+@on_every_isa
 @pytest.mark.parametrize(
     ("changes", "kernel"),
     [
@@ -178,5 +184,5 @@ def inputs(*shape):
         ({"x": inputs(1, 11, 11, 44), "weight": packed(44)}, "winograd"),  # neither
     ],
 )
-def test_when_it_runs(changes, kernel):
-    check(sample(**changes), kernel)
+def test_when_it_runs(isa, changes, kernel):
+    check(isa, sample(**changes), kernel)
