@@ -46,7 +46,7 @@ ISAS = {
     "avxvnni": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavxvnni"]),
     "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
     "avx512": (AVX512_KERNELS, AVX512_FLAGS),
-    "avx512vnni": (AVX512_KERNELS, AVX512VNNI_FLAGS),
+    "avx512vnni": ([*AVX512_KERNELS, "winograd_f3_u8s8__avx512vnni"], AVX512VNNI_FLAGS),
     # Packed convolutions only; everything else is avx512vnni's.
     "amx": (
         ["gemm_u8s8_32x32__amx"],

@@ -70,10 +70,7 @@ const char* packed_conv2d(const PackedConv& conv) {
   }
   const int64_t weight = largest_weight(conv), code = largest_code(conv);
   const U8S8 policy = U8S8::of_ranges(weight, code);
-  if (Winograd<U8S8>::applies(conv, weight, code)) {
-    Winograd<U8S8>(conv, weight, code).run();
-    return "winograd";
-  }
+  if (Winograd<U8S8, Tiles2x2>::run(conv, weight, code)) return "winograd";
   if (policy.exact_steps > 1) {
     Driver<U8S8>(conv, policy).run();
   } else {  // where a single step would be exact, int16 is as fast

@@ -33,12 +33,10 @@ const char* packed_conv2d(const PackedConv& conv) {
     return avx2::kernels.packed_conv2d(conv);  // depthwise
   }
   const int64_t weight = largest_weight(conv);
-  if (Winograd<Vnni>::applies(conv, weight, 1)) {
+  if (Winograd<Vnni, Tiles2x2>::applies(conv, weight, 1)) {  // else the other does not, either
     const int64_t code = largest_code(conv);
-    if (Winograd<Vnni>::applies(conv, weight, code)) {
-      Winograd<Vnni>(conv, weight, code).run();
-      return "winograd";
-    }
+    if (Winograd<Vnni, Tiles3x3>::run(conv, weight, code)) return "winograd_f3";
+    if (Winograd<Vnni, Tiles2x2>::run(conv, weight, code)) return "winograd";
   }
   Driver<Vnni>(conv).run();
   return "direct";

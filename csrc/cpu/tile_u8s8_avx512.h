@@ -136,6 +136,16 @@ inline __attribute__((always_inline)) void sum_products(const Tile& t, int64_t f
   }
 }
 
+// Part k: the instruction takes constants only, which k is not before its loop is unrolled.
+inline __m256i half(__m512i v, int64_t k) {
+  return k == 0 ? _mm512_castsi512_si256(v) : _mm512_extracti64x4_epi64(v, 1);
+}
+
+inline __m128i quarter(__m512i v, int64_t k) {
+  const __m256i pair = half(v, k / 2);
+  return k % 2 == 0 ? _mm256_castsi256_si128(pair) : _mm256_extracti128_si256(pair, 1);
+}
+
 // Masked stores take longer.
 inline void store_bytes(uint8_t* to, __m256i v, bool whole, __mmask32 mask) {
   if (whole) {
@@ -202,9 +212,9 @@ class Columns {
       for (int k = 0; k < kAtOnce; ++k, index += width_) {
         if (r + k >= ROWS) break;
         if (PANELS == 1) {
-          store_bytes(e_.out_u8 + index, _mm512_extracti32x4_epi32(codes, k % 4), whole_, mask_);
+          store_bytes(e_.out_u8 + index, quarter(codes, k), whole_, mask_);
         } else {
-          store_bytes(e_.out_u8 + index, _mm512_extracti64x4_epi64(codes, k % 2), whole_, mask_);
+          store_bytes(e_.out_u8 + index, half(codes, k), whole_, mask_);
         }
       }
     }

@@ -1,4 +1,5 @@
-// The input transform of Winograd's F(2x2, 3x3) in 8-bit integers, on registers of any width.
+// The input transform of Winograd's F(2x2, 3x3) in 8-bit integers, on registers of any width, and
+// which convolutions are of that kind.
 #pragma once
 
 #include <string.h>
@@ -8,6 +9,13 @@
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
+
+// 3x3, stride 1, padding 1, one group; of so few channels that no sum leaves int32.
+inline bool suits_winograd(const PackedConv& conv) {
+  return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
+         conv.pad_h == 1 && conv.pad_w == 1 && conv.dilation_h == 1 && conv.dilation_w == 1 &&
+         conv.groups == 1 && conv.channels % kBlockDepth == 0 && conv.channels <= 1 << 16;
+}
 
 // V = B^T d B of a row of tiles, plus `shift` but for position (1, 1). Modulo 256: only the result
 // has to fit.
