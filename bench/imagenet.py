@@ -3,9 +3,9 @@
 Quantises torchvision's networks from one real image per class, all layers at the named bits or
 the first and last one at 8, and counts the validation images that the packed networks put into
 their classes: min-max quantisation on the calibration images; ranges and BatchNorm correction from
-them (`calibrated`); FDDA. `--weights` is a folder with torchvision's files as it downloads them,
-`resnet18-f37072fd.pth` and so on. Any ImageFolder tree with train/ and val/ and networks trained
-on it will do.
+them (`calibrated`); fine-tuning on them and on refined images (`fdda`). `--weights` is a folder
+with torchvision's files as it downloads them, `resnet18-f37072fd.pth` and so on. Any ImageFolder
+tree with train/ and val/ and networks trained on it will do.
 
 Every result is kept as a row of a CSV file per network and not computed again; an interrupted
 training is resumed.
@@ -25,17 +25,18 @@ from rich.table import Table
 from torch import nn
 
 import fdda_fast as fdda
+from fdda_fast.checkpoint import load_tensors, save_tensors
 from fdda_fast.cli.options import parse_bits
 from fdda_fast.config import from_dict, read_toml
 from fdda_fast.data import draw, open_source
 from fdda_fast.evaluation import accuracy
-from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.runs import display
 
 MODELS = ("resnet18", "mobilenet_v2", "regnet_x_400mf")
 BITS = ("W4A4", "W4A4F8L8", "W5A5", "W5A5F8L8")
 METHODS = ("minmax", "calibrated", "fdda")
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Network:
@@ -77,14 +78,12 @@ class Network:
         append_result(self.results, (seed, method, bits), top1, seconds)
         print(f"{self.name} seed {seed} {method} {bits}: {100 * top1:.2f} %, {seconds:.0f} s")
 
-    def _packed(
-        self, seed: int, method: str, bits: str, calibration: tuple[torch.Tensor, torch.Tensor]
-    ) -> fdda.PackedModel:
+    def _packed(self, seed: int, method: str, bits: str, calibration: Batch) -> fdda.PackedModel:
         config = self.args.settings
-        config = config.replace(seed=seed, synthesis=config.synthesis.replace(seed=seed))
-        generator = None
+        config = config.replace(seed=seed)
+        synthetic = None
         if method == "fdda":
-            generator = self._generator(config.synthesis, calibration)
+            synthetic = self._synthetic(config, calibration)
         else:
             config = config.plain_minmax() if method == "minmax" else config.replace(steps=0)
         with display(f"{self.name} {method} {bits}") as progress:
@@ -93,32 +92,31 @@ class Network:
                 calibration,
                 parse_bits(bits),
                 config,
-                generator,
+                synthetic=synthetic,
                 checkpoint=self.args.out / f"{self.name}-{seed}-{bits}.checkpoint",
                 resume=True,
                 progress=progress,
             )
         return fdda.pack(student, calibration[0][:1], self.train.preprocessing)
 
-    def _generator(
-        self, config: fdda.SynthesisConfig, calibration: tuple[torch.Tensor, torch.Tensor]
-    ) -> Generator:
-        """One for all bits."""
-        file = self.args.out / f"{self.name}-{config.seed}.generator.safetensors"
-        if file.is_file():
-            return Generator.load(file)
-        centers = fdda.collect_centers(self.teacher, *calibration, self.train.num_classes)
-        with display(f"{self.name} generator") as progress:
-            generator = fdda.train_generator(
-                self.teacher,
-                centers,
-                config,
-                checkpoint=file.with_suffix(".checkpoint"),
-                resume=True,
-                progress=progress,
-            )
-        generator.save(file)
-        return generator
+    def _synthetic(self, config: fdda.QuantizeConfig, calibration: Batch) -> Batch:
+        """The same for all bits."""
+        file = self.args.out / f"{self.name}-{config.seed}.images.safetensors"
+        if not file.is_file():
+            with display(f"{self.name} images") as progress:
+                images, labels = fdda.refine(
+                    self.teacher,
+                    calibration,
+                    config.refine,
+                    seed=config.seed,
+                    flip=config.flip,
+                    checkpoint=file.with_suffix(".checkpoint"),
+                    resume=True,
+                    progress=progress,
+                )
+            save_tensors(file, {"images": images, "labels": labels}, {})
+        tensors, _ = load_tensors(file)
+        return tensors["images"], tensors["labels"]
 
 
 def table(networks: Sequence[Network], seeds: Sequence[int], bits: Sequence[str]) -> Table:
@@ -150,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="validation images, evenly spread; default all")
     parser.add_argument("--config", type=Path, help="TOML of settings, as for fdda-fast quantize")
     args = parser.parse_args(arguments)
-    args.settings = fdda.QuantizeConfig(augmentation="crop")  # what the teachers were trained with
+    # Crops are what the teachers were trained with; of every class there is an image.
+    images = fdda.RefineConfig(images=1024)
+    args.settings = fdda.QuantizeConfig(augmentation="crop", refine=images)
     if args.config is not None:
         args.settings = from_dict(args.settings, read_toml(args.config), str(args.config))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -172,7 +172,8 @@ def refine(
         ranks: which processes share every group; default all.
 
     Returns:
-        images float32 [config.images, C, H, W], and their classes int64, which take turns.
+        images float32 [config.images, C, H, W], and their classes int64, which take turns; where
+        there are more classes than images, the last ones have none.
 
     Raises:
         ValueError: calibration images that do not fit the model, a generator of other classes or
