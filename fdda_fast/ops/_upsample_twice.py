@@ -7,12 +7,14 @@ passes wait for memory, which processes share.
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
 from fdda_fast.ops._few_outputs import taps_of
 from fdda_fast.ops._layout import empty_channels_last, nhwc
-from fdda_fast.ops._library import prefers_own_products
+from fdda_fast.ops._library import active_isa, prefers_own_products
 from fdda_fast.ops._norm_few_outputs import fixed_bn_lrelu
 from fdda_fast.ops._upsample_norm import (
     upsample_fixed_bn_lrelu,
@@ -23,6 +25,7 @@ from fdda_fast.ops._winograd_upsample import upsample_pays
 PIECE_BYTES = 2 << 20  # between the convolutions, for each thread, of more than one image
 _PLAIN_PIECE = 16  # images at a time where other kernels run
 _PANEL = 32  # outputs that weights are packed for are a multiple of it
+_kept: deque[tuple[str | None, Tensor, Tensor]] = deque(maxlen=2)  # of a generator
 
 
 def upsample_twice_conv3x3(
@@ -90,10 +93,18 @@ def _images_at_a_time(image_bytes: int) -> int:
 
 
 def _panels(weight: Tensor) -> Tensor:
-    """[Cout, Cin, 3, 3], transformed and in the order in which it is read."""
+    """[Cout, Cin, 3, 3], transformed and in the order in which it is read.
+
+    Of the last weights they are kept: to make them costs a tenth of a batch of small images.
+    """
+    isa = active_isa()
+    for known_isa, known, panels in _kept:
+        if known_isa == isa and torch.equal(known, weight):
+            return panels
     outputs, inputs = weight.shape[:2]
     panels = weight.new_zeros(81 * inputs * -(-outputs // _PANEL) * _PANEL)
     torch.ops.fdda._winograd_upsample_panels(weight.permute(1, 2, 3, 0).contiguous(), panels)
+    _kept.appendleft((isa, weight.detach().clone(), panels))
     return panels
 
 
