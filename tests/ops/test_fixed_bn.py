@@ -211,6 +211,19 @@ def test_neither_threads_nor_batch_change_the_image(isa):
     assert torch.equal(one[2:], last)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_changed_weights_are_not_taken_for_those_kept(isa):
+    shape = 2, 16, 28, 30
+    x, arguments = torch.randn(shape, generator=generator(4)), twice_case(shape)
+    with on_isa(isa):
+        before = ops.upsample_twice_conv3x3(x, *arguments)
+        again = ops.upsample_twice_conv3x3(x, *arguments)
+        arguments[2][0].data.neg_()
+        after, expected = ops.upsample_twice_conv3x3(x, *arguments), apart(x, *arguments)
+    assert torch.equal(before, again)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
