@@ -29,6 +29,7 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
     *("upsample_conv", "few_outputs_conv", "norm_strip", "winograd", "winograd_upsample"),
+    "upsample_norm",
     *("products", "linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.

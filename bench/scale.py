@@ -3,7 +3,9 @@
     python bench/scale.py                  # 1 and 2 ranks, 224 and 32 px; pins to cores 0 and 1
     python bench/scale.py --ranks 1 --cores 0
 
-Loop and ranks take turns, `--rounds` times; medians are printed, and the median of the ratios.
+Loop and ranks take turns, `--rounds` times; medians are printed, and the median of the ratios. What
+a loop in registers makes of the same ranks at the same time, which waits for no memory, is what the
+processor and its other users leave to be had.
 The plain loop: the generator written plainly in PyTorch (bench/reference_step.py) in eval mode,
 torchvision's save_image for every image. Weights are random. Of the shares, `compute` is the
 generator and the way to pixels, `encode` PNG and tar, `write` the sums, the file and its fsync.
@@ -33,6 +35,7 @@ from fdda_fast.data import Preprocessing
 from fdda_fast.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from fdda_fast.generator import Generator
 from fdda_fast.memory import resident_memory
+from fdda_fast.ops._library import peak_macs_per_second
 from fdda_fast.shards import ShardConfig, synthesize_shards
 from fdda_fast.shards.blocks import BlockMaker
 from fdda_fast.shards.plan import BLOCK
@@ -40,6 +43,7 @@ from fdda_fast.shards.writer import ShardWriter, encode_block
 
 _CLASSES = 10
 _WARM_UP = 2  # blocks
+_REGISTERS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,10 @@ def stage_seconds(case: Case, clock: Clock) -> dict[str, float]:
 
 
 def work(pixels: int, core: int) -> None:
-    """A rank: gets ready, does its part of the set in every folder that it is told of."""
+    """A rank: gets ready, does its part of the set in every folder that it is told of.
+
+    Told of none, it runs the loop in registers. It answers with seconds used, or runs of the loop.
+    """
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     case = CASES[pixels]
@@ -136,9 +143,19 @@ def work(pixels: int, core: int) -> None:
     print("ready", flush=True)
     config = config_of(case, case.images)
     for line in sys.stdin:
-        start = time.process_time()
-        synthesize_shards(generator, line.strip(), config, preprocessing=preprocessing)
-        print(time.process_time() - start, flush=True)
+        folder, start = line.strip(), time.process_time()
+        if folder:
+            synthesize_shards(generator, folder, config, preprocessing=preprocessing)
+        print(time.process_time() - start if folder else register_loops(), flush=True)
+
+
+def register_loops() -> int:
+    """How many there is time for."""
+    end, count = time.perf_counter() + _REGISTERS_SECONDS, 0
+    while time.perf_counter() < end:
+        peak_macs_per_second()
+        count += 1
+    return count
 
 
 class Ranks:
@@ -161,17 +178,24 @@ class Ranks:
 
     def seconds(self, count: int, clock: Clock) -> tuple[float, float]:
         """Per image, of the first `count` ranks, and what share of its core a rank had."""
-        ranks = self.processes[:count]
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            for rank in ranks:
-                rank.stdin.write(f"{folder}\n")
-                rank.stdin.flush()
-            used = [float(rank.stdout.readline()) for rank in ranks]
+            used = self._ask(count, folder)
             elapsed = time.perf_counter() - start
         mean = sum(used) / count  # whoever is held up by other processes takes fewer shards
         seconds = mean if clock is time.process_time else elapsed
         return seconds / self.case.images, mean / elapsed
+
+    def register_loops(self, count: int) -> float:
+        """Of the first `count` ranks together."""
+        return sum(self._ask(count, ""))
+
+    def _ask(self, count: int, line: str) -> list[float]:
+        ranks = self.processes[:count]
+        for rank in ranks:
+            rank.stdin.write(f"{line}\n")
+            rank.stdin.flush()
+        return [float(rank.stdout.readline()) for rank in ranks]
 
     def __enter__(self) -> Ranks:
         return self
@@ -188,13 +212,14 @@ def compare(
 ) -> None:
     """Prints images per second of the plain loop, and of so many ranks."""
     plain = PlainLoop(case)
-    rows, shares = [], {count: [] for count in counts}
+    rows, shares, loops = [], *({count: [] for count in counts} for _ in range(2))
     with Ranks(case, cores[: max(counts)]) as ranks:
         for _ in range(rounds):
             row = {"plain": plain(clock)}
             for count in counts:
                 row[count], share = ranks.seconds(count, clock)
                 shares[count].append(share)
+                loops[count].append(ranks.register_loops(count))
             rows.append(row)
     rates = {name: 1 / statistics.median(row[name] for row in rows) for name in rows[0]}
     print(f"{case.pixels} px: plain loop {rates['plain']:.1f} images/s")
@@ -204,9 +229,12 @@ def compare(
             for other in ("plain", counts[0])
         )
         share = statistics.median(shares[count])
+        registers = statistics.median(
+            own / first for own, first in zip(loops[count], loops[counts[0]], strict=True)
+        )
         print(
-            f"  {count} rank(s): {rates[count]:.1f} images/s, {ratios}; "
-            f"each had {100 * share:.0f} % of its core"
+            f"  {count} rank(s): {rates[count]:.1f} images/s, {ratios}; each had "
+            f"{100 * share:.0f} % of its core; in registers {registers:.2f} x {counts[0]}"
         )
 
 

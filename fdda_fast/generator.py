@@ -19,9 +19,7 @@ from .seeding import stream
 LATENT_DIM = 100
 _FORMAT = "fdda-fast generator 1"
 _SLOPE = 0.2  # of LeakyReLU
-# At work, images of larger first maps go through the convolutions so many at a time, for memory's
-# sake; the linear layer's weights, read once for all of them, are larger than any cache.
-_SMALL_MAP, _PIECE = 16 * 16, 16
+_FINISHED_AT_ONCE = 4  # images at work: a cache has them
 _SAMPLE_STREAM = 0
 # Latents are drawn for whole chunks of this many.
 _SAMPLE_CHUNK = 16
@@ -64,9 +62,8 @@ def _normalize(
     ranks: Ranks,
     convolution: nn.Conv2d | None = None,
 ) -> torch.Tensor:
-    """Batch norm with weight and bias [K, C] by label, LeakyReLU and, training, a convolution."""
-    if not norm.training:
-        return ops.fixed_bn_lrelu(x, _tables(norm, labels, weight, bias), negative_slope)
+    """Batch norm on the batch's statistics, weight and bias [K, C] by label, LeakyReLU and a
+    convolution."""
     if ranks.size > 1:
         y, *moments, images = shared_bn_lrelu(
             x, labels, weight, bias, norm.eps, negative_slope, ranks, convolution
@@ -93,6 +90,8 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
         """[N, C, H, W], normalised."""
+        if not self.training:
+            return ops.fixed_bn_lrelu(x, self.tables(labels), 1.0)
         return _normalize(x, self.norm, labels, self.weight.weight, self.bias.weight, 1.0, ranks)
 
     def of_upsampled(
@@ -104,14 +103,13 @@ class ConditionalBatchNorm2d(nn.Module):
         convolution: nn.Conv2d | None = None,
     ) -> torch.Tensor:
         """x up-sampled by 2, convolved by `upsampling`, normalised, LeakyReLU, `convolution`."""
+        x = ops.upsample_conv3x3(x, *_parameters(upsampling))
         weight, bias = self.weight.weight, self.bias.weight
-        if self.training:
-            x = ops.upsample_conv3x3(x, *_parameters(upsampling))
-            return _normalize(x, self.norm, labels, weight, bias, _SLOPE, ranks, convolution)
-        tables = _tables(self.norm, labels, weight, bias)
-        after = _parameters(convolution)
-        operator = ops.upsample_fixed_bn_lrelu_conv3x3 if after else ops.upsample_fixed_bn_lrelu
-        return operator(x, *_parameters(upsampling), tables, _SLOPE, *after)
+        return _normalize(x, self.norm, labels, weight, bias, _SLOPE, ranks, convolution)
+
+    def tables(self, labels: torch.Tensor) -> torch.Tensor:
+        """What `ops.fixed_bn_lrelu` takes for the running statistics: float32 [3, N, C]."""
+        return _tables(self.norm, labels, self.weight.weight, self.bias.weight)
 
 
 class Generator(nn.Module):
@@ -164,20 +162,36 @@ class Generator(nn.Module):
             [N, C, H, W] of `dtype`, channels_last.
         """
         x = ops.linear_to_maps(z, self.fc.weight, self.fc.bias, self.seed_size, dtype)
-        x = self.norm0(x, labels, ranks=ranks)
-        if self.training or x.shape[2] * x.shape[3] <= _SMALL_MAP:
-            return self._grown(x, labels, ranks)
-        parts = zip(x.split(_PIECE), labels.split(_PIECE), strict=True)
-        return torch.cat([self._grown(*part, ranks) for part in parts])
+        x = self._trained(x, labels, ranks) if self.training else self._at_work(x, labels)
+        return x[:, :, : self.image_shape[1], : self.image_shape[2]]
 
-    def _grown(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-        """Images of the first maps [N, 128, *seed_size]."""
+    def _trained(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Images of the first maps [N, 128, *seed_size], by the batch's statistics."""
+        x = self.norm0(x, labels, ranks=ranks)
         x = self.norm1.of_upsampled(x, labels, self.conv1, ranks)
         x = torch.tanh(self.norm2.of_upsampled(x, labels, self.conv2, ranks, self.conv3))
+        return _normalize(x, self.norm3, *self._no_affine(labels), 1.0, ranks)
+
+    @torch.no_grad()
+    def _at_work(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The same by the running statistics."""
+        norms = self.norm0, self.norm1, self.norm2
+        tables, *convolved = (norm.tables(labels) for norm in norms)
+        first, last = (
+            (*_parameters(convolution), after)
+            for convolution, after in zip((self.conv1, self.conv2), convolved, strict=True)
+        )
+        y = ops.upsample_twice_conv3x3(x, tables, first, last, _SLOPE, *_parameters(self.conv3))
+        tables = _tables(self.norm3, *self._no_affine(labels))
+        parts = y.split(_FINISHED_AT_ONCE), tables.split(_FINISHED_AT_ONCE, 1)
+        for part, own in zip(*parts, strict=True):
+            part.copy_(ops.fixed_bn_lrelu(part.tanh_(), own, 1.0))
+        return y
+
+    def _no_affine(self, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Labels, weight and bias that change nothing."""
         one = self.conv3.bias.new_ones(1, len(self.conv3.bias))
-        no_class = torch.zeros_like(labels)
-        x = _normalize(x, self.norm3, no_class, one, torch.zeros_like(one), 1.0, ranks)
-        return x[:, :, : self.image_shape[1], : self.image_shape[2]]
+        return torch.zeros_like(labels), one, torch.zeros_like(one)
 
     def save(self, path: str | Path) -> None:
         """Writes weights, shape and the teacher's fingerprint as safetensors."""

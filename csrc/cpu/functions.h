@@ -54,6 +54,9 @@ void winograd_upsample_norm_output(const WinogradNormTiles&);
 void winograd_upsample_gradient(const WinogradTiles&);
 void winograd_upsample_weights(const WinogradWeights&);
 void winograd_upsample_weight_gradient(const WinogradWeights&);
+void winograd_upsample_panels(const WinogradWeights&);
+void upsample_norm(const UpsampleNorm&);
+void upsample_norm_taps(const UpsampleNormTaps&);
 
 // Groups of one channel in, one channel out.
 void depthwise_conv2d(const PackedConv&);

@@ -329,6 +329,23 @@ struct WinogradNormTiles {
   NormTables tables;
 };
 
+// An up-sampling convolution and a norm of its outputs, by Winograd's algorithm in one pass.
+struct UpsampleNorm {
+  int64_t images, height, width, inputs, outputs;  // height and width of x
+  const float* x;                                  // [images, height, width, inputs]
+  const float* weights;                            // packed by winograd_upsample_panels
+  NormTables tables;                               // the mean less the convolution's bias
+  float* y;                                        // [images, 2 * height, 2 * width, outputs]
+};
+
+// The same, and a convolution to few channels: y is [images, 2 * height, 2 * width, channels].
+struct UpsampleNormTaps {
+  UpsampleNorm norm;
+  int64_t channels;
+  const float* taps;  // [9, channels, outputs]
+  const float* bias;  // [channels]
+};
+
 // Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or
 // gradients back.
 struct WinogradWeights {
@@ -385,6 +402,9 @@ struct Kernels {
   void (*winograd_upsample_gradient)(const WinogradTiles&);
   void (*winograd_upsample_weights)(const WinogradWeights&);
   void (*winograd_upsample_weight_gradient)(const WinogradWeights&);
+  void (*winograd_upsample_panels)(const WinogradWeights&);
+  void (*upsample_norm)(const UpsampleNorm&);
+  void (*upsample_norm_taps)(const UpsampleNormTaps&);
 };
 
 namespace generic {

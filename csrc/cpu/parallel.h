@@ -31,6 +31,8 @@ enum ScratchSlot {
   kPlanes,
   kSums,
   kOffsets,
+  kTiles,
+  kStrip,
   kNumScratchSlots
 };
 void* scratch(ScratchSlot slot, size_t bytes);

@@ -1,24 +1,15 @@
 // Batched products of float32 matrices. A panel of b is packed into the first-level cache and met
 // by all rows of a, which are read where they are.
 
-#include "functions.h"
 #include "parallel.h"
-#include "row_tiles.h"
-#include "vectors.h"
+#include "register_panel.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int kVectors = 2;
-constexpr int64_t kPanel = kVectors * kVectorLanes;  // columns
-constexpr int64_t kDepth = 256;                      // of a panel
-constexpr int64_t kGrain = 1 << 20;                  // multiply-adds a thread should have
-#if defined(__AVX512F__)
-constexpr int kRows = 12;  // 12 * 2 sums, 2 vectors of b
-#else
-constexpr int kRows = 4;
-#endif
+constexpr int64_t kDepth = 256;      // of a panel
+constexpr int64_t kGrain = 1 << 20;  // multiply-adds a thread should have
 
 // Exchanges lane i of rows j with lane j of rows i, for all i and j that differ by STEP and more.
 template <int STEP>
@@ -70,13 +61,7 @@ void multiply(const Products& p, const float* a, int64_t depth, const float* pan
               int64_t columns, float* out) {
   Vector sum[ROWS][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k, a += p.a_depth, panel += kPanel) {
-    Vector b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = load_lanes<Vector>(panel + v * kVectorLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(a[r * p.a_row], b[v], sum[r][v]);
-    }
+    add_outer_product<ROWS>(a, p.a_row, panel, sum);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r, out += p.columns) {

@@ -50,6 +50,9 @@ extern const Kernels kernels = {
     winograd_upsample_gradient,
     winograd_upsample_weights,
     winograd_upsample_weight_gradient,
+    winograd_upsample_panels,
+    upsample_norm,
+    upsample_norm_taps,
 };
 
 }  // namespace FDDA_ISA

@@ -117,6 +117,65 @@ void winograd_upsample_weight_gradient(const Tensor& products, Tensor grad_weigh
       weights_of(grad_weight, products, kProducts, false, products, grad_weight));
 }
 
+constexpr int64_t kPanels = 32;  // what outputs are a multiple of in panels, on any instruction set
+
+void check_panels(const Tensor& panels, int64_t inputs, int64_t outputs, const char* argument) {
+  check_dense(panels, panels.dim(), argument);
+  check_numel(panels, kProducts.parts * inputs * ceil_div(outputs, kPanels) * kPanels, argument);
+}
+
+// `panels`: zeros; those of the channels that are left stay so.
+void winograd_upsample_panels(const Tensor& weight, Tensor panels) {
+  check_dense(weight, 4, "weight");
+  const int64_t filters = weight.size(0), channels = weight.size(3);
+  check_numel(weight, filters * 9 * channels, "weight");
+  check_panels(panels, filters, channels, "panels");
+  active_kernels().winograd_upsample_panels(
+      {filters, channels, false, weight.const_data_ptr<float>(), panels.mutable_data_ptr<float>()});
+}
+
+// `y` is checked by the callers.
+UpsampleNorm upsample_norm_of(const Tensor& x, const Tensor& panels, const Tensor& tables,
+                              double negative_slope, Tensor y) {
+  check_dense(x, 4, "x");
+  STD_TORCH_CHECK(tables.dim() == 3, "tables: expected [3, N, Cout]");
+  const int64_t images = x.size(0), outputs = tables.size(2);
+  check_panels(panels, x.size(3), outputs, "panels");
+  return {images,
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          outputs,
+          x.const_data_ptr<float>(),
+          panels.const_data_ptr<float>(),
+          norm_tables(tables, images * outputs, negative_slope),
+          y.mutable_data_ptr<float>()};
+}
+
+void check_upsampled(const Tensor& y, const Tensor& x, int64_t channels) {
+  check_dense(y, 4, "y");
+  check_numel(y, 4 * x.size(0) * x.size(1) * x.size(2) * channels, "y");
+}
+
+void upsample_norm(const Tensor& x, const Tensor& panels, const Tensor& tables,
+                   double negative_slope, Tensor y) {
+  const UpsampleNorm a = upsample_norm_of(x, panels, tables, negative_slope, y);
+  check_upsampled(y, x, a.outputs);
+  active_kernels().upsample_norm(a);
+}
+
+void upsample_norm_taps(const Tensor& x, const Tensor& panels, const Tensor& tables,
+                        double negative_slope, const Tensor& taps, const Tensor& bias, Tensor y) {
+  const UpsampleNorm a = upsample_norm_of(x, panels, tables, negative_slope, y);
+  check_dense(bias, 1, "bias");
+  check_dense(taps, 2, "taps");
+  const int64_t channels = bias.size(0);
+  check_numel(taps, 9 * channels * a.outputs, "taps");
+  check_upsampled(y, x, channels);
+  active_kernels().upsample_norm_taps(
+      {a, channels, taps.const_data_ptr<float>(), bias.const_data_ptr<float>()});
+}
+
 }  // namespace
 }  // namespace fdda
 
@@ -133,4 +192,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_winograd_upsample_norm_output", TORCH_BOX(&fdda::winograd_upsample_norm_output));
   m.impl("_winograd_upsample_weights", TORCH_BOX(&fdda::winograd_upsample_weights));
   m.impl("_winograd_upsample_weight_gradient", TORCH_BOX(&fdda::winograd_upsample_weight_gradient));
+  m.impl("_winograd_upsample_panels", TORCH_BOX(&fdda::winograd_upsample_panels));
+  m.impl("_upsample_norm", TORCH_BOX(&fdda::upsample_norm));
+  m.impl("_upsample_norm_taps", TORCH_BOX(&fdda::upsample_norm_taps));
 }

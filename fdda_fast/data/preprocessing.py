@@ -67,7 +67,8 @@ class Preprocessing:
         """float32 [N, C, H, W] as the network sees it -> uint8 pixels, clamped to [0, 255]."""
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
-        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = images.mul(std).add_(mean).mul_(255)
+        return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -28,8 +28,7 @@ from fdda_fast.ops.fake_quantize import (
 from fdda_fast.ops.fixed_bn import (
     fixed_bn_lrelu,
     fixed_bn_lrelu_conv3x3,
-    upsample_fixed_bn_lrelu,
-    upsample_fixed_bn_lrelu_conv3x3,
+    upsample_twice_conv3x3,
 )
 from fdda_fast.ops.linear_maps import linear_to_maps
 from fdda_fast.ops.max_pool import max_pool2d
@@ -81,6 +80,5 @@ __all__ = [
     "unpack_codes",
     "unpack_weight",
     "upsample_conv3x3",
-    "upsample_fixed_bn_lrelu",
-    "upsample_fixed_bn_lrelu_conv3x3",
+    "upsample_twice_conv3x3",
 ]

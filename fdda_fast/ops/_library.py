@@ -91,7 +91,7 @@ def _register_compositions() -> None:
         _linear_maps,
         _max_pool,
         _norm_few_outputs,
-        _upsample_norm,
+        _upsample_twice,
         _winograd,
         _winograd_upsample,
     )
@@ -109,8 +109,7 @@ def _register_compositions() -> None:
         LIBRARY.impl(operator, getattr(_winograd, operator), "CPU")
     for operator in ("fixed_bn_lrelu", "fixed_bn_lrelu_conv3x3"):
         LIBRARY.impl(operator, getattr(_norm_few_outputs, operator), "CPU")
-    for operator in ("upsample_fixed_bn_lrelu", "upsample_fixed_bn_lrelu_conv3x3"):
-        LIBRARY.impl(operator, getattr(_upsample_norm, operator), "CPU")
+    LIBRARY.impl("upsample_twice_conv3x3", _upsample_twice.upsample_twice_conv3x3, "CPU")
 
 
 def _load_cuda() -> None:

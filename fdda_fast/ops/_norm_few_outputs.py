@@ -19,6 +19,8 @@ from fdda_fast.ops._layout import nhwc
 from fdda_fast.ops._products import PixelProduct, multiply
 from fdda_fast.ops._strips import Strip
 
+_FEW_CHANNELS = 16  # fill no vector: then a row counts as a pixel of as many channels as it has
+
 
 def conditional_bn_lrelu_conv3x3(
     x: Tensor,
@@ -65,7 +67,10 @@ def fixed_bn_lrelu(x: Tensor, tables: Tensor, negative_slope: float) -> Tensor:
     x = nhwc(x)
     y = torch.empty_like(x)
     if x.numel():
-        whole = Strip(0, len(x), 0, x.shape[1])
+        batch, height, width, channels = x.shape
+        if channels < _FEW_CHANNELS:
+            x, tables = x.view(batch, height, 1, -1), tables.repeat(1, 1, width)
+        whole = Strip(0, batch, 0, height)
         torch.ops.fdda._norm_strip(x, tables.contiguous(), negative_slope, y, *whole.place())
     return y.permute(0, 3, 1, 2)
 

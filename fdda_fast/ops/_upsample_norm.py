@@ -1,4 +1,4 @@
-"""CPU implementation of upsample_fixed_bn_lrelu and upsample_fixed_bn_lrelu_conv3x3.
+"""An up-sampling convolution and a norm behind it, of upsample_twice_conv3x3, by other products.
 
 Strip by strip: what the convolution made is normalised, and goes through the convolution behind,
 before it leaves the cache. Otherwise these passes wait for memory, which processes share.

@@ -182,6 +182,11 @@ define_pass(
 define_pass("_winograd_upsample_weights(Tensor weight, Tensor(a!) products) -> ()")
 define_pass("_winograd_upsample_weight_gradient(Tensor products, Tensor(a!) grad_weight) -> ()")
 
+_UPSAMPLE_NORM = "Tensor x, Tensor panels, Tensor tables, float negative_slope"
+define_pass("_winograd_upsample_panels(Tensor weight, Tensor(a!) panels) -> ()")
+define_pass(f"_upsample_norm({_UPSAMPLE_NORM}, Tensor(a!) y) -> ()")
+define_pass(f"_upsample_norm_taps({_UPSAMPLE_NORM}, Tensor taps, Tensor bias, Tensor(a!) y) -> ()")
+
 _STRIP = "int image, int images, int row, int row_end"
 _MAPS = "Tensor row_map, Tensor column_map, Tensor mixed_map"
 _OUT_MAPS = "Tensor(b!) row_map, Tensor(c!) column_map, Tensor(d!) mixed_map"

@@ -57,70 +57,55 @@ def fixed_bn_lrelu_conv3x3(
     return torch.ops.fdda.fixed_bn_lrelu_conv3x3(x, tables, negative_slope, weight, bias)
 
 
-def upsample_fixed_bn_lrelu(
-    x: Tensor, weight: Tensor, bias: Tensor, tables: Tensor, negative_slope: float
-) -> Tensor:
-    """`fixed_bn_lrelu(upsample_conv3x3(x, weight, bias), tables, negative_slope)`.
-
-    On the CPU, where Winograd's algorithm pays, strip by strip: the tensor in between stays in
-    cache.
-
-    Args:
-        x, weight, bias: see `upsample_conv3x3`.
-        tables, negative_slope: see `fixed_bn_lrelu`; of the convolution's outputs.
-
-    Returns:
-        [N, Cout, 2H, 2W] of the dtype of x, channels_last, without gradient.
-
-    Raises:
-        TypeError: a dtype is not one of the above.
-        ValueError: shapes do not fit.
-    """
-    _check_upsampled(x, weight, bias, tables, negative_slope)
-    return torch.ops.fdda.upsample_fixed_bn_lrelu(x, weight, bias, tables, negative_slope)
-
-
-def upsample_fixed_bn_lrelu_conv3x3(
+def upsample_twice_conv3x3(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
     tables: Tensor,
+    first: tuple[Tensor, Tensor, Tensor],
+    last: tuple[Tensor, Tensor, Tensor],
     negative_slope: float,
     out_weight: Tensor,
     out_bias: Tensor,
 ) -> Tensor:
-    """`conv3x3_few_outputs` of `upsample_fixed_bn_lrelu`; neither tensor in between is stored.
+    """Two up-sampling convolutions with norms around them, and one to few channels.
+
+    `fixed_bn_lrelu(x, tables, 1.0)`, twice `fixed_bn_lrelu(upsample_conv3x3(...), ...)`, and
+    `conv3x3_few_outputs`. On the CPU, where Winograd's algorithm pays, what is in between stays in
+    the caches, whatever the number of images.
 
     Args:
-        x, weight, bias, tables, negative_slope: see `upsample_fixed_bn_lrelu`.
-        out_weight, out_bias: float32 [Cimage, Cout, 3, 3] and [Cimage].
+        x: see `upsample_conv3x3`.
+        tables: see `fixed_bn_lrelu`; of x.
+        first, last: weight and bias of an up-sampling convolution, and the tables of the norm of
+            its outputs, before LeakyReLU.
+        negative_slope: of LeakyReLU.
+        out_weight, out_bias: float32 [Cimage, C, 3, 3] and [Cimage].
 
     Returns:
-        [N, Cimage, 2H, 2W] of the dtype of x, channels_last, without gradient.
+        [N, Cimage, 4H, 4W] of the dtype of x, channels_last, without gradient.
 
     Raises:
         TypeError: a dtype is not one of the above.
         ValueError: shapes do not fit.
     """
-    _check_upsampled(x, weight, bias, tables, negative_slope)
-    check_tensor(out_weight, "out_weight", (torch.float32,), (None, len(weight), 3, 3))
+    _check(x, tables, negative_slope)
+    channels = x.shape[1]
+    for name, (weight, bias, after) in (("first", first), ("last", last)):
+        check_tensor(weight, f"{name} weight", (torch.float32,), (None, channels, 3, 3))
+        channels = len(weight)
+        check(weight.numel() > 0, f"{name} weight", "channels", list(weight.shape))
+        check_tensor(bias, f"{name} bias", (torch.float32,), (channels,))
+        check_tensor(after, f"{name} tables", (torch.float32,), (3, len(x), channels))
+    check_tensor(out_weight, "out_weight", (torch.float32,), (None, channels, 3, 3))
     check(out_weight.numel() > 0, "out_weight", "channels", list(out_weight.shape))
     check_tensor(out_bias, "out_bias", (torch.float32,), (len(out_weight),))
-    return torch.ops.fdda.upsample_fixed_bn_lrelu_conv3x3(
-        x, weight, bias, tables, negative_slope, out_weight, out_bias
+    return torch.ops.fdda.upsample_twice_conv3x3(
+        x, tables, *first, *last, negative_slope, out_weight, out_bias
     )
 
 
 def _check(x: Tensor, tables: Tensor, negative_slope: float) -> None:
     check_tensor(x, "x", FLOAT_DTYPES, (None,) * 4)
     _check_norm(tables, negative_slope, *x.shape[:2])
-
-
-def _check_upsampled(
-    x: Tensor, weight: Tensor, bias: Tensor, tables: Tensor, negative_slope: float
-) -> None:
-    check_convolution(x, weight, bias)
-    _check_norm(tables, negative_slope, len(x), len(weight))
 
 
 def _check_norm(tables: Tensor, negative_slope: float, samples: int, channels: int) -> None:
@@ -139,14 +124,23 @@ def _composed(x, tables, negative_slope, weight, bias):
     return torch.ops.fdda.conv3x3_few_outputs(y, weight, bias)
 
 
-def _upsampled(x, weight, bias, tables, negative_slope):
-    y = torch.ops.fdda.upsample_conv3x3(x, weight, bias)
-    return torch.ops.fdda.fixed_bn_lrelu(y, tables, negative_slope)
-
-
-def _upsampled_composed(x, weight, bias, tables, negative_slope, out_weight, out_bias):
-    y = torch.ops.fdda.upsample_conv3x3(x, weight, bias)
-    return torch.ops.fdda.fixed_bn_lrelu_conv3x3(y, tables, negative_slope, out_weight, out_bias)
+def _upsampled_twice(
+    x,
+    tables,
+    weight,
+    bias,
+    middle_tables,
+    last_weight,
+    last_bias,
+    last_tables,
+    negative_slope,
+    *out,
+):
+    y = torch.ops.fdda.fixed_bn_lrelu(x, tables, 1.0)
+    y = torch.ops.fdda.upsample_conv3x3(y, weight, bias)
+    y = torch.ops.fdda.fixed_bn_lrelu(y, middle_tables, negative_slope)
+    y = torch.ops.fdda.upsample_conv3x3(y, last_weight, last_bias)
+    return torch.ops.fdda.fixed_bn_lrelu_conv3x3(y, last_tables, negative_slope, *out)
 
 
 define(
@@ -160,16 +154,10 @@ define(
     _composed,
     lambda x, tables, negative_slope, weight, bias: empty_channels_last(x, len(weight)),
 )
-_UPSAMPLED = "Tensor x, Tensor weight, Tensor bias, Tensor tables, float negative_slope"
 define(
-    f"upsample_fixed_bn_lrelu({_UPSAMPLED}) -> Tensor",
-    _upsampled,
-    lambda x, weight, *_: empty_channels_last(x, len(weight), 2),
-)
-define(
-    f"upsample_fixed_bn_lrelu_conv3x3({_UPSAMPLED}, Tensor out_weight, Tensor out_bias) -> Tensor",
-    _upsampled_composed,
-    lambda x, weight, bias, tables, slope, out_weight, _: empty_channels_last(
-        x, len(out_weight), 2
-    ),
+    "upsample_twice_conv3x3(Tensor x, Tensor tables, Tensor weight, Tensor bias, "
+    "Tensor middle_tables, Tensor last_weight, Tensor last_bias, Tensor last_tables, "
+    "float negative_slope, Tensor out_weight, Tensor out_bias) -> Tensor",
+    _upsampled_twice,
+    lambda x, *rest: empty_channels_last(x, len(rest[-1]), 4),
 )

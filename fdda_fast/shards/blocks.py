@@ -21,6 +21,7 @@ from .plan import BLOCK, LabelPlan, ShardConfig
 
 _TEACHER_BATCH = 16  # always whole: libraries pick their algorithm by batch size
 _HASH_SIDE = 8
+_AT_ONCE = 4  # images that become pixels
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ class BlockMaker:
             self._generators[generator], own_labels, config.seed, first=first, batch=BLOCK
         )
         labels = own_labels + int(self._offsets[generator])
-        pixels = self._preprocessing.denormalize(images)
+        pixels, hashes = self._stored(images)
         measured: dict[str, torch.Tensor | None] = dict.fromkeys(
             ("logits", "confidence", "agreeing", "bns_distance")
         )
         kept = torch.ones(BLOCK, dtype=torch.bool)
         if self._teacher is not None:
             with _one_thread():
-                measured |= self._judge(self._preprocessing.normalize(pixels), labels)
+                measured |= self._judge(pixels, labels)
             kept = measured["confidence"] >= config.min_confidence
 
         def array(tensor: torch.Tensor | None) -> np.ndarray | None:
@@ -130,17 +131,28 @@ class BlockMaker:
             generator=generator,
             labels=array(labels),
             pixels=array(pixels.permute(0, 2, 3, 1)),
-            hashes=array(difference_hash(pixels)),
+            hashes=array(hashes),
             kept=array(kept),
             **{name: array(values) for name, values in measured.items()},
         )
 
-    def _judge(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _stored(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels, channels_last, and hashes: some images at a time, which a cache has."""
+        layout = torch.channels_last
+        pixels, hashes = torch.empty(images.shape, dtype=torch.uint8, memory_format=layout), []
+        for part, stored in zip(images.split(_AT_ONCE), pixels.split(_AT_ONCE), strict=True):
+            planes = self._preprocessing.denormalize(part)
+            stored.copy_(planes)
+            hashes.append(difference_hash(planes))
+        return pixels, torch.cat(hashes)
+
+    def _judge(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = torch.arange(_TEACHER_BATCH)
         all_logits, distances = [], []
         for part, classes in zip(
-            images.split(_TEACHER_BATCH), labels.split(_TEACHER_BATCH), strict=True
+            pixels.split(_TEACHER_BATCH), labels.split(_TEACHER_BATCH), strict=True
         ):
+            part = self._preprocessing.normalize(part.contiguous())
             if self._centers is None:
                 all_logits.append(self._teacher(part))
                 continue

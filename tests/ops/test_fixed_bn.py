@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import _strips, _winograd_upsample
+from fdda_fast.ops import _strips, _upsample_twice
 
 SLOPE = 0.2
 
@@ -134,89 +134,123 @@ def test_opcheck():
         torch.library.opcheck(operator, (*arguments, *rest))
 
 
-@pytest.fixture(params=[160, 8, 1], ids=["images", "rows", "row"])
-def tiles(request, monkeypatch):
-    """Several images a strip, several rows of tiles, one row."""
-    monkeypatch.setattr(_winograd_upsample, "TILES", request.param)
+@pytest.fixture(params=["plain", "in cache", "in cache, pieces"])
+def way(request, monkeypatch):
+    """By other products; in the caches, as many images at a time as there are; one by one."""
+    monkeypatch.setattr(
+        _upsample_twice, "pays", lambda x, *_: request.param != "plain" and x.dtype == torch.float32
+    )
+    monkeypatch.setattr(_upsample_twice, "PIECE_BYTES", 1 if "pieces" in request.param else 1 << 30)
+    monkeypatch.setattr(_upsample_twice, "_PLAIN_PIECE", 2)
 
 
-@pytest.mark.usefixtures("tiles")
+def twice_case(shape, middle=16, last=16, outputs=3, seed=5):
+    """Arguments of upsample_twice_conv3x3 behind x."""
+    g = generator(seed)
+    batch, channels = shape[:2]
+
+    def convolution(inputs, outputs):
+        weight = torch.randn(outputs, inputs, 3, 3, generator=g) / (3 * inputs**0.5)
+        return weight, torch.randn(outputs, generator=g)
+
+    def tables(channels):
+        return torch.randn(3, batch, channels, generator=g)
+
+    first = *convolution(channels, middle), tables(middle)
+    second = *convolution(middle, last), tables(last)
+    return tables(channels), first, second, SLOPE, *convolution(last, outputs)
+
+
+def apart(x, tables, first, last, slope, *out):
+    x = ops.fixed_bn_lrelu(x, tables, 1.0)
+    for weight, bias, after in (first, last):
+        x = ops.fixed_bn_lrelu(ops.upsample_conv3x3(x, weight, bias), after, slope)
+    return ops.conv3x3_few_outputs(x, *out)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
+    ("shape", "rest", "dtype"),
     [
-        ((3, 16, 25, 23), torch.float32),
-        ((2, 32, 28, 30), torch.float32),
-        ((2, 8, 5, 6), torch.float32),
-        ((0, 16, 8, 8), torch.float32),
-        ((3, 16, 25, 23), torch.bfloat16),
+        ((3, 16, 25, 23), {}, torch.float32),  # rows of tiles, and edges
+        ((3, 16, 5, 130), {}, torch.float32),  # a row of tiles is more than a group
+        ((19, 16, 4, 4), {}, torch.float32),  # several images a strip
+        ((2, 20, 7, 6), {"middle": 36, "last": 70, "outputs": 1}, torch.float32),
+        ((2, 3, 1, 1), {"middle": 2, "last": 5}, torch.float32),
+        ((0, 16, 8, 8), {}, torch.float32),
+        ((3, 16, 15, 13), {}, torch.bfloat16),
     ],
 )
-def test_upsampled_equals_its_parts(shape, dtype, isa):
-    g = generator(5)
-    x = torch.randn(shape, generator=g).to(dtype)
-    weight, bias = torch.randn(16, shape[1], 3, 3, generator=g) / 12, torch.randn(16, generator=g)
-    tables = torch.randn(3, shape[0], 16, generator=g)
-    after = torch.randn(3, 16, 3, 3, generator=g) / 12, torch.randn(3, generator=g)
+def test_upsampled_twice_equals_its_parts(shape, rest, dtype, isa):
+    arguments = torch.randn(shape, generator=generator(4)).to(dtype), *twice_case(shape, **rest)
     with on_isa(isa):
-        parts = ops.fixed_bn_lrelu(ops.upsample_conv3x3(x, weight, bias), tables, SLOPE)
-        y = ops.upsample_fixed_bn_lrelu(x, weight, bias, tables, SLOPE)
-        image = ops.upsample_fixed_bn_lrelu_conv3x3(x, weight, bias, tables, SLOPE, *after)
-        image_parts = ops.conv3x3_few_outputs(parts, *after)
-    for found, expected in ((y, parts), (image, image_parts)):
-        assert found.dtype == dtype
-        assert found.shape == expected.shape
-        assert found.is_contiguous(memory_format=torch.channels_last)
-        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
+        y, expected = ops.upsample_twice_conv3x3(*arguments), apart(*arguments)
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=20 * tolerance)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_the_upsampled_result(isa):
-    g = generator(4)
-    x, tables = torch.randn(2, 16, 40, 30, generator=g), torch.randn(3, 2, 16, generator=g)
-    weight, bias = torch.randn(16, 16, 3, 3, generator=g), torch.zeros(16)
-    after = torch.randn(3, 16, 3, 3, generator=g), torch.zeros(3)
-    for function, rest in (
-        (ops.upsample_fixed_bn_lrelu, ()),
-        (ops.upsample_fixed_bn_lrelu_conv3x3, after),
-    ):
-        with on_isa(isa):
-            one, two = (
-                with_threads(n, function, x, weight, bias, tables, SLOPE, *rest) for n in (1, 2)
-            )
-        assert torch.equal(one, two)
+def test_neither_threads_nor_batch_change_the_image(isa):
+    shape = 5, 16, 28, 30
+    x, rest = torch.randn(shape, generator=generator(4)), twice_case(shape)
+
+    def rows(part):
+        tables, *convolved = (
+            (*more, t[:, part].contiguous()) for *more, t in ((rest[0],), *rest[1:3])
+        )
+        return x[part], *tables, *convolved, *rest[3:]
+
+    with on_isa(isa):
+        one, two = (with_threads(n, ops.upsample_twice_conv3x3, x, *rest) for n in (1, 2))
+        last = ops.upsample_twice_conv3x3(*rows(slice(2, 5)))
+    assert torch.equal(one, two)
+    assert torch.equal(one[2:], last)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_changed_weights_are_not_taken_for_those_kept(isa):
+    shape = 2, 16, 28, 30
+    x, arguments = torch.randn(shape, generator=generator(4)), twice_case(shape)
+    with on_isa(isa):
+        before = ops.upsample_twice_conv3x3(x, *arguments)
+        again = ops.upsample_twice_conv3x3(x, *arguments)
+        arguments[2][0].data.neg_()
+        after, expected = ops.upsample_twice_conv3x3(x, *arguments), apart(x, *arguments)
+    assert torch.equal(before, again)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.zeros(3, 4)}, ValueError, "x: expected"),
-        ({"weight": torch.zeros(6, 5, 3, 3)}, ValueError, "weight: expected"),
-        ({"tables": torch.zeros(3, 3, 4)}, ValueError, "tables: expected"),
-        ({"negative_slope": float("inf")}, ValueError, "negative_slope: expected"),
-        ({"out_weight": torch.zeros(3, 4, 3, 3)}, ValueError, "out_weight: expected"),
-        ({"out_bias": torch.zeros(3).double()}, TypeError, "out_bias: expected"),
+        ({0: torch.zeros(3, 4)}, ValueError, "x: expected"),
+        ({1: torch.zeros(3, 3, 5)}, ValueError, "tables: expected"),
+        ({2: torch.zeros(6, 5, 3, 3)}, ValueError, "first weight: expected"),
+        ({3: torch.zeros(6).double()}, TypeError, "first bias: expected"),
+        ({4: torch.zeros(3, 3, 4)}, ValueError, "first tables: expected"),
+        ({5: torch.zeros(7, 7, 3, 3)}, ValueError, "last weight: expected"),
+        ({7: torch.zeros(3, 2, 7)}, ValueError, "last tables: expected"),
+        ({8: float("inf")}, ValueError, "negative_slope: expected"),
+        ({9: torch.zeros(3, 4, 3, 3)}, ValueError, "out_weight: expected"),
+        ({10: torch.zeros(3).double()}, TypeError, "out_bias: expected"),
     ],
 )
-def test_upsampled_refuses(changes, error, message):
-    good = {
-        "x": torch.randn(3, 4, 5, 6), "weight": torch.randn(6, 4, 3, 3), "bias": torch.randn(6),
-        "tables": torch.randn(3, 3, 6), "negative_slope": SLOPE,
-        "out_weight": torch.randn(3, 6, 3, 3), "out_bias": torch.randn(3),
-    }  # fmt: skip
-    arguments = good | changes
+def test_upsampled_twice_refuses(changes, error, message):
+    tables, first, last, *rest = twice_case((3, 4, 5, 6), middle=6, last=7)
+    arguments = [torch.randn(3, 4, 5, 6), tables, *first, *last, *rest]
+    for place, argument in changes.items():
+        arguments[place] = argument
+    x, tables, *convolved = arguments
     with pytest.raises(error, match=message):
-        ops.upsample_fixed_bn_lrelu_conv3x3(**arguments)
-    if not changes.keys() & {"out_weight", "out_bias"}:
-        with pytest.raises(error, match=message):
-            ops.upsample_fixed_bn_lrelu(*list(arguments.values())[:5])
+        ops.upsample_twice_conv3x3(x, tables, convolved[:3], convolved[3:6], *convolved[6:])
 
 
-def test_upsampled_opcheck():
-    x, tables = torch.randn(2, 16, 28, 28), torch.randn(3, 2, 16)
-    arguments = x, torch.randn(16, 16, 3, 3), torch.randn(16), tables, SLOPE
-    torch.library.opcheck(torch.ops.fdda.upsample_fixed_bn_lrelu.default, arguments)
-    rest = torch.randn(2, 16, 3, 3), torch.randn(2)
-    operator = torch.ops.fdda.upsample_fixed_bn_lrelu_conv3x3.default
-    torch.library.opcheck(operator, (*arguments, *rest))
+def test_upsampled_twice_opcheck():
+    shape = 2, 16, 28, 28
+    tables, first, last, *rest = twice_case(shape)
+    operator = torch.ops.fdda.upsample_twice_conv3x3.default
+    torch.library.opcheck(operator, (torch.randn(shape), tables, *first, *last, *rest))
