@@ -235,7 +235,7 @@ class QuantizeConfig(Section):
             `fdda_fast.losses.distillation`. label_weight: of the cross entropy with the labels;
             blended images have none, so with `blend` it must be 0.
         dtype: of the convolutions and what is between them in fine-tuning steps; parameters,
-            ranges, batch norms and losses are float32.
+            ranges, batch norms, losses and the refinement are float32.
         synthesis: how the generator is trained when none is given.
         refine: how the synthetic images are made, of a given generator's or, without one, of the
             calibration images. With refine.images 0 they are a generator's as they are, and one

@@ -125,7 +125,7 @@ def quantize(
     wanted = config.synthetic_batch > 0 and synthetic is None
     if wanted and config.refine.images:
         maker = Refiner(
-            tuner.teacher, (images, labels), num_classes, config.refine,
+            teacher, (images, labels), num_classes, config.refine,
             seed=config.seed, flip=config.flip, generator=generator, ranks=ranks,
         )  # fmt: skip
     elif wanted and generator is None:
