@@ -51,7 +51,7 @@ void winograd_upsample_input(const WinogradTiles&);
 void winograd_upsample_input_gradient(const WinogradTiles&);
 void winograd_upsample_output(const WinogradTiles&);
 void winograd_upsample_norm_output(const WinogradNormTiles&);
-void winograd_upsample_gradient(const WinogradTiles&);
+void winograd_upsample_gradient(const WinogradGradientTiles&);
 void winograd_upsample_weights(const WinogradWeights&);
 void winograd_upsample_weight_gradient(const WinogradWeights&);
 

@@ -329,6 +329,12 @@ struct WinogradNormTiles {
   NormTables tables;
 };
 
+// Also adds up the pixels of every tile.
+struct WinogradGradientTiles {
+  WinogradTiles tiles;
+  double* sums;  // [tiles, channels]
+};
+
 // Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or
 // gradients back.
 struct WinogradWeights {
@@ -382,7 +388,7 @@ struct Kernels {
   void (*winograd_upsample_input_gradient)(const WinogradTiles&);
   void (*winograd_upsample_output)(const WinogradTiles&);
   void (*winograd_upsample_norm_output)(const WinogradNormTiles&);
-  void (*winograd_upsample_gradient)(const WinogradTiles&);
+  void (*winograd_upsample_gradient)(const WinogradGradientTiles&);
   void (*winograd_upsample_weights)(const WinogradWeights&);
   void (*winograd_upsample_weight_gradient)(const WinogradWeights&);
 };

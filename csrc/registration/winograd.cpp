@@ -70,9 +70,12 @@ void winograd_upsample_input_gradient(const Tensor& positions, Tensor grad_x, in
       from_parts(positions, grad_x, "grad_x", tile, kPositions));
 }
 
-void winograd_upsample_gradient(const Tensor& grad_y, Tensor products, int64_t tile) {
-  active_kernels().winograd_upsample_gradient(
-      to_parts(grad_y, "grad_y", products, tile, kProducts));
+void winograd_upsample_gradient(const Tensor& grad_y, Tensor products, Tensor sums, int64_t tile) {
+  const WinogradTiles tiles = to_parts(grad_y, "grad_y", products, tile, kProducts);
+  check_dtype(sums, ScalarType::Double, "sums");
+  check_numel(sums, (tiles.tile_end - tile) * tiles.channels, "sums");
+  STD_TORCH_CHECK(sums.is_contiguous(), "sums: expected a dense tensor");
+  active_kernels().winograd_upsample_gradient({tiles, sums.mutable_data_ptr<double>()});
 }
 
 void winograd_upsample_output(const Tensor& products, Tensor y, int64_t tile) {

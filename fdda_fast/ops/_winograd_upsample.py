@@ -100,9 +100,10 @@ def upsample_conv3x3_backward(
     weights = [w.transpose(1, 2).contiguous() for w in _weights(weight)]
     total = weight.new_zeros(81 * inputs * outputs)
     for first, values, products in tile_groups(x, grad_y, TILES, 81):
-        torch.ops.fdda._winograd_upsample_gradient(grad_y, products, first)
+        sums = grad_bias.new_empty(values.shape[1], outputs)
+        torch.ops.fdda._winograd_upsample_gradient(grad_y, products, sums, first)
         grads = _products(products, values.shape[1])
-        grad_bias += grads[0][_CENTER].sum(0, dtype=torch.float64)
+        grad_bias += sums.sum(0)
         torch.ops.fdda._winograd_upsample_input(x, values, first)
         for grad, value, w, sums in zip(
             grads, _positions(values), weights, _products(total, inputs), strict=True

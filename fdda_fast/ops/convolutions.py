@@ -173,7 +173,10 @@ define_pass("_winograd_upsample_input(Tensor x, Tensor(a!) positions, int tile) 
 define_pass(
     "_winograd_upsample_input_gradient(Tensor positions, Tensor(a!) grad_x, int tile) -> ()"
 )
-define_pass("_winograd_upsample_gradient(Tensor grad_y, Tensor(a!) products, int tile) -> ()")
+define_pass(
+    "_winograd_upsample_gradient(Tensor grad_y, Tensor(a!) products, Tensor(b!) sums, int tile) "
+    "-> ()"
+)
 define_pass("_winograd_upsample_output(Tensor products, Tensor(a!) y, int tile) -> ()")
 define_pass(
     "_winograd_upsample_norm_output(Tensor products, Tensor tables, float negative_slope, "

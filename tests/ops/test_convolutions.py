@@ -144,6 +144,13 @@ def test_winograd_error_at_size():
         assert distance(result, want) <= 3e-6 * want.square().mean().sqrt()
 
 
+def test_winograd_bias_gradient_is_rounded_once():
+    """What cancels in the sum of grad_y does not show."""
+    (x, weight, bias), grad_y = winograd_case()
+    *_, found = gradients(ops.upsample_conv3x3, (x, weight, bias), grad_y)
+    assert torch.equal(found, grad_y.double().sum((0, 2, 3)).float())
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_winograd_on_threads_agrees_bit_by_bit(isa):
     with on_isa(isa):
