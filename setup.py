@@ -29,6 +29,7 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
     *("upsample_conv", "few_outputs_conv", "norm_strip", "winograd", "winograd_upsample"),
+    "winograd_bfloat16",
     *("products", "linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
@@ -47,6 +48,8 @@ ISAS = {
     "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
     "avx512": (AVX512_KERNELS, AVX512_FLAGS),
     "avx512vnni": (AVX512_KERNELS, AVX512VNNI_FLAGS),
+    # A part of avx512vnni where the processor has it.
+    "avx512bf16": (["winograd_bfloat16"], [*AVX512VNNI_FLAGS, "-mavx512bf16"]),
     # Packed convolutions only; everything else is avx512vnni's.
     "amx": (
         ["gemm_u8s8_32x32__amx"],

@@ -344,6 +344,26 @@ struct WinogradWeights {
   float* to;
 };
 
+// Padding and stride 1; both channels a multiple of 32. Images: NHWC; filters: OHWI.
+struct Conv3x3Shape {
+  int64_t images, height, width, inputs, outputs;
+};
+
+struct WinogradBFloat16 {
+  Conv3x3Shape shape;
+  const void* x;  // bfloat16
+  Dtype weight_dtype;
+  const void* weight;
+  bool rotated;  // by half a turn, inputs and outputs exchanged: x is a gradient, y that of x
+  void* y;       // bfloat16
+};
+
+struct WinogradBFloat16Gradient {
+  Conv3x3Shape shape;
+  const void *grad_y, *x;  // bfloat16
+  float* grad_weight;
+};
+
 struct Kernels {
   void (*fake_quantize)(const FakeQuantize&);
   void (*fake_quantize_backward)(const FakeQuantizeBackward&);
@@ -384,6 +404,8 @@ struct Kernels {
   void (*winograd_gradient)(const WinogradTiles&);
   void (*winograd_weights)(const WinogradWeights&);
   void (*winograd_weight_gradient)(const WinogradWeights&);
+  void (*winograd_bfloat16)(const WinogradBFloat16&);
+  void (*winograd_bfloat16_gradient)(const WinogradBFloat16Gradient&);
   void (*winograd_upsample_input)(const WinogradTiles&);
   void (*winograd_upsample_input_gradient)(const WinogradTiles&);
   void (*winograd_upsample_output)(const WinogradTiles&);
@@ -412,6 +434,11 @@ extern const Kernels kernels;
 namespace avx512vnni {
 extern const Kernels kernels;
 }
+// Convolutions on bfloat16 products; a part of avx512vnni where the processor has them.
+namespace avx512bf16 {
+void winograd_bfloat16(const WinogradBFloat16&);
+void winograd_bfloat16_gradient(const WinogradBFloat16Gradient&);
+}  // namespace avx512bf16
 // Packed convolutions on tiles; the other kernels are avx512vnni's.
 namespace amx {
 const char* packed_conv2d(const PackedConv&);
@@ -434,6 +461,8 @@ const char* active_isa();
 const char* select_isa(const char* name);
 // Whether `products` in this rung is to be preferred to the framework's.
 bool prefers_own_products();
+// The same of `winograd_bfloat16`.
+bool prefers_own_bfloat16_products();
 // Measured on the calling thread, see peak.cpp; 0 for the generic rung.
 double peak_macs_per_second();
 // Name of the kernel that this thread's last packed_conv2d ran.

@@ -4,6 +4,7 @@
 #include "functions.h"
 #include "parallel.h"
 #include "row_tiles.h"
+#include "transpose.h"
 #include "vectors.h"
 
 namespace fdda {
@@ -19,26 +20,6 @@ constexpr int kRows = 12;  // 12 * 2 sums, 2 vectors of b
 #else
 constexpr int kRows = 4;
 #endif
-
-// Exchanges lane i of rows j with lane j of rows i, for all i and j that differ by STEP and more.
-template <int STEP>
-inline void transpose(Vector* rows) {
-  if constexpr (STEP < kVectorLanes) {
-    Bits first, second;  // lanes of two rows, numbered through
-    for (int lane = 0; lane < kVectorLanes; ++lane) {
-      first[lane] = lane & STEP ? kVectorLanes + lane - STEP : lane;
-      second[lane] = first[lane] + STEP;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectorLanes; ++i) {
-      if (i & STEP) continue;
-      const Vector a = rows[i], b = rows[i + STEP];
-      rows[i] = __builtin_shuffle(a, b, first);
-      rows[i + STEP] = __builtin_shuffle(a, b, second);
-    }
-    transpose<2 * STEP>(rows);
-  }
-}
 
 // panel[k, n] = b[k, n] of `columns` columns, zeros behind them.
 void pack(const Products& p, const float* b, int64_t depth, int64_t columns, float* panel) {

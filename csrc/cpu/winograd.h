@@ -17,14 +17,14 @@ constexpr int64_t kGrain = 16384;  // elements a thread should have
 
 // Columns first, then rows. store(k, vector) takes element k of the result; `ahead` of every number
 // read another one will be, soon.
-template <class Transform, class V, class Store>
-inline void transform_lanes(const float* const* from, int64_t channel, int64_t ahead, Store store) {
+template <class Transform, class V, class T, class Store>
+inline void transform_lanes(const T* const* from, int64_t channel, int64_t ahead, Store store) {
   constexpr int kFrom = Transform::kFrom, kTo = Transform::kTo;
   V between[kTo][kFrom];
   for (int j = 0; j < kFrom; ++j) {
     V column[kFrom], result[kTo];
     for (int i = 0; i < kFrom; ++i) {
-      const float* values = from[i * kFrom + j] + channel;
+      const T* values = from[i * kFrom + j] + channel;
       column[i] = load_lanes<V>(values);
       __builtin_prefetch(values + ahead);
     }
@@ -79,10 +79,12 @@ void split_tile(T* images, const WinogradTiles& a, int64_t tile, int64_t margin,
   const TilePlace<STEP> place(a, tile);
   T* image = images + place.image * a.height * a.width * a.channels;
   for (int64_t i = 0; i < SIZE; ++i) {
-    for (int64_t j = 0; j < SIZE; ++j) {
-      const int64_t y = place.top - margin + i, x = place.left - margin + j;
-      const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
-      pixels[i * SIZE + j] = inside ? image + (y * a.width + x) * a.channels : outside;
+    const int64_t y = place.top - margin + i;
+    const bool row_inside = y >= 0 && y < a.height;
+    T* pixel = image + (y * a.width + place.left - margin) * a.channels;
+    for (int64_t j = 0; j < SIZE; ++j, pixel += a.channels) {
+      const int64_t x = place.left - margin + j;
+      pixels[i * SIZE + j] = row_inside && x >= 0 && x < a.width ? pixel : outside;
     }
   }
 }

@@ -1,5 +1,5 @@
-// CPU passes of the Winograd convolutions: checks and pointers, nothing numerical. Dense float32
-// tensors.
+// CPU passes of the Winograd convolutions: checks and pointers, nothing numerical. Dense
+// tensors, float32 but for those of winograd_bfloat16.
 #include "layout.h"
 
 namespace fdda {
@@ -120,6 +120,47 @@ void winograd_upsample_weight_gradient(const Tensor& products, Tensor grad_weigh
       weights_of(grad_weight, products, kProducts, false, products, grad_weight));
 }
 
+// Dense bfloat16 images [N, H, W, channels].
+void check_images(const Tensor& t, const Tensor& like, int64_t channels, const char* argument) {
+  check_dtype(t, ScalarType::BFloat16, argument);
+  STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous(), argument, ": expected a dense tensor of 4 ",
+                  "dimensions");
+  STD_TORCH_CHECK(t.size(0) == like.size(0) && t.size(1) == like.size(1) &&
+                      t.size(2) == like.size(2) && t.size(3) == channels,
+                  argument, ": expected as many pixels as x and ", channels, " channels");
+}
+
+// `weight`: dense [outputs, 3, 3, inputs].
+Conv3x3Shape conv3x3_shape(const Tensor& x, const Tensor& weight) {
+  constexpr int64_t kMultiple = 32;
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.is_contiguous() &&
+                      weight.size(1) == 3 && weight.size(2) == 3,
+                  "weight: expected dense 3x3 filters");
+  STD_TORCH_CHECK(weight.size(0) % kMultiple == 0 && weight.size(3) % kMultiple == 0,
+                  "weight: expected multiples of ", kMultiple, " channels");
+  return {x.size(0), x.size(1), x.size(2), weight.size(3), weight.size(0)};
+}
+
+void winograd_bfloat16(const Tensor& x, const Tensor& weight, bool rotated, Tensor y) {
+  Conv3x3Shape shape = conv3x3_shape(x, weight);
+  if (rotated) std::swap(shape.inputs, shape.outputs);
+  check_images(x, x, shape.inputs, "x");
+  check_images(y, x, shape.outputs, "y");
+  const Dtype dtype = float_dtype(weight, "weight");
+  STD_TORCH_CHECK(dtype != Dtype::kFloat16, "weight: expected float32 or bfloat16, got float16");
+  active_kernels().winograd_bfloat16(
+      {shape, x.const_data_ptr(), dtype, weight.const_data_ptr(), rotated, y.mutable_data_ptr()});
+}
+
+void winograd_bfloat16_gradient(const Tensor& grad_y, const Tensor& x, Tensor grad_weight) {
+  const Conv3x3Shape shape = conv3x3_shape(x, grad_weight);
+  check_images(x, x, shape.inputs, "x");
+  check_images(grad_y, x, shape.outputs, "grad_y");
+  check_dtype(grad_weight, ScalarType::Float, "grad_weight");
+  active_kernels().winograd_bfloat16_gradient(
+      {shape, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr<float>()});
+}
+
 }  // namespace
 }  // namespace fdda
 
@@ -129,6 +170,8 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_winograd_output", TORCH_BOX(&fdda::winograd_output));
   m.impl("_winograd_weights", TORCH_BOX(&fdda::winograd_weights));
   m.impl("_winograd_weight_gradient", TORCH_BOX(&fdda::winograd_weight_gradient));
+  m.impl("_winograd_bfloat16", TORCH_BOX(&fdda::winograd_bfloat16));
+  m.impl("_winograd_bfloat16_gradient", TORCH_BOX(&fdda::winograd_bfloat16_gradient));
   m.impl("_winograd_upsample_input", TORCH_BOX(&fdda::winograd_upsample_input));
   m.impl("_winograd_upsample_input_gradient", TORCH_BOX(&fdda::winograd_upsample_input_gradient));
   m.impl("_winograd_upsample_gradient", TORCH_BOX(&fdda::winograd_upsample_gradient));
