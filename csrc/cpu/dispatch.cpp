@@ -27,6 +27,8 @@ Kernels with_bfloat16(Kernels kernels) {
   if (supports_avx512bf16()) {
     kernels.winograd_bfloat16 = avx512bf16::winograd_bfloat16;
     kernels.winograd_bfloat16_gradient = avx512bf16::winograd_bfloat16_gradient;
+    kernels.winograd_upsample_bfloat16 = avx512bf16::winograd_upsample_bfloat16;
+    kernels.winograd_upsample_bfloat16_gradient = avx512bf16::winograd_upsample_bfloat16_gradient;
   }
   return kernels;
 }

@@ -49,6 +49,8 @@ void winograd_weights(const WinogradWeights&);
 void winograd_weight_gradient(const WinogradWeights&);
 void winograd_bfloat16(const WinogradBFloat16&);
 void winograd_bfloat16_gradient(const WinogradBFloat16Gradient&);
+void winograd_upsample_bfloat16(const WinogradBFloat16&);
+void winograd_upsample_bfloat16_gradient(const WinogradBFloat16Gradient&);
 void winograd_upsample_input(const WinogradTiles&);
 void winograd_upsample_input_gradient(const WinogradTiles&);
 void winograd_upsample_output(const WinogradTiles&);

@@ -349,19 +349,22 @@ struct Conv3x3Shape {
   int64_t images, height, width, inputs, outputs;
 };
 
+// Behind nearest x2 up-sampling or not; see winograd_bfloat16.h.
 struct WinogradBFloat16 {
-  Conv3x3Shape shape;
-  const void* x;  // bfloat16
+  Conv3x3Shape shape;  // of what is not up-sampled
+  const void* x;       // bfloat16
   Dtype weight_dtype;
   const void* weight;
-  bool rotated;  // by half a turn, inputs and outputs exchanged: x is a gradient, y that of x
-  void* y;       // bfloat16
+  bool rotated;       // by half a turn, inputs and outputs exchanged: x is grad_y, y is grad_x
+  const float* bias;  // [outputs], or null
+  void* y;            // bfloat16
 };
 
 struct WinogradBFloat16Gradient {
   Conv3x3Shape shape;
   const void *grad_y, *x;  // bfloat16
   float* grad_weight;
+  double* grad_bias;  // [outputs], added to, or null
 };
 
 struct Kernels {
@@ -406,6 +409,8 @@ struct Kernels {
   void (*winograd_weight_gradient)(const WinogradWeights&);
   void (*winograd_bfloat16)(const WinogradBFloat16&);
   void (*winograd_bfloat16_gradient)(const WinogradBFloat16Gradient&);
+  void (*winograd_upsample_bfloat16)(const WinogradBFloat16&);
+  void (*winograd_upsample_bfloat16_gradient)(const WinogradBFloat16Gradient&);
   void (*winograd_upsample_input)(const WinogradTiles&);
   void (*winograd_upsample_input_gradient)(const WinogradTiles&);
   void (*winograd_upsample_output)(const WinogradTiles&);
@@ -438,6 +443,8 @@ extern const Kernels kernels;
 namespace avx512bf16 {
 void winograd_bfloat16(const WinogradBFloat16&);
 void winograd_bfloat16_gradient(const WinogradBFloat16Gradient&);
+void winograd_upsample_bfloat16(const WinogradBFloat16&);
+void winograd_upsample_bfloat16_gradient(const WinogradBFloat16Gradient&);
 }  // namespace avx512bf16
 // Packed convolutions on tiles; the other kernels are avx512vnni's.
 namespace amx {
@@ -461,7 +468,7 @@ const char* active_isa();
 const char* select_isa(const char* name);
 // Whether `products` in this rung is to be preferred to the framework's.
 bool prefers_own_products();
-// The same of `winograd_bfloat16`.
+// The same of the convolutions in bfloat16.
 bool prefers_own_bfloat16_products();
 // Measured on the calling thread, see peak.cpp; 0 for the generic rung.
 double peak_macs_per_second();

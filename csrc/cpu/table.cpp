@@ -45,6 +45,8 @@ extern const Kernels kernels = {
     winograd_weight_gradient,
     winograd_bfloat16,
     winograd_bfloat16_gradient,
+    winograd_upsample_bfloat16,
+    winograd_upsample_bfloat16_gradient,
     winograd_upsample_input,
     winograd_upsample_input_gradient,
     winograd_upsample_output,

@@ -120,45 +120,71 @@ void winograd_upsample_weight_gradient(const Tensor& products, Tensor grad_weigh
       weights_of(grad_weight, products, kProducts, false, products, grad_weight));
 }
 
-// Dense bfloat16 images [N, H, W, channels].
-void check_images(const Tensor& t, const Tensor& like, int64_t channels, const char* argument) {
-  check_dtype(t, ScalarType::BFloat16, argument);
-  STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous(), argument, ": expected a dense tensor of 4 ",
-                  "dimensions");
-  STD_TORCH_CHECK(t.size(0) == like.size(0) && t.size(1) == like.size(1) &&
-                      t.size(2) == like.size(2) && t.size(3) == channels,
-                  argument, ": expected as many pixels as x and ", channels, " channels");
+// `weight`: dense [outputs, 3, 3, inputs]; x and y: dense bfloat16 images [N, H, W, channels], y
+// `scale` times as high and wide.
+Conv3x3Shape conv3x3_shape(const Tensor& weight, const Tensor& x, const char* x_name,
+                           const Tensor& y, const char* y_name, int64_t scale) {
+  constexpr int64_t kMultiple = 32;
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.is_contiguous() && weight.size(1) == 3 && weight.size(2) == 3,
+      "weight: expected dense 3x3 filters");
+  const int64_t inputs = weight.size(3), outputs = weight.size(0);
+  STD_TORCH_CHECK(inputs % kMultiple == 0 && outputs % kMultiple == 0,
+                  "weight: expected multiples of ", kMultiple, " channels, got ", outputs, " and ",
+                  inputs);
+  const auto check_images = [](const Tensor& t, int64_t channels, const char* name) {
+    check_dtype(t, ScalarType::BFloat16, name);
+    STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous() && t.size(3) == channels, name,
+                    ": expected dense images of ", channels, " channels");
+  };
+  check_images(x, inputs, x_name);
+  check_images(y, outputs, y_name);
+  STD_TORCH_CHECK(
+      y.size(0) == x.size(0) && y.size(1) == scale * x.size(1) && y.size(2) == scale * x.size(2),
+      y_name, ": expected ", scale, " times the height and width of ", x_name);
+  return {x.size(0), x.size(1), x.size(2), inputs, outputs};
 }
 
-// `weight`: dense [outputs, 3, 3, inputs].
-Conv3x3Shape conv3x3_shape(const Tensor& x, const Tensor& weight) {
-  constexpr int64_t kMultiple = 32;
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.is_contiguous() &&
-                      weight.size(1) == 3 && weight.size(2) == 3,
-                  "weight: expected dense 3x3 filters");
-  STD_TORCH_CHECK(weight.size(0) % kMultiple == 0 && weight.size(3) % kMultiple == 0,
-                  "weight: expected multiples of ", kMultiple, " channels");
-  return {x.size(0), x.size(1), x.size(2), weight.size(3), weight.size(0)};
+// from -> to, which is y of x or, `rotated`, grad_x of grad_y.
+WinogradBFloat16 convolution(const Tensor& from, const Tensor& weight, bool rotated,
+                             const float* bias, Tensor& to, int64_t scale) {
+  Conv3x3Shape shape = rotated ? conv3x3_shape(weight, to, "grad_x", from, "grad_y", scale)
+                               : conv3x3_shape(weight, from, "x", to, "y", scale);
+  if (rotated) std::swap(shape.inputs, shape.outputs);
+  const Dtype dtype = float_dtype(weight, "weight");
+  STD_TORCH_CHECK(dtype != Dtype::kFloat16, "weight: expected float32 or bfloat16, got float16");
+  return {shape, from.const_data_ptr(), dtype, weight.const_data_ptr(), rotated,
+          bias,  to.mutable_data_ptr()};
 }
 
 void winograd_bfloat16(const Tensor& x, const Tensor& weight, bool rotated, Tensor y) {
-  Conv3x3Shape shape = conv3x3_shape(x, weight);
-  if (rotated) std::swap(shape.inputs, shape.outputs);
-  check_images(x, x, shape.inputs, "x");
-  check_images(y, x, shape.outputs, "y");
-  const Dtype dtype = float_dtype(weight, "weight");
-  STD_TORCH_CHECK(dtype != Dtype::kFloat16, "weight: expected float32 or bfloat16, got float16");
-  active_kernels().winograd_bfloat16(
-      {shape, x.const_data_ptr(), dtype, weight.const_data_ptr(), rotated, y.mutable_data_ptr()});
+  active_kernels().winograd_bfloat16(convolution(x, weight, rotated, nullptr, y, 1));
 }
 
 void winograd_bfloat16_gradient(const Tensor& grad_y, const Tensor& x, Tensor grad_weight) {
-  const Conv3x3Shape shape = conv3x3_shape(x, grad_weight);
-  check_images(x, x, shape.inputs, "x");
-  check_images(grad_y, x, shape.outputs, "grad_y");
-  check_dtype(grad_weight, ScalarType::Float, "grad_weight");
-  active_kernels().winograd_bfloat16_gradient(
-      {shape, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr<float>()});
+  const Conv3x3Shape shape = conv3x3_shape(grad_weight, x, "x", grad_y, "grad_y", 1);
+  active_kernels().winograd_bfloat16_gradient({shape, grad_y.const_data_ptr(), x.const_data_ptr(),
+                                               grad_weight.mutable_data_ptr<float>(), nullptr});
+}
+
+void winograd_upsample_bfloat16(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                Tensor y) {
+  const Tensor shift = float_values(bias, weight.size(0), "bias");
+  active_kernels().winograd_upsample_bfloat16(
+      convolution(x, weight, false, shift.const_data_ptr<float>(), y, 2));
+}
+
+void winograd_upsample_bfloat16_gradient(const Tensor& grad_y, const Tensor& x,
+                                         const Tensor& weight, Tensor grad_x, Tensor grad_weight,
+                                         Tensor grad_bias) {
+  const Conv3x3Shape shape = conv3x3_shape(grad_weight, x, "x", grad_y, "grad_y", 2);
+  check_dtype(grad_bias, ScalarType::Double, "grad_bias");
+  check_numel(grad_bias, shape.outputs, "grad_bias");
+  active_kernels().winograd_upsample_bfloat16(
+      convolution(grad_y, weight, true, nullptr, grad_x, 2));
+  active_kernels().winograd_upsample_bfloat16_gradient(
+      {shape, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr<float>(),
+       grad_bias.mutable_data_ptr<double>()});
 }
 
 }  // namespace
@@ -172,6 +198,9 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_winograd_weight_gradient", TORCH_BOX(&fdda::winograd_weight_gradient));
   m.impl("_winograd_bfloat16", TORCH_BOX(&fdda::winograd_bfloat16));
   m.impl("_winograd_bfloat16_gradient", TORCH_BOX(&fdda::winograd_bfloat16_gradient));
+  m.impl("_winograd_upsample_bfloat16", TORCH_BOX(&fdda::winograd_upsample_bfloat16));
+  m.impl("_winograd_upsample_bfloat16_gradient",
+         TORCH_BOX(&fdda::winograd_upsample_bfloat16_gradient));
   m.impl("_winograd_upsample_input", TORCH_BOX(&fdda::winograd_upsample_input));
   m.impl("_winograd_upsample_input_gradient", TORCH_BOX(&fdda::winograd_upsample_input_gradient));
   m.impl("_winograd_upsample_gradient", TORCH_BOX(&fdda::winograd_upsample_gradient));

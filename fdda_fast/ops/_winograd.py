@@ -75,14 +75,14 @@ def _positions(weight: Tensor, rotated: bool = False) -> Tensor:
     return positions
 
 
-def winograd_pays(x: Tensor, weight: Tensor, channels: int, pixels: int, step: int = 4) -> bool:
+def winograd_pays(x: Tensor, weight: Tensor, channels: int, pixels: int) -> bool:
     """Whether [N, C, H, W] has so many pixels, and the filters so many channels.
 
     With fewer channels the transforms, with fewer pixels those of the weights cost more than the
-    products saved; and what lies beyond the image is computed, too. step: from tile to tile.
+    products saved; and what lies beyond the image is computed, too.
     """
     batch, _, height, width = x.shape
-    computed = step**2 * batch * -(-height // step) * -(-width // step)
+    computed = 16 * batch * -(-height // 4) * -(-width // 4)
     enough = batch * height * width >= max(pixels, computed / 2)
     return enough and min(weight.shape[:2]) >= channels
 

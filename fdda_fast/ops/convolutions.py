@@ -8,12 +8,7 @@ from torch import Tensor
 from fdda_fast.ops import _winograd_bfloat16, reference
 from fdda_fast.ops._checks import FLOAT_DTYPES, check, check_tensor
 from fdda_fast.ops._layout import empty_channels_last
-from fdda_fast.ops._library import (
-    define,
-    define_pass,
-    prefers_own_bfloat16_products,
-    register_autograd,
-)
+from fdda_fast.ops._library import define, define_pass, register_autograd
 from fdda_fast.ops._winograd import winograd_pays
 
 
@@ -105,13 +100,11 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def _winograd_pays(x: Tensor, weight: Tensor) -> bool:
-    """With numbers that were measured."""
     if x.device.type != "cpu":
         return False
-    if x.dtype == torch.float32:
-        return winograd_pays(x, weight, channels=64, pixels=784)
-    enough = winograd_pays(x, weight, channels=32, pixels=784, step=2)
-    return enough and prefers_own_bfloat16_products() and _winograd_bfloat16.fits(*weight.shape[:2])
+    if x.dtype == torch.bfloat16:
+        return _winograd_bfloat16.pays(x, weight)
+    return winograd_pays(x, weight, channels=64, pixels=784)  # measured
 
 
 def _check_weight(
@@ -194,6 +187,11 @@ define_pass("_winograd_weight_gradient(Tensor positions, Tensor(a!) grad_weight)
 
 define_pass("_winograd_bfloat16(Tensor x, Tensor weight, bool rotated, Tensor(a!) y) -> ()")
 define_pass("_winograd_bfloat16_gradient(Tensor grad_y, Tensor x, Tensor(a!) grad_weight) -> ()")
+define_pass("_winograd_upsample_bfloat16(Tensor x, Tensor weight, Tensor bias, Tensor(a!) y) -> ()")
+define_pass(
+    "_winograd_upsample_bfloat16_gradient(Tensor grad_y, Tensor x, Tensor weight, "
+    "Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias) -> ()"
+)
 
 define_pass("_winograd_upsample_input(Tensor x, Tensor(a!) positions, int tile) -> ()")
 define_pass(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import _winograd, convolutions, reference
+from fdda_fast.ops import _winograd, _winograd_bfloat16, convolutions, reference
 
 NAMES = ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -112,7 +112,7 @@ def case_at_size(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_at_size(dtype, monkeypatch):
-    monkeypatch.setattr(convolutions, "prefers_own_bfloat16_products", lambda: True)
+    monkeypatch.setattr(_winograd_bfloat16, "prefers_own_bfloat16_products", lambda: True)
     case = case_at_size(dtype)
     assert convolutions._winograd_pays(*case[:2])
     exact, usual = exact_and_usual(*case)
@@ -123,7 +123,7 @@ def test_error_at_size(dtype, monkeypatch):
 
 def test_where_bfloat16_pays(monkeypatch):
     """Where channels are multiples of 32, pixels enough, and the processor has what it takes."""
-    monkeypatch.setattr(convolutions, "prefers_own_bfloat16_products", lambda: True)
+    monkeypatch.setattr(_winograd_bfloat16, "prefers_own_bfloat16_products", lambda: True)
 
     def pays(inputs, outputs, batch, size):
         x = torch.zeros(batch, inputs, size, size, dtype=torch.bfloat16)
@@ -134,7 +134,7 @@ def test_where_bfloat16_pays(monkeypatch):
     assert not pays(64, 72, 16, 7)
     assert not pays(64, 64, 4, 7)
     assert not pays(64, 64, 1000, 1)
-    monkeypatch.setattr(convolutions, "prefers_own_bfloat16_products", lambda: False)
+    monkeypatch.setattr(_winograd_bfloat16, "prefers_own_bfloat16_products", lambda: False)
     assert not pays(32, 96, 16, 7)
 
 
