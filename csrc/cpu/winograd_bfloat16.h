@@ -23,6 +23,7 @@ constexpr int kRows = 4;
 #endif
 // Pairs of tiles that a gradient of filters adds up in registers.
 constexpr int64_t kTilePairs = 64;
+constexpr int kAhead = 4;  // tiles from that in work to that asked for from memory
 constexpr int kTaps = 3;
 
 // F(2, 3), at the points 0, 1, -1 and infinity. All factors are 1, -1 and 1/2, so that roundings
@@ -185,7 +186,7 @@ void tiles_to_values(const BFloat16* images, const WinogradTiles& a, int64_t til
     const BFloat16* pixels[kFrom * kFrom];
     split_tile<kFrom, STEP>(images, a, tile + t, 1, zeros, pixels);
     for (int64_t c = 0; c < a.channels; c += kPanel) {
-      transform_lanes<Transform, Pair>(pixels, c, STEP * a.channels, [&](int k, Pair v) {
+      transform_lanes<Transform, Pair>(pixels, c, kAhead * STEP * a.channels, [&](int k, Pair v) {
         store_lanes(to + k * kRows * a.channels + c, v);
       });
     }
@@ -256,8 +257,9 @@ inline int64_t rows_of(int64_t pairs) { return pairs + 1; }
 // The even or the odd channels of a panel.
 template <class Transform, int ODD>
 void half_to_pairs(const BFloat16* const* first, const BFloat16* const* second, int64_t channel,
-                   uint32_t* to, int64_t size) {
+                   int64_t ahead, uint32_t* to, int64_t size) {
   const auto half_of = [=](const BFloat16* pixel) {
+    if (ODD == 0) __builtin_prefetch(pixel + channel + ahead);
     const Bits both = load_pairs(reinterpret_cast<const uint32_t*>(pixel + channel));
     return BFloat16::value<Vector>(ODD ? both >> 16 : both & 0xffffu);
   };
@@ -300,8 +302,9 @@ void tiles_to_pairs(const BFloat16* images, const WinogradTiles& a, int64_t marg
       }
       for (int64_t c = 0; c < a.channels; c += kPanel) {
         uint32_t* panel = to + c * rows_of(count) + pair * kPanel;
-        half_to_pairs<Transform, 0>(even, odd, c, panel, rows_of(count) * a.channels);
-        half_to_pairs<Transform, 1>(even, odd, c, panel + kVectorLanes,
+        half_to_pairs<Transform, 0>(even, odd, c, kAhead * STEP * a.channels, panel,
+                                    rows_of(count) * a.channels);
+        half_to_pairs<Transform, 1>(even, odd, c, 0, panel + kVectorLanes,
                                     rows_of(count) * a.channels);
         if (sums) add_up<kPixels>(even, odd, c, sums + pair * a.channels);
       }
