@@ -71,7 +71,7 @@ class MaxPool2d(nn.Module):
 
 Layer = type[Conv3x3 | MaxPool2d | FrozenStem]
 LAYERS: tuple[Layer, ...] = (MaxPool2d, Conv3x3)
-"""Of networks that are trained or not."""
+"""For networks of any dtype, trained or not."""
 
 
 def use_layers(network: nn.Module, kinds: Sequence[Layer]) -> None:

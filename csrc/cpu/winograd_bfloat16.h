@@ -3,8 +3,7 @@
 //
 // Two neighbours of a sum are multiplied at a time (vdpbf16ps): "pairs" are those two numbers, of
 // two channels or of two tiles. Channels come in panels of kPanel, a multiple of which their number
-// is. What vectors hold of a panel is its even channels, then its odd ones: so values are read and
-// written as a Pair, without shuffles.
+// is. Sums have a panel's even channels first, then its odd ones: the halves of a Pair.
 #pragma once
 
 #include "row_tiles.h"

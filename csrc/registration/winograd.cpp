@@ -1,5 +1,5 @@
 // CPU passes of the Winograd convolutions: checks and pointers, nothing numerical. Dense
-// tensors, float32 but for those of winograd_bfloat16.
+// tensors of float32, but for the passes named after bfloat16.
 #include "layout.h"
 
 namespace fdda {

@@ -91,7 +91,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: shapes do not fit.
     """
     check_tensor(x, "x", (torch.float32, torch.bfloat16), (None,) * 4)
-    _check_weight(weight, x, (torch.float32, x.dtype))
+    _check_weight(weight, x, tuple(dict.fromkeys((torch.float32, x.dtype))))
     if not _winograd_pays(x, weight):
         return reference.conv3x3(x, weight)
     return torch.ops.fdda.conv3x3(x, weight)
