@@ -26,10 +26,12 @@ if os.environ.get("FDDA_FAST_SANITIZE") == "1":
     COMMON_FLAGS += ["-O1", "-g", "-fno-sanitize-recover=undefined", *SANITIZERS]
 # Neither errno nor floating-point exceptions are read: comparisons and roundings may be vectorised.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+BFLOAT16_KERNELS = ["winograd_bfloat16", "winograd_upsample_bfloat16"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
     *("upsample_conv", "few_outputs_conv", "norm_strip", "winograd", "winograd_upsample"),
     "upsample_norm",
+    *BFLOAT16_KERNELS,
     *("products", "linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
@@ -48,6 +50,8 @@ ISAS = {
     "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
     "avx512": (AVX512_KERNELS, AVX512_FLAGS),
     "avx512vnni": ([*AVX512_KERNELS, "winograd_f3_u8s8__avx512vnni"], AVX512VNNI_FLAGS),
+    # A part of avx512vnni where the processor has it.
+    "avx512bf16": (BFLOAT16_KERNELS, [*AVX512VNNI_FLAGS, "-mavx512bf16"]),
     # Packed convolutions only; everything else is avx512vnni's.
     "amx": (
         ["gemm_u8s8_32x32__amx"],

@@ -48,6 +48,10 @@ PyObject* prefers_own_products(PyObject*, PyObject*) {
   return PyBool_FromLong(fdda::prefers_own_products());
 }
 
+PyObject* prefers_own_bfloat16_products(PyObject*, PyObject*) {
+  return PyBool_FromLong(fdda::prefers_own_bfloat16_products());
+}
+
 constexpr char kProgram[] = "fdda_fast.Program";
 
 bool integers(PyObject* sequence, std::vector<int64_t>* out) {
@@ -122,6 +126,8 @@ PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "(name, has kernels of its own, supported here), lowest first."},
     {"peak", peak, METH_NOARGS,
      "8-bit multiply-accumulates per second of one thread on registers; 0: not known."},
+    {"prefers_own_bfloat16_products", prefers_own_bfloat16_products, METH_NOARGS,
+     "Whether this library's bfloat16 convolutions are faster than the framework's here."},
     {"prefers_own_products", prefers_own_products, METH_NOARGS,
      "Whether this library's float32 products are faster than the framework's here."},
     {"program", program, METH_O, "Decodes a sequence of integers, see program.h."},

@@ -18,11 +18,11 @@ def convolved(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
         return conv._conv_forward(x, weight, conv.bias)
     # The layout that forward and backward read: one copy instead of two.
     y = ops.conv3x3(x, weight.contiguous(memory_format=torch.channels_last))
-    return y if conv.bias is None else y + conv.bias[:, None, None]
+    return y if conv.bias is None else y + conv.bias.to(y.dtype)[:, None, None]
 
 
 class Conv3x3(nn.Module):
-    """A float32 Conv2d or QuantConv2d by `ops.conv3x3`; its parameters stay shared.
+    """A Conv2d or QuantConv2d by `ops.conv3x3`; its parameters stay shared.
 
     Args:
         conv: for which `fits` holds.
@@ -70,11 +70,8 @@ class MaxPool2d(nn.Module):
 
 
 Layer = type[Conv3x3 | MaxPool2d | FrozenStem]
-
-
-def layers_of(dtype: torch.dtype) -> tuple[Layer, ...]:
-    """Those for activations of `dtype`, trained or not."""
-    return (MaxPool2d, Conv3x3) if dtype == torch.float32 else (MaxPool2d,)
+LAYERS: tuple[Layer, ...] = (MaxPool2d, Conv3x3)
+"""For networks of any dtype, trained or not."""
 
 
 def use_layers(network: nn.Module, kinds: Sequence[Layer]) -> None:

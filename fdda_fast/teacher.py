@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from . import ops
 from .fingerprints import fingerprint
-from .layers import layers_of, use_layers
+from .layers import LAYERS, use_layers
 from .stem import FrozenStem
 from .tracing import fuse, norm_chains, note_shapes, trace
 
@@ -94,7 +94,7 @@ class FrozenTeacher:
         graph_module = trace(model)
         note_shapes(graph_module, image_shape)
         self._recording, self.running = _fuse(graph_module)
-        use_layers(graph_module, (FrozenStem, *layers_of(dtype)))
+        use_layers(graph_module, (FrozenStem, *LAYERS))
         for module in graph_module.modules():
             if not isinstance(module, nn.modules.batchnorm._BatchNorm | _FrozenNorm):
                 for parameter in module.parameters(recurse=False):

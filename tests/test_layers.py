@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fdda_fast.layers import Conv3x3, MaxPool2d, layers_of, use_layers
+from fdda_fast.layers import LAYERS, Conv3x3, MaxPool2d, use_layers
 from fdda_fast.ops import convolutions
 from fdda_fast.quantization.modules import quantized_layer
 
@@ -31,6 +31,18 @@ def test_output_and_gradients(bias, quantized):
     )
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16(bias):
+    """The output's dtype is that of x, whatever the parameters'."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 64, 3, padding=1, bias=bias)
+    x = torch.randn(2, 32, 9, 6)
+    for layer in (conv, copy.deepcopy(conv).bfloat16()):
+        y = Conv3x3(layer)(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), conv(x), rtol=0.05, atol=0.05)
 
 
 class Other(nn.Conv2d):
@@ -68,11 +80,7 @@ def test_layers_of_a_network():
     inner = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2), inner)
     before, same = copy.deepcopy(network), {id(p) for p in network.parameters()}
-    use_layers(network, layers_of(torch.bfloat16))
-    assert [type(m) for m in (*network[:2], *network[2])] == [
-        *(nn.Conv2d, MaxPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d)
-    ]
-    use_layers(network, layers_of(torch.float32))
+    use_layers(network, LAYERS)
     assert [type(m) for m in (*network[:2], *network[2])] == [
         *(Conv3x3, MaxPool2d, Conv3x3, nn.ReLU, nn.Conv2d)
     ]

@@ -20,7 +20,21 @@ Kernels with_packed_conv2d(Kernels kernels, const char* (*packed_conv2d)(const P
 const Kernels avxvnni_kernels = with_packed_conv2d(
     avx2::kernels,
     __builtin_cpu_supports("avxvnni") ? avxvnni::packed_conv2d : avxvnni_evex::packed_conv2d);
-const Kernels amx_kernels = with_packed_conv2d(avx512vnni::kernels, amx::packed_conv2d);
+
+bool supports_avx512bf16() { return __builtin_cpu_supports("avx512bf16"); }
+
+Kernels with_bfloat16(Kernels kernels) {
+  if (supports_avx512bf16()) {
+    kernels.winograd_bfloat16 = avx512bf16::winograd_bfloat16;
+    kernels.winograd_bfloat16_gradient = avx512bf16::winograd_bfloat16_gradient;
+    kernels.winograd_upsample_bfloat16 = avx512bf16::winograd_upsample_bfloat16;
+    kernels.winograd_upsample_bfloat16_gradient = avx512bf16::winograd_upsample_bfloat16_gradient;
+  }
+  return kernels;
+}
+
+const Kernels avx512vnni_kernels = with_bfloat16(avx512vnni::kernels);
+const Kernels amx_kernels = with_packed_conv2d(avx512vnni_kernels, amx::packed_conv2d);
 
 bool supports_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -47,7 +61,7 @@ const Isa kIsas[kNumIsas] = {
          (__builtin_cpu_supports("avxvnni") ||
           (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))},
     {"avx512", &avx512::kernels, supports_avx512()},
-    {"avx512vnni", &avx512vnni::kernels, supports_avx512vnni()},
+    {"avx512vnni", &avx512vnni_kernels, supports_avx512vnni()},
     {"amx", &amx_kernels, supports_amx()},
 };
 #else
@@ -58,7 +72,7 @@ const Isa kIsas[kNumIsas] = {
 };
 #endif
 
-constexpr int kFirstAvx512 = 3;  // of kIsas
+constexpr int kAvx512 = 3, kAvx512Vnni = 4;  // of kIsas
 
 std::atomic<const Isa*> active{nullptr};
 
@@ -78,7 +92,17 @@ const char* active_isa() { return current()->name; }
 bool prefers_own_products() {
 #if defined(__x86_64__)
   // MKL, the framework's library, uses AVX-512 on Intel's processors only.
-  return current() >= &kIsas[kFirstAvx512] && !__builtin_cpu_is("intel");
+  return current() >= &kIsas[kAvx512] && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+bool prefers_own_bfloat16_products() {
+#if defined(__x86_64__)
+  // oneDNN, the framework's library, multiplies by AMX's tiles where there are any: faster by far.
+  return current() >= &kIsas[kAvx512Vnni] && supports_avx512bf16() &&
+         !__builtin_cpu_supports("amx-bf16");
 #else
   return false;
 #endif

@@ -346,6 +346,12 @@ struct UpsampleNormTaps {
   const float* bias;  // [channels]
 };
 
+// Also adds up the pixels of every tile.
+struct WinogradGradientTiles {
+  WinogradTiles tiles;
+  double* sums;  // [tiles, channels]
+};
+
 // Filters [filters, 3, 3, channels] to [36 positions or 81 products, filters, channels], or
 // gradients back.
 struct WinogradWeights {
@@ -353,6 +359,29 @@ struct WinogradWeights {
   bool rotated;  // by half a turn, for the gradient of x; of winograd.cpp only
   const float* from;
   float* to;
+};
+
+// Padding and stride 1; both channels a multiple of 32. Images: NHWC; filters: OHWI.
+struct Conv3x3Shape {
+  int64_t images, height, width, inputs, outputs;
+};
+
+// Behind nearest x2 up-sampling or not; see winograd_bfloat16.h.
+struct WinogradBFloat16 {
+  Conv3x3Shape shape;  // of what is not up-sampled
+  const void* x;       // bfloat16
+  Dtype weight_dtype;
+  const void* weight;
+  bool rotated;       // by half a turn, inputs and outputs exchanged: x is grad_y, y is grad_x
+  const float* bias;  // [outputs], or null
+  void* y;            // bfloat16
+};
+
+struct WinogradBFloat16Gradient {
+  Conv3x3Shape shape;
+  const void *grad_y, *x;  // bfloat16
+  float* grad_weight;
+  double* grad_bias;  // [outputs], added to, or null
 };
 
 struct Kernels {
@@ -395,11 +424,15 @@ struct Kernels {
   void (*winograd_gradient)(const WinogradTiles&);
   void (*winograd_weights)(const WinogradWeights&);
   void (*winograd_weight_gradient)(const WinogradWeights&);
+  void (*winograd_bfloat16)(const WinogradBFloat16&);
+  void (*winograd_bfloat16_gradient)(const WinogradBFloat16Gradient&);
+  void (*winograd_upsample_bfloat16)(const WinogradBFloat16&);
+  void (*winograd_upsample_bfloat16_gradient)(const WinogradBFloat16Gradient&);
   void (*winograd_upsample_input)(const WinogradTiles&);
   void (*winograd_upsample_input_gradient)(const WinogradTiles&);
   void (*winograd_upsample_output)(const WinogradTiles&);
   void (*winograd_upsample_norm_output)(const WinogradNormTiles&);
-  void (*winograd_upsample_gradient)(const WinogradTiles&);
+  void (*winograd_upsample_gradient)(const WinogradGradientTiles&);
   void (*winograd_upsample_weights)(const WinogradWeights&);
   void (*winograd_upsample_weight_gradient)(const WinogradWeights&);
   void (*winograd_upsample_panels)(const WinogradWeights&);
@@ -426,6 +459,13 @@ extern const Kernels kernels;
 namespace avx512vnni {
 extern const Kernels kernels;
 }
+// Convolutions on bfloat16 products; a part of avx512vnni where the processor has them.
+namespace avx512bf16 {
+void winograd_bfloat16(const WinogradBFloat16&);
+void winograd_bfloat16_gradient(const WinogradBFloat16Gradient&);
+void winograd_upsample_bfloat16(const WinogradBFloat16&);
+void winograd_upsample_bfloat16_gradient(const WinogradBFloat16Gradient&);
+}  // namespace avx512bf16
 // Packed convolutions on tiles; the other kernels are avx512vnni's.
 namespace amx {
 const char* packed_conv2d(const PackedConv&);
@@ -448,6 +488,8 @@ const char* active_isa();
 const char* select_isa(const char* name);
 // Whether `products` in this rung is to be preferred to the framework's.
 bool prefers_own_products();
+// The same of the convolutions in bfloat16.
+bool prefers_own_bfloat16_products();
 // Measured on the calling thread, see peak.cpp; 0 for the generic rung.
 double peak_macs_per_second();
 // Name of the kernel that this thread's last packed_conv2d ran.

@@ -19,7 +19,10 @@ namespace {
 // From this size on the next reader would not find the tensor in a cache, either.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int64_t kLine = 64;
-constexpr int64_t kStreamTile = 2048;  // elements made in the L1 cache at a time
+// Elements made in the L1 cache at a time: with more, memory is read and written by turns, which
+// was measured to take 5 to 20 % longer for 2048; pixels of more channels than the most are not
+// streamed.
+constexpr int64_t kStreamTile = 256, kMostStreamed = 2048;
 
 template <class T>
 bool streams(const ChannelView& v) {
@@ -126,10 +129,10 @@ void write_pixels(T* out, int64_t rows, int64_t n, Value value) {
   const int64_t size = sizeof(T);
   const bool whole_lines = reinterpret_cast<uintptr_t>(out) % kLine == 0 && n * size % kLine == 0;
   int64_t done = 0;
-  if (STREAM && whole_lines && n <= kStreamTile) {
-    alignas(64) T tile[kStreamTile];
+  if (STREAM && whole_lines && n <= kMostStreamed) {
+    alignas(64) T tile[kMostStreamed];
     for (int64_t count; done < rows; done += count) {
-      count = min64(kStreamTile / n, rows - done);
+      count = min64(max64(1, kStreamTile / n), rows - done);
       for (int64_t r = 0; r < count; ++r) {
 #pragma GCC ivdep
         for (int64_t c = 0; c < n; ++c) store(tile[r * n + c], value((done + r) * n + c, c));

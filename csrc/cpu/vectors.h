@@ -26,6 +26,7 @@ constexpr int kVectorLanes = 4;
 #endif
 typedef float Vector __attribute__((vector_size(kVectorLanes * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(kVectorLanes * sizeof(uint32_t))));
+typedef uint16_t Words __attribute__((vector_size(2 * kVectorLanes * sizeof(uint16_t))));
 typedef uint16_t Halves __attribute__((vector_size(kVectorLanes * sizeof(uint16_t))));
 
 // The even and the odd ones of as many numbers of half precision as a vector has bytes for: one
@@ -54,12 +55,10 @@ constexpr int lanes_of() {
 template <class V, class T>
 inline V load_lanes(const T* from) {
   if constexpr (is_pair<V> && sizeof(T) == sizeof(float)) {
-    Pair pair;
-    for (int i = 0; i < kVectorLanes; ++i) {
-      pair.even[i] = from[2 * i];
-      pair.odd[i] = from[2 * i + 1];
-    }
-    return pair;
+    const Vector first = load_lanes<Vector>(from), second = load_lanes<Vector>(from + kVectorLanes);
+    Bits even;
+    for (int i = 0; i < kVectorLanes; ++i) even[i] = 2 * i;
+    return {__builtin_shuffle(first, second, even), __builtin_shuffle(first, second, even + 1)};
   } else if constexpr (is_pair<V>) {
     Bits both;
     memcpy(&both, from, sizeof both);
@@ -87,6 +86,17 @@ inline void store_lanes(T* to, V v) {
     }
     store_lanes(to, __builtin_shuffle(v.even, v.odd, low));
     store_lanes(to + kVectorLanes, __builtin_shuffle(v.even, v.odd, high));
+#if defined(__AVX512BF16__)
+  } else if constexpr (is_pair<V> && std::is_same_v<T, BFloat16>) {
+    const __m512bh halves = _mm512_cvtne2ps_pbh(bits_as<__m512>(v.odd), bits_as<__m512>(v.even));
+    Words order;
+    for (int i = 0; i < 2 * kVectorLanes; ++i) order[i] = i / 2 + i % 2 * kVectorLanes;
+    const Words words = __builtin_shuffle(bits_as<Words>(halves), order);
+    memcpy(to, &words, sizeof words);
+  } else if constexpr (std::is_same_v<V, Vector> && std::is_same_v<T, BFloat16>) {
+    const __m256bh halves = _mm512_cvtneps_pbh(bits_as<__m512>(v));
+    memcpy(to, &halves, sizeof halves);
+#endif
   } else if constexpr (is_pair<V>) {
     const Bits both = T::template rounded<Bits>(v.even) | T::template rounded<Bits>(v.odd) << 16;
     memcpy(to, &both, sizeof both);

@@ -15,19 +15,15 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread should have
 
-// Columns first, then rows. store(k, vector) takes element k of the result; `ahead` of every number
-// read another one will be, soon.
-template <class Transform, class V, class Store>
-inline void transform_lanes(const float* const* from, int64_t channel, int64_t ahead, Store store) {
+// Columns first, then rows: load(k) is element k of a square, store(k, vector) takes one of the
+// result.
+template <class Transform, class V, class Load, class Store>
+inline void transform_square(Load load, Store store) {
   constexpr int kFrom = Transform::kFrom, kTo = Transform::kTo;
   V between[kTo][kFrom];
   for (int j = 0; j < kFrom; ++j) {
     V column[kFrom], result[kTo];
-    for (int i = 0; i < kFrom; ++i) {
-      const float* values = from[i * kFrom + j] + channel;
-      column[i] = load_lanes<V>(values);
-      __builtin_prefetch(values + ahead);
-    }
+    for (int i = 0; i < kFrom; ++i) column[i] = load(i * kFrom + j);
     Transform::apply(column, result);
     for (int i = 0; i < kTo; ++i) between[i][j] = result[i];
   }
@@ -36,6 +32,17 @@ inline void transform_lanes(const float* const* from, int64_t channel, int64_t a
     Transform::apply(between[i], row);
     for (int j = 0; j < kTo; ++j) store(i * kTo + j, row[j]);
   }
+}
+
+// The same of vectors of channels; `ahead` of every number read another one will be, soon.
+template <class Transform, class V, class T, class Store>
+inline void transform_lanes(const T* const* from, int64_t channel, int64_t ahead, Store store) {
+  transform_square<Transform, V>(
+      [&](int k) {
+        __builtin_prefetch(from[k] + channel + ahead);
+        return load_lanes<V>(from[k] + channel);
+      },
+      store);
 }
 
 // A square of vectors of channels to another one, of which store(k, channel, vector) takes a part.
@@ -79,10 +86,12 @@ void split_tile(T* images, const WinogradTiles& a, int64_t tile, int64_t margin,
   const TilePlace<STEP> place(a, tile);
   T* image = images + place.image * a.height * a.width * a.channels;
   for (int64_t i = 0; i < SIZE; ++i) {
-    for (int64_t j = 0; j < SIZE; ++j) {
-      const int64_t y = place.top - margin + i, x = place.left - margin + j;
-      const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
-      pixels[i * SIZE + j] = inside ? image + (y * a.width + x) * a.channels : outside;
+    const int64_t y = place.top - margin + i;
+    const bool row_inside = y >= 0 && y < a.height;
+    T* pixel = image + (y * a.width + place.left - margin) * a.channels;
+    for (int64_t j = 0; j < SIZE; ++j, pixel += a.channels) {
+      const int64_t x = place.left - margin + j;
+      pixels[i * SIZE + j] = row_inside && x >= 0 && x < a.width ? pixel : outside;
     }
   }
 }

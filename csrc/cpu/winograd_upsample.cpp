@@ -131,13 +131,20 @@ void winograd_upsample_norm_output(const WinogradNormTiles& b) {
   });
 }
 
-void winograd_upsample_gradient(const WinogradTiles& a) {
+void winograd_upsample_gradient(const WinogradGradientTiles& b) {
+  const WinogradTiles& a = b.tiles;
   for_each_tile(a, kProducts * kProducts, [&](int64_t tile, int64_t t, const float* zeros) {
     const float* pixels[kOutputs * kOutputs];
     float* products[kProducts * kProducts];
     split_tile<kOutputs, kOutputs>(a.from, a, tile, 0, zeros, pixels);
     split_products(a.to, a.tile_end - a.tile, t, a.channels, products);
     transform<GradientTransform>(pixels, a.channels, kOutputs * a.channels, products);
+    double* sums = b.sums + t * a.channels;
+    memset(sums, 0, a.channels * sizeof(double));
+    for (const float* pixel : pixels) {
+#pragma GCC ivdep
+      for (int64_t c = 0; c < a.channels; ++c) sums[c] += pixel[c];
+    }
   });
 }
 

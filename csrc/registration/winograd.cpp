@@ -1,5 +1,5 @@
-// CPU passes of the Winograd convolutions: checks and pointers, nothing numerical. Dense float32
-// tensors.
+// CPU passes of the Winograd convolutions: checks and pointers, nothing numerical. Dense
+// tensors of float32, but for the passes named after bfloat16.
 #include "layout.h"
 
 namespace fdda {
@@ -70,9 +70,12 @@ void winograd_upsample_input_gradient(const Tensor& positions, Tensor grad_x, in
       from_parts(positions, grad_x, "grad_x", tile, kPositions));
 }
 
-void winograd_upsample_gradient(const Tensor& grad_y, Tensor products, int64_t tile) {
-  active_kernels().winograd_upsample_gradient(
-      to_parts(grad_y, "grad_y", products, tile, kProducts));
+void winograd_upsample_gradient(const Tensor& grad_y, Tensor products, Tensor sums, int64_t tile) {
+  const WinogradTiles tiles = to_parts(grad_y, "grad_y", products, tile, kProducts);
+  check_dtype(sums, ScalarType::Double, "sums");
+  check_numel(sums, (tiles.tile_end - tile) * tiles.channels, "sums");
+  STD_TORCH_CHECK(sums.is_contiguous(), "sums: expected a dense tensor");
+  active_kernels().winograd_upsample_gradient({tiles, sums.mutable_data_ptr<double>()});
 }
 
 void winograd_upsample_output(const Tensor& products, Tensor y, int64_t tile) {
@@ -176,6 +179,73 @@ void upsample_norm_taps(const Tensor& x, const Tensor& panels, const Tensor& tab
       {a, channels, taps.const_data_ptr<float>(), bias.const_data_ptr<float>()});
 }
 
+// `weight`: dense [outputs, 3, 3, inputs]; x and y: dense bfloat16 images [N, H, W, channels], y
+// `scale` times as high and wide.
+Conv3x3Shape conv3x3_shape(const Tensor& weight, const Tensor& x, const char* x_name,
+                           const Tensor& y, const char* y_name, int64_t scale) {
+  constexpr int64_t kMultiple = 32;
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.is_contiguous() && weight.size(1) == 3 && weight.size(2) == 3,
+      "weight: expected dense 3x3 filters");
+  const int64_t inputs = weight.size(3), outputs = weight.size(0);
+  STD_TORCH_CHECK(inputs % kMultiple == 0 && outputs % kMultiple == 0,
+                  "weight: expected multiples of ", kMultiple, " channels, got ", outputs, " and ",
+                  inputs);
+  const auto check_images = [](const Tensor& t, int64_t channels, const char* name) {
+    check_dtype(t, ScalarType::BFloat16, name);
+    STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous() && t.size(3) == channels, name,
+                    ": expected dense images of ", channels, " channels");
+  };
+  check_images(x, inputs, x_name);
+  check_images(y, outputs, y_name);
+  STD_TORCH_CHECK(
+      y.size(0) == x.size(0) && y.size(1) == scale * x.size(1) && y.size(2) == scale * x.size(2),
+      y_name, ": expected ", scale, " times the height and width of ", x_name);
+  return {x.size(0), x.size(1), x.size(2), inputs, outputs};
+}
+
+// from -> to, which is y of x or, `rotated`, grad_x of grad_y.
+WinogradBFloat16 convolution(const Tensor& from, const Tensor& weight, bool rotated,
+                             const float* bias, Tensor& to, int64_t scale) {
+  Conv3x3Shape shape = rotated ? conv3x3_shape(weight, to, "grad_x", from, "grad_y", scale)
+                               : conv3x3_shape(weight, from, "x", to, "y", scale);
+  if (rotated) std::swap(shape.inputs, shape.outputs);
+  const Dtype dtype = float_dtype(weight, "weight");
+  STD_TORCH_CHECK(dtype != Dtype::kFloat16, "weight: expected float32 or bfloat16, got float16");
+  return {shape, from.const_data_ptr(), dtype, weight.const_data_ptr(), rotated,
+          bias,  to.mutable_data_ptr()};
+}
+
+void winograd_bfloat16(const Tensor& x, const Tensor& weight, bool rotated, Tensor y) {
+  active_kernels().winograd_bfloat16(convolution(x, weight, rotated, nullptr, y, 1));
+}
+
+void winograd_bfloat16_gradient(const Tensor& grad_y, const Tensor& x, Tensor grad_weight) {
+  const Conv3x3Shape shape = conv3x3_shape(grad_weight, x, "x", grad_y, "grad_y", 1);
+  active_kernels().winograd_bfloat16_gradient({shape, grad_y.const_data_ptr(), x.const_data_ptr(),
+                                               grad_weight.mutable_data_ptr<float>(), nullptr});
+}
+
+void winograd_upsample_bfloat16(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                Tensor y) {
+  const Tensor shift = float_values(bias, weight.size(0), "bias");
+  active_kernels().winograd_upsample_bfloat16(
+      convolution(x, weight, false, shift.const_data_ptr<float>(), y, 2));
+}
+
+void winograd_upsample_bfloat16_gradient(const Tensor& grad_y, const Tensor& x,
+                                         const Tensor& weight, Tensor grad_x, Tensor grad_weight,
+                                         Tensor grad_bias) {
+  const Conv3x3Shape shape = conv3x3_shape(grad_weight, x, "x", grad_y, "grad_y", 2);
+  check_dtype(grad_bias, ScalarType::Double, "grad_bias");
+  check_numel(grad_bias, shape.outputs, "grad_bias");
+  active_kernels().winograd_upsample_bfloat16(
+      convolution(grad_y, weight, true, nullptr, grad_x, 2));
+  active_kernels().winograd_upsample_bfloat16_gradient(
+      {shape, grad_y.const_data_ptr(), x.const_data_ptr(), grad_weight.mutable_data_ptr<float>(),
+       grad_bias.mutable_data_ptr<double>()});
+}
+
 }  // namespace
 }  // namespace fdda
 
@@ -185,6 +255,11 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_winograd_output", TORCH_BOX(&fdda::winograd_output));
   m.impl("_winograd_weights", TORCH_BOX(&fdda::winograd_weights));
   m.impl("_winograd_weight_gradient", TORCH_BOX(&fdda::winograd_weight_gradient));
+  m.impl("_winograd_bfloat16", TORCH_BOX(&fdda::winograd_bfloat16));
+  m.impl("_winograd_bfloat16_gradient", TORCH_BOX(&fdda::winograd_bfloat16_gradient));
+  m.impl("_winograd_upsample_bfloat16", TORCH_BOX(&fdda::winograd_upsample_bfloat16));
+  m.impl("_winograd_upsample_bfloat16_gradient",
+         TORCH_BOX(&fdda::winograd_upsample_bfloat16_gradient));
   m.impl("_winograd_upsample_input", TORCH_BOX(&fdda::winograd_upsample_input));
   m.impl("_winograd_upsample_input_gradient", TORCH_BOX(&fdda::winograd_upsample_input_gradient));
   m.impl("_winograd_upsample_gradient", TORCH_BOX(&fdda::winograd_upsample_gradient));

@@ -179,6 +179,11 @@ def prefers_own_products() -> bool:
     return _extension is not None and _extension.prefers_own_products()
 
 
+def prefers_own_bfloat16_products() -> bool:
+    """Whether the compiled bfloat16 convolutions are faster than the framework's here."""
+    return _extension is not None and _extension.prefers_own_bfloat16_products()
+
+
 def active_isa() -> str | None:
     """The instruction set in use; None: the compiled CPU operators are not loaded."""
     return _extension.isa() if _extension else None

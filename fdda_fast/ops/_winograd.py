@@ -1,5 +1,7 @@
 """CPU implementation of conv3x3: Winograd's F(4x4, 3x3), 36 products where 144 would do.
 
+That is float32's; bfloat16 has its own in _winograd_bfloat16.py.
+
 Tiles of 6 x 6 pixels and the filters are transformed to 36 positions, at each of which one matrix
 product over the channels makes the transform of 4 x 4 outputs. The gradient of x is the convolution
 with the filters rotated; that of the weights is the exact adjoint. The products run in a
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fdda_fast.ops import _winograd_bfloat16
 from fdda_fast.ops._layout import nhwc
 from fdda_fast.ops._products import add_products, multiply
 
@@ -23,16 +26,22 @@ TILES = 512
 
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16:
+        return _winograd_bfloat16.conv3x3(x, weight)
     return _convolution(x, _positions(weight).transpose(1, 2))
 
 
 @torch.no_grad()
 def conv3x3_input_gradient(grad_y: Tensor, weight: Tensor) -> Tensor:
+    if grad_y.dtype == torch.bfloat16:
+        return _winograd_bfloat16.conv3x3_input_gradient(grad_y, weight)
     return _convolution(grad_y, _positions(weight, rotated=True))
 
 
 @torch.no_grad()
 def conv3x3_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    if x.dtype == torch.bfloat16:
+        return _winograd_bfloat16.conv3x3_weight_gradient(grad_y, x)
     x, grad_y = nhwc(x), nhwc(grad_y)
     outputs, inputs = grad_y.shape[3], x.shape[3]
     total = x.new_zeros(36, outputs, inputs)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fdda_fast.ops import _nine_products
+from fdda_fast.ops import _nine_products, _winograd_bfloat16
 from fdda_fast.ops._layout import nhwc
 from fdda_fast.ops._products import add_products, multiply
 from fdda_fast.ops._strips import Strip, strips_of
@@ -28,6 +28,8 @@ _CENTER = 4  # the product that every output has, once
 
 
 def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if _winograd_bfloat16.pays(x, weight):
+        return _winograd_bfloat16.upsample_conv3x3(x, weight, bias)
     if not upsample_pays(x, weight):
         return _nine_products.upsample_conv3x3(x, weight, bias)
     x = nhwc(x)
@@ -90,6 +92,8 @@ def _multiply(
 def upsample_conv3x3_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _winograd_bfloat16.pays(x, weight):
+        return _winograd_bfloat16.upsample_conv3x3_backward(grad_y, x, weight)
     if not upsample_pays(x, weight):
         return _nine_products.upsample_conv3x3_backward(grad_y, x, weight)
     x, grad_y = nhwc(x), nhwc(grad_y)
@@ -100,9 +104,10 @@ def upsample_conv3x3_backward(
     weights = [w.transpose(1, 2).contiguous() for w in _weights(weight)]
     total = weight.new_zeros(81 * inputs * outputs)
     for first, values, products in tile_groups(x, grad_y, TILES, 81):
-        torch.ops.fdda._winograd_upsample_gradient(grad_y, products, first)
+        sums = grad_bias.new_empty(values.shape[1], outputs)
+        torch.ops.fdda._winograd_upsample_gradient(grad_y, products, sums, first)
         grads = _products(products, values.shape[1])
-        grad_bias += grads[0][_CENTER].sum(0, dtype=torch.float64)
+        grad_bias += sums.sum(0)
         torch.ops.fdda._winograd_upsample_input(x, values, first)
         for grad, value, w, sums in zip(
             grads, _positions(values), weights, _products(total, inputs), strict=True

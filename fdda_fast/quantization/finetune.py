@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..config import QuantizeConfig
 from ..data.augment import blended, random_resized_crop, random_shift
 from ..distributed import ALONE, Ranks
-from ..layers import layers_of, use_layers
+from ..layers import LAYERS, use_layers
 from ..losses import distillation
 from ..seeding import stream
 from ..teacher import FrozenTeacher
@@ -55,7 +55,7 @@ class Finetuner:
         self.teacher = FrozenTeacher(model, image_shape, dtype)
         # For the steps alone, with the same parameters.
         self.fused = fuse_norms(student, image_shape)
-        use_layers(self.fused, layers_of(dtype))
+        use_layers(self.fused, LAYERS)
         if dtype != torch.float32:
             cast_convolutions(self.fused, dtype)
         quantizers = activation_quantizers(student)

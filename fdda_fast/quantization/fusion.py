@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from .. import ops
+from ..layers import Conv3x3
 from ..tracing import fuse, node_kind, norm_chains, note_shapes, only_user
 from .modules import ActivationQuantizer, QuantConv2d
 
@@ -72,7 +73,7 @@ def fuse_norms(student: fx.GraphModule, image_shape: tuple[int, int, int]) -> fx
 class _CastLayer(nn.Module):
     """A convolution on activations and weights cast to `dtype`, a linear layer in its weight's."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Conv2d | Conv3x3 | nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer, self.dtype = layer, dtype
 
@@ -80,6 +81,8 @@ class _CastLayer(nn.Module):
         layer, dtype = self.layer, self.dtype
         if isinstance(layer, nn.Linear):
             return layer(x.to(layer.weight.dtype))
+        if isinstance(layer, Conv3x3):
+            return layer(x.to(dtype))
         quantized = isinstance(layer, QuantConv2d)
         weight = layer.quantized_weight() if quantized else layer.weight
         bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -102,7 +105,7 @@ def cast_convolutions(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.Gr
     """
     for node in graph_module.graph.nodes:
         kind = node_kind(graph_module, node)
-        if isinstance(kind, type) and issubclass(kind, nn.Conv2d | nn.Linear):
+        if isinstance(kind, type) and issubclass(kind, nn.Conv2d | Conv3x3 | nn.Linear):
             layer = graph_module.get_submodule(node.target)
             graph_module.set_submodule(node.target, _CastLayer(layer, dtype))
     return graph_module

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..config import QuantizeConfig, ReconstructConfig
 from ..distributed import ALONE, Ranks
-from ..layers import convolved, layers_of, use_layers
+from ..layers import LAYERS, convolved, use_layers
 from ..seeding import stream
 from ..tracing import note_shapes, trace
 from ..training import Metrics, below, load_optimizer_tensors, optimizer_tensors, prefixed
@@ -229,7 +229,7 @@ class Reconstruction:
         note_shapes(self.exact, image_shape)
         self.units = find_units(self.exact, student)
         self.parts = [self._parts(unit) for unit in self.units]
-        use_layers(self.exact, layers_of(torch.float32))
+        use_layers(self.exact, LAYERS)
         self._images = images
         self._learner: _Learner | None = None
         self._number = 0

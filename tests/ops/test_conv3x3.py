@@ -6,11 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import _winograd, convolutions, reference
+from fdda_fast.ops import _winograd, _winograd_bfloat16, convolutions, reference
 
 NAMES = ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"]
-# Of the direct convolution's error, and in units of float32's rounding of the result.
-FACTOR, ROUNDINGS = 10, 32
+DTYPES = [torch.float32, torch.bfloat16]
+# Of the direct convolution's error, and in units of the dtype's rounding of the result.
+FACTOR = {torch.float32: 10, torch.bfloat16: 3}
+ROUNDINGS = {torch.float32: 32, torch.bfloat16: 1}
+# Root mean square of the error in that of the result.
+RELATIVE = {torch.float32: 3e-6, torch.bfloat16: 6e-3}
+CHANNELS = {torch.float32: [1, 3, 16, 17, 64], torch.bfloat16: [3, 32, 64, 96]}
 
 
 @pytest.fixture(params=[512, 5, 1, None], ids=["one group", "groups", "tiles", "as it pays"])
@@ -27,16 +32,17 @@ def always(monkeypatch):
 
 
 @st.composite
-def cases(draw):
+def cases(draw, dtype):
     """x, weight, grad_y"""
     g = generator(draw(st.integers(0, 2**32 - 1)))
-    shape = [draw(st.integers(0, 5)), draw(st.sampled_from([1, 3, 16, 17, 64]))]
+    shape = [draw(st.integers(0, 5)), draw(st.sampled_from(CHANNELS[dtype]))]
     shape += [draw(st.integers(1, 12)) for _ in range(2)]
-    outputs = draw(st.sampled_from([1, 3, 5, 16, 33]))
+    outputs = draw(st.sampled_from([1, 3, 5, 16, 33] + CHANNELS[dtype]))
+    weight = torch.randn(outputs, shape[1], 3, 3, generator=g) / (3 * shape[1] ** 0.5)
     tensors = (
-        torch.randn(shape, generator=g),
-        torch.randn(outputs, shape[1], 3, 3, generator=g) / (3 * shape[1] ** 0.5),
-        torch.randn(shape[0], outputs, *shape[2:], generator=g),
+        torch.randn(shape, generator=g).to(dtype),
+        weight.to(draw(st.sampled_from([torch.float32, dtype]))),
+        torch.randn(shape[0], outputs, *shape[2:], generator=g).to(dtype),
     )
     kinds = st.sampled_from(["contiguous", "channels_last", "sliced"])
     return [laid_out(t, draw(kinds)) for t in tensors]
@@ -58,24 +64,37 @@ def gradients(function, x, weight, grad_y):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
+def exact_and_usual(x, weight, grad_y):
+    """Of float64, and of the direct convolution in the dtype of x."""
+    tensors = x, weight, grad_y
+    return [gradients(plain, *(t.to(d) for t in tensors)) for d in (torch.float64, x.dtype)]
+
+
+def sizes(*tensors):
+    """Root mean squares of results and gradients as they are where no terms cancel by chance."""
+    squares = gradients(plain, *(t.double().square() for t in tensors))
+    return [s.mean().sqrt().item() if s.numel() else 0.0 for s in squares]
+
+
 def distance(found, exact):
     """Root mean square."""
     return (found.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
 @QUICK
-@given(case=cases())
-def test_results_and_gradients(case):
+@given(data=st.data())
+def test_results_and_gradients(dtype, data):
     """Against float64."""
-    x, weight, grad_y = case
-    exact = gradients(plain, *(t.double() for t in case))
-    usual = gradients(plain, *case)
+    case = x, weight, grad_y = data.draw(cases(dtype))
+    exact, usual = exact_and_usual(*case)
+    dtypes = [dtype, dtype, weight.dtype]
     runs = {
         "reference": [
             reference.conv3x3(x, weight),
             reference.conv3x3_input_gradient(grad_y, weight),
-            reference.conv3x3_weight_gradient(grad_y, x),
+            reference.conv3x3_weight_gradient(grad_y, x).to(weight.dtype),
         ]
     }
     for isa in ISAS:
@@ -83,27 +102,45 @@ def test_results_and_gradients(case):
             runs[isa] = gradients(ops.conv3x3, *case)
     for run, results in runs.items():
         assert results[0].is_contiguous(memory_format=torch.channels_last)
-        for result, want, direct in zip(results, exact, usual, strict=True):
-            assert result.dtype == torch.float32
+        assert [r.dtype for r in results] == dtypes
+        for result, want, direct, size in zip(results, exact, usual, sizes(*case), strict=True):
             assert result.shape == want.shape
-            size = want.square().mean().sqrt().item() if want.numel() else 0.0
-            rounding = ROUNDINGS * torch.finfo(torch.float32).eps * (size + 0.1)
-            assert distance(result, want) <= FACTOR * distance(direct, want) + rounding, run
+            rounding = ROUNDINGS[dtype] * torch.finfo(dtype).eps * (size + 0.1)
+            assert distance(result, want) <= FACTOR[dtype] * distance(direct, want) + rounding, run
 
 
-def case_at_size():
+def case_at_size(dtype=torch.float32):
     g = generator(6)
-    x, grad_y = torch.randn(2, 3, 128, 27, 30, generator=g)
+    x, grad_y = torch.randn(2, 3, 128, 27, 30, generator=g).to(dtype)
     return x, torch.randn(128, 128, 3, 3, generator=g) / 34, grad_y
 
 
-def test_error_at_size():
-    assert convolutions._winograd_pays(*case_at_size()[:2])
-    exact = gradients(plain, *(t.double() for t in case_at_size()))
-    usual, found = (gradients(function, *case_at_size()) for function in (plain, ops.conv3x3))
-    for result, direct, want in zip(found, usual, exact, strict=True):
-        assert distance(result, want) <= FACTOR * distance(direct, want)
-        assert distance(result, want) <= 3e-6 * want.square().mean().sqrt()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_at_size(dtype, monkeypatch):
+    monkeypatch.setattr(_winograd_bfloat16, "prefers_own_bfloat16_products", lambda: True)
+    case = case_at_size(dtype)
+    assert convolutions._winograd_pays(*case[:2])
+    exact, usual = exact_and_usual(*case)
+    for result, direct, want in zip(gradients(ops.conv3x3, *case), usual, exact, strict=True):
+        assert distance(result, want) <= FACTOR[dtype] * distance(direct, want)
+        assert distance(result, want) <= RELATIVE[dtype] * want.square().mean().sqrt()
+
+
+def test_where_bfloat16_pays(monkeypatch):
+    """Where channels are multiples of 32, pixels enough, and the processor has what it takes."""
+    monkeypatch.setattr(_winograd_bfloat16, "prefers_own_bfloat16_products", lambda: True)
+
+    def pays(inputs, outputs, batch, size):
+        x = torch.zeros(batch, inputs, size, size, dtype=torch.bfloat16)
+        return convolutions._winograd_pays(x, torch.zeros(outputs, inputs, 3, 3))
+
+    assert pays(32, 96, 16, 7)
+    assert not pays(72, 64, 16, 7)
+    assert not pays(64, 72, 16, 7)
+    assert not pays(64, 64, 4, 7)
+    assert not pays(64, 64, 1000, 1)
+    monkeypatch.setattr(_winograd_bfloat16, "prefers_own_bfloat16_products", lambda: False)
+    assert not pays(32, 96, 16, 7)
 
 
 @pytest.mark.usefixtures("always")
@@ -117,16 +154,18 @@ def test_instruction_sets_agree_bit_by_bit():
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("path")
-def test_threads_do_not_change_the_result(isa):
+def test_threads_do_not_change_the_result(isa, dtype):
     with on_isa(isa):
-        assert_threads_agree(gradients, ops.conv3x3, *case_at_size())
+        assert_threads_agree(gradients, ops.conv3x3, *case_at_size(dtype))
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wanted", ["x", "weight"])
-def test_one_gradient_alone(wanted):
-    x, weight, grad_y = case_at_size()
+def test_one_gradient_alone(wanted, dtype):
+    x, weight, grad_y = case_at_size(dtype)
     _, *expected = gradients(ops.conv3x3, x, weight, grad_y)
     x.requires_grad_(wanted == "x")
     weight.requires_grad_(wanted == "weight")
@@ -138,7 +177,7 @@ def test_one_gradient_alone(wanted):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": torch.zeros(2, 3, 4, 4).bfloat16()}, TypeError, "x: expected torch.float32"),
+        ({"x": torch.zeros(2, 3, 4, 4).half()}, TypeError, "x: expected torch.float32"),
         ({"x": torch.zeros(2, 3, 4)}, ValueError, "x: expected"),
         ({"weight": torch.zeros(4, 2, 3, 3)}, ValueError, r"weight: expected shape \['any', 3"),
         ({"weight": torch.zeros(4, 3, 3, 3).bfloat16()}, TypeError, "weight: expected torch.float"),
@@ -152,10 +191,13 @@ def test_refuses(changes, error, message):
 
 
 @pytest.mark.usefixtures("path")
-def test_opcheck():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
     g = generator(4)
-    x, weight = torch.randn(3, 8, 5, 6, generator=g), torch.randn(5, 8, 3, 3, generator=g)
-    grad_y = torch.randn(3, 5, 5, 6, generator=g)
+    inputs, outputs = (8, 5) if dtype == torch.float32 else (64, 32)
+    x = torch.randn(3, inputs, 5, 6, generator=g).to(dtype)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=g)
+    grad_y = torch.randn(3, outputs, 5, 6, generator=g).to(dtype)
     for kind in ("contiguous", "channels_last", "sliced"):
         args = [laid_out(t, kind) for t in (x, weight, grad_y)]
         leaves = [t.detach().requires_grad_() for t in args[:2]]

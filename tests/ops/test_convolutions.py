@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import _products, _strips, _winograd_upsample, reference
+from fdda_fast.ops import _products, _strips, _winograd_bfloat16, _winograd_upsample, reference
 
 NAMES = ["upsample_conv3x3", "conv3x3_few_outputs"]
 # Of the direct convolution's error; of Winograd's also in units of float32's rounding.
@@ -21,6 +21,7 @@ def strip_bytes(request, monkeypatch):
     """Several images a strip, several rows, one row; never Winograd."""
     monkeypatch.setattr(_strips, "STRIP_BYTES", request.param)
     monkeypatch.setattr(_winograd_upsample, "upsample_pays", lambda *_: False)
+    monkeypatch.setattr(_winograd_bfloat16, "pays", lambda *_: False)
 
 
 @pytest.fixture(params=[160, 5, 1], ids=["one group", "groups", "tiles"])
@@ -30,10 +31,21 @@ def winograd(request, monkeypatch):
     monkeypatch.setattr(_winograd_upsample, "TILES", request.param)
 
 
+@pytest.fixture
+def bfloat16_winograd(monkeypatch):
+    """In bfloat16 at every size."""
+    monkeypatch.setattr(_winograd_bfloat16, "pays", lambda x, _: x.dtype == torch.bfloat16)
+
+
 @st.composite
-def cases(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
+def cases(
+    draw,
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    inputs=(1, 3, 16, 17, 64),
+    outputs=(1, 3, 5, 16, 32),
+):
     g = generator(draw(st.integers(0, 2**32 - 1)))
-    shape = [draw(st.integers(0, 5)), draw(st.sampled_from([1, 3, 16, 17, 64]))]
+    shape = [draw(st.integers(0, 5)), draw(st.sampled_from(inputs))]
     shape += [draw(st.integers(1, 12)) for _ in range(2)]
     kind = draw(st.sampled_from(["contiguous", "channels_last", "sliced"]))
     x = torch.randn(shape, generator=g)
@@ -42,7 +54,7 @@ def cases(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
         x = x.contiguous(memory_format=torch.channels_last)
     elif kind == "sliced":
         x = torch.cat([x, x], 1)[:, ::2]
-    outputs = draw(st.sampled_from([1, 3, 5, 16, 32]))
+    outputs = draw(st.sampled_from(outputs))
     weight = torch.randn(outputs, shape[1], 3, 3, generator=g) / (3 * shape[1] ** 0.5)
     return x, weight, torch.randn(outputs, generator=g)
 
@@ -59,6 +71,14 @@ def gradients(function, tensors, grad_y):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
 
 
+def sizes(name, tensors, grad_y):
+    """Root mean squares of results and gradients as they are where no terms cancel by chance."""
+    squares = gradients(
+        lambda *t: plain(name, *t), [t.double().square() for t in tensors], grad_y**2
+    )
+    return [s.mean().sqrt().item() if s.numel() else 0.0 for s in squares]
+
+
 def distance(found, exact):
     """Root mean square."""
     return (found.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
@@ -72,6 +92,7 @@ def assert_close_to_exact(name, case, seed, factor, roundings):
     grad_y = torch.randn(shape, generator=generator(seed)).to(x.dtype)
     exact = gradients(lambda *t: plain(name, *t), [t.double() for t in case], grad_y)
     usual = gradients(lambda *t: plain(name, *t), [t.to(x.dtype) for t in case], grad_y)
+    expected = sizes(name, case, grad_y)
     runs = {"reference": gradients(getattr(reference, name), case, grad_y)[:1]}
     runs["reference"] += getattr(reference, f"{name}_backward")(grad_y, *case[:2])
     for isa in ISAS:
@@ -80,9 +101,8 @@ def assert_close_to_exact(name, case, seed, factor, roundings):
     for run, results in runs.items():
         assert results[0].is_contiguous(memory_format=torch.channels_last)
         assert [r.dtype for r in results] == [x.dtype, x.dtype, torch.float32, torch.float32]
-        for result, want, direct in zip(results, exact, usual, strict=True):
+        for result, want, direct, size in zip(results, exact, usual, expected, strict=True):
             assert result.shape == want.shape
-            size = want.square().mean().sqrt().item() if want.numel() else 0.0
             rounding = roundings * torch.finfo(x.dtype).eps * (size + 0.1)
             assert distance(result, want) <= factor * distance(direct, want) + rounding, run
 
@@ -101,6 +121,13 @@ def test_results_and_gradients(name, case, seed):
 def test_results_and_gradients_by_winograd(case, seed):
     name = "upsample_conv3x3"
     assert_close_to_exact(name, case, seed, WINOGRAD_FACTOR, WINOGRAD_ROUNDINGS)
+
+
+@pytest.mark.usefixtures("bfloat16_winograd")
+@QUICK
+@given(case=cases([torch.bfloat16], (32, 64, 96), (32, 64)), seed=st.integers(0, 2**32 - 1))
+def test_results_and_gradients_by_winograd_in_bfloat16(case, seed):
+    assert_close_to_exact("upsample_conv3x3", case, seed, FACTOR, 1)
 
 
 def errors_at_size(name, dtype):
@@ -125,12 +152,20 @@ def test_error_is_like_the_direct_convolutions(name, dtype):
         assert found <= FACTOR * usual
 
 
-def winograd_case():
-    """Large enough to pay; neither tiles nor vectors of channels are whole."""
+@pytest.mark.usefixtures("bfloat16_winograd")
+def test_winograd_error_in_bfloat16():
+    for found, usual in errors_at_size("upsample_conv3x3", torch.bfloat16):
+        assert found <= FACTOR * usual
+
+
+def winograd_case(dtype=torch.float32):
+    """Large enough to pay; neither tiles nor, in float32, vectors of channels are whole."""
     g = generator(7)
-    x = torch.randn(3, 72, 43, 26, generator=g)
-    case = x, torch.randn(70, 72, 3, 3, generator=g) / 25, torch.randn(70, generator=g)
-    return case, torch.randn(3, 70, 86, 52, generator=g)
+    inputs, outputs = (72, 70) if dtype == torch.float32 else (96, 64)
+    x = torch.randn(3, inputs, 43, 25, generator=g).to(dtype)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=g) / 25
+    case = x, weight, torch.randn(outputs, generator=g)
+    return case, torch.randn(3, outputs, 86, 50, generator=g).to(dtype)
 
 
 def test_winograd_error_at_size():
@@ -144,10 +179,19 @@ def test_winograd_error_at_size():
         assert distance(result, want) <= 3e-6 * want.square().mean().sqrt()
 
 
+def test_winograd_bias_gradient_is_rounded_once():
+    """What cancels in the sum of grad_y does not show."""
+    (x, weight, bias), grad_y = winograd_case()
+    *_, found = gradients(ops.upsample_conv3x3, (x, weight, bias), grad_y)
+    assert torch.equal(found, grad_y.double().sum((0, 2, 3)).float())
+
+
 @pytest.mark.parametrize("isa", ISAS)
-def test_winograd_on_threads_agrees_bit_by_bit(isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("bfloat16_winograd")
+def test_winograd_on_threads_agrees_bit_by_bit(isa, dtype):
     with on_isa(isa):
-        assert_threads_agree(gradients, ops.upsample_conv3x3, *winograd_case())
+        assert_threads_agree(gradients, ops.upsample_conv3x3, *winograd_case(dtype))
 
 
 def test_winograd_on_instruction_sets_agrees_bit_by_bit(monkeypatch):
@@ -196,13 +240,15 @@ def test_refuses(name, changes, error, message):
         getattr(ops, name)(**good | {"bias": torch.zeros(4)} | changes)
 
 
-def opcheck(name):
+def opcheck(name, inputs=4, outputs=5):
     g = generator(4)
-    weight, bias = torch.randn(5, 4, 3, 3, generator=g), torch.randn(5, generator=g)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=g)
+    bias = torch.randn(outputs, generator=g)
+    dense = torch.randn(3, inputs, 5, 6, generator=g)
     for x in (
-        torch.randn(3, 4, 5, 6, generator=g),
-        torch.randn(3, 4, 5, 6, generator=g).to(memory_format=torch.channels_last).bfloat16(),
-        torch.randn(3, 8, 5, 6, generator=g)[:, ::2],
+        dense,
+        dense.to(memory_format=torch.channels_last).bfloat16(),
+        torch.randn(3, 2 * inputs, 5, 6, generator=g)[:, ::2],
     ):
         leaves = [t.clone().requires_grad_() for t in (weight, bias)]
         operator = getattr(torch.ops.fdda, name)
@@ -217,9 +263,9 @@ def test_opcheck(name):
     opcheck(name)
 
 
-@pytest.mark.usefixtures("winograd")
+@pytest.mark.usefixtures("winograd", "bfloat16_winograd")
 def test_winograd_opcheck():
-    opcheck("upsample_conv3x3")
+    opcheck("upsample_conv3x3", 64, 32)
 
 
 def test_compiles_without_graph_breaks():

@@ -8,6 +8,7 @@ import torchvision
 from norms import randomize_norms
 from torch import fx, nn
 
+from fdda_fast.layers import LAYERS, use_layers
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.fusion import FusedNormQuantizer, cast_convolutions, fuse_norms
 from fdda_fast.quantization.modules import activation_quantizers, quantizer_mode
@@ -154,10 +155,13 @@ def test_the_fused_student_traces_under_compile():
     assert torch.equal(compiled(images).detach(), fused(images).detach())
 
 
-def test_convolutions_in_bfloat16():
+@pytest.mark.parametrize("layers", [LAYERS, ()], ids=["own layers", "plain"])
+def test_convolutions_in_bfloat16(layers):
     """Activations are bfloat16, logits and gradients float32 and near those of float32."""
     student, fused, images = students(Net(), 16)
-    cast = cast_convolutions(fuse_norms(student, images.shape[1:]), torch.bfloat16)
+    cast = fuse_norms(student, images.shape[1:])
+    use_layers(cast, layers)
+    cast_convolutions(cast, torch.bfloat16)
     assert {id(p) for p in cast.parameters()} == {id(p) for p in student.parameters()}
     seen = []
     for module in fused_modules(cast):

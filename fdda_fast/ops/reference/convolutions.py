@@ -9,17 +9,19 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, padding=1).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight.to(x.dtype), padding=1)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_input_gradient(grad_y: Tensor, weight: Tensor) -> Tensor:
     shape = (len(grad_y), weight.shape[1], *grad_y.shape[2:])
-    grad_x = conv2d_input(shape, weight, grad_y, padding=1)
+    grad_x = conv2d_input(shape, weight.to(grad_y.dtype), grad_y, padding=1)
     return grad_x.contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3_weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    grad_weight = conv2d_weight(x, (grad_y.shape[1], x.shape[1], 3, 3), grad_y, padding=1)
+    shape = (grad_y.shape[1], x.shape[1], 3, 3)
+    grad_weight = conv2d_weight(x.float(), shape, grad_y.float(), padding=1)
     return grad_weight.contiguous(memory_format=torch.channels_last)
 
 
