@@ -105,12 +105,21 @@ class BitMatrices {
   FDDA_GFNI __m512i operator()(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * step_;
     _mm_prefetch(bytes + kAhead, _MM_HINT_T0);
-    const __m512i planes = _mm512_maskz_loadu_epi64(load_, bytes);
+    return codes(_mm512_maskz_loadu_epi64(load_, bytes));
+  }
+
+  // Of up to 4 bits: a short load, which seldom reaches into a second line. Fetches nothing ahead.
+  FDDA_GFNI __m512i short_block(int64_t block) const {
+    const __m256i planes = _mm256_maskz_loadu_epi64(load_, p_.bytes + block * step_);
+    return codes(_mm512_castsi256_si512(planes));
+  }
+
+ private:
+  FDDA_GFNI __m512i codes(__m512i planes) const {
     const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
     return _mm512_gf2p8affine_epi64_epi8(unit, _mm512_permutexvar_epi8(order_, planes), 0);
   }
 
- private:
   const Planes p_;
   const int64_t step_;
   const __mmask8 load_;
