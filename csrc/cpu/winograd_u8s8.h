@@ -276,7 +276,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
 }
 
 #if defined(__AVX512VNNI__)
-// Nine places are read in turn: more than fetching ahead would find in L1 again.
+// For nine places that are read in turn.
 struct ShortBlocks {
   BitMatrices matrices;
 
