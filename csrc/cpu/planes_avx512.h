@@ -85,7 +85,7 @@ inline bool has_gfni() {
   return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-constexpr int64_t kAhead = 2048;  // bytes of planes: what comes from memory while it is needed
+constexpr int64_t kAhead = 2048;      // bytes of planes: what comes from memory while it is needed
 constexpr int64_t kShortAhead = 512;  // where many places are read in turn: L1 keeps so much
 
 // Eight codes are a product of bit matrices: a byte of each plane, the top one repeated down to bit
