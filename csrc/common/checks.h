@@ -30,6 +30,12 @@ inline const char* name(ScalarType type) {
   }
 }
 
+// t, or a contiguous copy of it. The operator alone would take longer to find that there is nothing
+// to be done.
+inline Tensor row_major(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 inline void check_dtype(const Tensor& t, ScalarType type, const char* argument) {
   STD_TORCH_CHECK(t.scalar_type() == type, argument, ": expected ", name(type), ", got ",
                   name(t.scalar_type()));
@@ -97,14 +103,14 @@ inline EpilogueTensors make_epilogue(const Tensor& like, const std::vector<int64
     check_packed_channels(channels, "out_channels");
     stored.back() /= 2;
   }
-  EpilogueTensors e{torch::stable::contiguous(multiplier), torch::stable::contiguous(bias),
+  EpilogueTensors e{row_major(multiplier), row_major(bias),
                     torch::stable::new_empty(like, stored, type), std::nullopt, Epilogue{}};
   e.view.multiplier = e.multiplier.const_data_ptr<float>();
   e.view.bias = e.bias.const_data_ptr<float>();
   e.view.residual_scale = static_cast<float>(residual_scale);
   if (residual) {
     check_numel(*residual, e.out.numel() * (packed ? 2 : 1), "residual");
-    e.residual = torch::stable::contiguous(*residual);
+    e.residual = row_major(*residual);
     if (residual->scalar_type() == ScalarType::Byte) {
       e.view.residual_u8 = e.residual->const_data_ptr<uint8_t>();
     } else {

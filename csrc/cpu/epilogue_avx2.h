@@ -1,6 +1,7 @@
 // Epilogue of the packed convolutions on 256-bit registers.
 #pragma once
 
+#include "operand_ranges.h"
 #include "weights_avx2.h"
 
 namespace fdda {
@@ -16,11 +17,7 @@ inline __m256i narrow(const int64_t* from) {
 
 // Whether sums with the offsets' share, offset * row sum, fit int32.
 inline bool totals_fit_s32(const PackedConv& conv) {
-  int64_t largest = 128;
-  for (int64_t o = 0; o < conv.out_channels && !conv.weight_fits_s8; ++o) {
-    const int64_t offset = conv.weight_offset[o];
-    largest = max64(largest, 128 + (offset < 0 ? -offset : offset));
-  }
+  const int64_t largest = 128 + (conv.weight_fits_s8 ? 0 : largest_offset(conv));
   const int64_t depth = conv.kernel_h * conv.kernel_w * conv.channels / conv.groups;
   return largest <= INT32_MAX / 255 / max64(1, depth);
 }

@@ -2,6 +2,7 @@
 // tiles do not suit is avx512vnni's.
 
 #include "depth_amx.h"
+#include "operand_ranges.h"
 #include "parallel.h"
 #include "row_tiles.h"
 #include "rows_amx.h"
@@ -39,12 +40,8 @@ bool applies(const PackedConv& conv) {
 
 // Bound of |sum (x - x_zero_point) * (code + offset)|.
 int64_t largest_sum(const PackedConv& conv) {
-  int64_t largest = 0;
-  for (int64_t o = 0; o < conv.out_channels; ++o) {
-    const int64_t offset = conv.weight_offset[o];
-    largest = max64(largest, offset < 0 ? -offset : offset);
-  }
-  largest = min64(largest, int64_t{1} << 31) + (int64_t{1} << (conv.bits - 1));
+  const int64_t largest =
+      min64(largest_offset(conv), int64_t{1} << 31) + (int64_t{1} << (conv.bits - 1));
   return 255 * largest * (conv.kernel_h * conv.kernel_w * (conv.channels / conv.groups));
 }
 

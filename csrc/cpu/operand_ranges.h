@@ -10,6 +10,16 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
+// Largest |weight_offset|.
+inline int64_t largest_offset(const PackedConv& conv) {
+  int64_t largest = 0;
+  for (int64_t o = 0; o < conv.out_channels; ++o) {
+    const int64_t offset = conv.weight_offset[o];
+    largest = max64(largest, offset < 0 ? -offset : offset);
+  }
+  return largest;
+}
+
 // Upper bound of |weight| as the panels hold them.
 inline int64_t largest_weight(const PackedConv& conv) {
   const int64_t half = int64_t{1} << (conv.bits - 1);

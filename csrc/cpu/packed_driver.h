@@ -25,6 +25,7 @@
 #include "functions.h"
 #include "input_lines.h"
 #include "left_operand.h"
+#include "operand_ranges.h"
 #include "parallel.h"
 
 namespace fdda {
@@ -140,15 +141,6 @@ class Driver {
       return {panels + panel * panel_size, starts + panel * kPanelRows};
     }
   };
-
-  static int64_t largest_offset(const PackedConv& conv) {
-    int64_t largest = 0;
-    for (int64_t o = 0; o < conv.out_channels; ++o) {
-      const int64_t offset = conv.weight_offset[o];
-      largest = max64(largest, offset < 0 ? -offset : offset);
-    }
-    return largest;
-  }
 
   // Whether sum (x - x_zero_point) * (code + offset) might leave int32.
   bool wide_sums() const {

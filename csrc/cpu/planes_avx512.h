@@ -85,7 +85,8 @@ inline bool has_gfni() {
   return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-constexpr int64_t kAhead = 2048;  // bytes of planes: what comes from memory while it is needed
+constexpr int64_t kAhead = 2048;      // bytes of planes: what comes from memory while it is needed
+constexpr int64_t kShortAhead = 512;  // where many places are read in turn: L1 keeps so much
 
 // Eight codes are a product of bit matrices: a byte of each plane, the top one repeated down to bit
 // 7, times the unit vectors. Two instructions for any number of bits.
@@ -105,12 +106,23 @@ class BitMatrices {
   FDDA_GFNI __m512i operator()(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * step_;
     _mm_prefetch(bytes + kAhead, _MM_HINT_T0);
-    const __m512i planes = _mm512_maskz_loadu_epi64(load_, bytes);
+    return codes(_mm512_maskz_loadu_epi64(load_, bytes));
+  }
+
+  // Of up to 4 bits: a short load, which seldom reaches into a second line.
+  FDDA_GFNI __m512i short_block(int64_t block) const {
+    const uint8_t* bytes = p_.bytes + block * step_;
+    _mm_prefetch(bytes + kShortAhead, _MM_HINT_T0);
+    const __m256i planes = _mm256_maskz_loadu_epi64(load_, bytes);
+    return codes(_mm512_castsi256_si512(planes));
+  }
+
+ private:
+  FDDA_GFNI __m512i codes(__m512i planes) const {
     const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
     return _mm512_gf2p8affine_epi64_epi8(unit, _mm512_permutexvar_epi8(order_, planes), 0);
   }
 
- private:
   const Planes p_;
   const int64_t step_;
   const __mmask8 load_;

@@ -49,11 +49,7 @@ class Range {
  public:
   explicit Range(const PackedConv& conv) {
     const int64_t depth = conv.kernel_h * conv.kernel_w * conv.channels / conv.groups;
-    int64_t offset = 0;
-    for (int64_t o = 0; o < conv.out_channels; ++o) {
-      const int64_t value = conv.weight_offset[o];
-      offset = max64(offset, value < 0 ? -value : value);
-    }
+    const int64_t offset = largest_offset(conv);
     while (255 * depth >> shift_ > INT16_MAX) ++shift_;
     const int64_t weight = offset + (int64_t{1} << (conv.bits - 1));
     splits_ = offset <= INT16_MAX >> shift_ && weight <= INT32_MAX / (255 * max64(depth, 1));

@@ -18,6 +18,7 @@
 
 #pragma once
 
+#include "operand_ranges.h"
 #include "parallel.h"
 #include "planes_avx512.h"
 #include "winograd_inputs.h"
@@ -28,6 +29,7 @@ namespace {
 
 constexpr int64_t kLine = 64;  // channels of a line of V
 constexpr int kPositions = 16;
+constexpr int64_t kLargestTransform = 126;         // of a weight
 constexpr int kWide = 2 * kPanelRows;              // outputs whose weights are expanded together
 constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
 constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
@@ -46,7 +48,8 @@ struct Block {
   TileAt* tiles;   // by slot
   int32_t* slots;  // by (row of tiles, column)
   uint8_t* inputs;
-  int64_t code;  // the largest one
+  int64_t code;          // the largest one
+  int64_t weight_bound;  // of |U|
   int64_t first_row, rows, count;
   int64_t ends[4];                       // of the classes
   int64_t line_stride, position_stride;  // of inputs, in bytes
@@ -76,6 +79,7 @@ Block plan_block(const PackedConv& conv, int64_t code, int64_t first_row, int64_
   const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
   Block b;
   b.code = code;
+  b.weight_bound = 9 * largest_weight(conv);
   b.first_row = first_row;
   b.rows = rows;
   b.count = rows * tiles_x;
@@ -160,22 +164,40 @@ struct Panel {
   int8_t* weights;
   int64_t position_stride;
   int64_t code;                          // the inputs' largest one
+  int64_t bound;                         // of |U|, whatever the weights
   int64_t largest;                       // |U|; 127 and 128 may stand for more
   alignas(64) int32_t starts[5][kWide];  // corners (0, 0), (0, 3), (3, 0), (3, 3); elsewhere: zeros
 };
 
-// 2 G in one direction, saturating. A sum that does not fit ends up at 127 or -128, and so does one
-// of those that it is added to, subtracted from or doubled in: the last results show it.
-inline void transform_weights(const __m512i* g, int step, __m512i* u, int u_step) {
-  const __m512i s = _mm512_adds_epi8(g[0], g[2 * step]);
-  u[0] = _mm512_adds_epi8(g[0], g[0]);
-  u[u_step] = _mm512_adds_epi8(s, g[step]);
-  u[2 * u_step] = _mm512_subs_epi8(s, g[step]);
-  u[3 * u_step] = _mm512_adds_epi8(g[2 * step], g[2 * step]);
+template <bool SATURATE>
+inline __m512i add_weights(__m512i a, __m512i b) {
+  return SATURATE ? _mm512_adds_epi8(a, b) : _mm512_add_epi8(a, b);
+}
+
+template <bool SATURATE>
+inline __m512i subtract_weights(__m512i a, __m512i b) {
+  return SATURATE ? _mm512_subs_epi8(a, b) : _mm512_sub_epi8(a, b);
+}
+
+// Stores a row of U, [4] positions, from (2 G) w of that row; returns the largest |U|s so far. With
+// SATURATE a sum that does not fit ends up at 127 or -128, and so does one of those that it is
+// added to, subtracted from or doubled in: the last results show it. Else all are known to fit.
+template <bool SATURATE>
+inline __attribute__((always_inline)) __m512i store_row(const __m512i (&g)[3], int8_t* to,
+                                                        int64_t stride, __m512i sizes) {
+  const __m512i s = add_weights<SATURATE>(g[0], g[2]);
+  const __m512i u[4] = {add_weights<SATURATE>(g[0], g[0]), add_weights<SATURATE>(s, g[1]),
+                        subtract_weights<SATURATE>(s, g[1]), add_weights<SATURATE>(g[2], g[2])};
+#pragma GCC unroll 4
+  for (int x = 0; x < 4; ++x, to += stride) {
+    _mm512_store_si512(to, u[x]);
+    if (SATURATE) sizes = _mm512_max_epu8(sizes, _mm512_abs_epi8(u[x]));
+  }
+  return sizes;
 }
 
 // 16 outputs, the `half`th of `panels`.
-template <class Expand>
+template <bool SATURATE, class Expand>
 inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv,
                                                           const Expand& expand, int64_t channel,
                                                           int panels, int half, Panel* panel) {
@@ -189,30 +211,49 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
   const __m512i offset = _mm512_mullo_epi32(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets))),
       _mm512_set1_epi32(0x01010101));
-  __m512i sums[9], sizes = _mm512_setzero_si512();
+  const int64_t stride = panel->position_stride;
+  __m512i tap_sums[9], sizes = _mm512_setzero_si512();
 #pragma GCC unroll 9
-  for (int t = 0; t < 9; ++t) sums[t] = _mm512_setzero_si512();
+  for (int t = 0; t < 9; ++t) tap_sums[t] = _mm512_setzero_si512();
   for (int64_t k = 0; k < k4; ++k, out += panels * kLine) {
-    __m512i g[9], rows[12], u[kPositions];
-#pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) {
-      g[t] = _mm512_add_epi8(expand(t * k4 + k), offset);
-      sums[t] = add_fours(sums[t], g[t]);
-    }
+    auto read = [&](int y, __m512i* g) __attribute__((always_inline)) {
+#pragma GCC unroll 3
+      for (int x = 0; x < 3; ++x) {
+        const int t = 3 * y + x;
+        g[x] = _mm512_add_epi8(expand(t * k4 + k), offset);
+        tap_sums[t] = add_fours(tap_sums[t], g[x]);
+        asm("" : "+v"(tap_sums[t]));  // else gcc keeps them in memory
+      }
+    };
+    auto store = [&](int y, const __m512i(&g)[3]) __attribute__((always_inline)) {
+      sizes = store_row<SATURATE>(g, out + 4 * y * stride, stride, sizes);
+    };
+    // Rows 0 and 3 first: few registers are in use at a time.
+    __m512i g[3], h[3], r[3];
+    read(0, g);
+#pragma GCC unroll 3
+    for (int x = 0; x < 3; ++x) r[x] = add_weights<SATURATE>(g[x], g[x]);
+    store(0, r);
+    read(2, h);
 #pragma GCC unroll 3
     for (int x = 0; x < 3; ++x) {
-      transform_weights(g + x, 3, rows + x, 3);
-      rows[9 + x] = _mm512_subs_epi8(_mm512_setzero_si512(), rows[9 + x]);
+      g[x] = add_weights<SATURATE>(g[x], h[x]);
+      r[x] = subtract_weights<SATURATE>(_mm512_setzero_si512(), add_weights<SATURATE>(h[x], h[x]));
     }
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) transform_weights(rows + 3 * y, 1, u + 4 * y, 1);
-#pragma GCC unroll 16
-    for (int p = 0; p < kPositions; ++p) {
-      _mm512_store_si512(out + p * panel->position_stride, u[p]);
-      sizes = _mm512_max_epu8(sizes, _mm512_abs_epi8(u[p]));
+    store(3, r);
+    read(1, h);
+#pragma GCC unroll 3
+    for (int x = 0; x < 3; ++x) {
+      r[x] = add_weights<SATURATE>(g[x], h[x]);
+      g[x] = subtract_weights<SATURATE>(g[x], h[x]);
     }
+    store(1, r);
+    store(2, g);
   }
 
+  __m512i sums[9];  // those in registers have constant indices
+#pragma GCC unroll 9
+  for (int t = 0; t < 9; ++t) sums[t] = tap_sums[t];
   // The sums of U come from those of the taps by A^T (2 G); those of position (1, 1) are `all`.
   static const int factors[2][3] = {{4, 0, 2}, {0, 2, -2}};
   const int shift = static_cast<int>(2 * panel->code);
@@ -234,16 +275,36 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
   for (uint8_t u : size) panel->largest = max64(panel->largest, u);
 }
 
+#if defined(__AVX512VNNI__)
+// For nine places that are read in turn.
+struct ShortBlocks {
+  BitMatrices matrices;
+
+  FDDA_GFNI __m512i operator()(int64_t block) const { return matrices.short_block(block); }
+};
+
+// Of which no U needs to be looked at.
+FDDA_GFNI inline void expand_small_weights(const PackedConv& conv, const Planes& p, int64_t channel,
+                                           int panels, int half, Panel* panel) {
+  expand_weights<false>(conv, ShortBlocks{BitMatrices(p)}, channel, panels, half, panel);
+}
+#endif
+
 void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
   const int64_t depth = 9 * conv.channels;
   const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
   const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
-  // Bit matrices, direct convolutions' way, are slower here: their instructions share a port with
-  // the saturating sums.
+#if defined(__AVX512VNNI__)
+  if (panel->bound <= kLargestTransform && has_gfni()) {
+    panel->largest = panel->bound;
+    return expand_small_weights(conv, p, channel, panels, half, panel);
+  }
+#endif
+  // Bit matrices are slower here: their instructions share a port with the saturating sums.
   switch (conv.bits) {
-    case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, panels, half, panel);
-    case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, panels, half, panel);
-    default: return expand_weights(conv, MaskedAdds<4>(p), channel, panels, half, panel);
+    case 2: return expand_weights<true>(conv, MaskedAdds<2>(p), channel, panels, half, panel);
+    case 3: return expand_weights<true>(conv, MaskedAdds<3>(p), channel, panels, half, panel);
+    default: return expand_weights<true>(conv, MaskedAdds<4>(p), channel, panels, half, panel);
   }
 }
 

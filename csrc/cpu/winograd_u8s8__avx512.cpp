@@ -174,11 +174,12 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
   panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
   panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * panel.position_stride));
   panel.code = b.code;
+  panel.bound = b.weight_bound;
   for (int half = 0; half < PANELS; ++half) {
     expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel);
   }
   const int64_t steps = exact_steps(panel.largest, 4 * b.code);
-  if (panel.largest > 126 || steps == 0) return false;
+  if (panel.largest > kLargestTransform || steps == 0) return false;
   constexpr int64_t stride = sum_stride(PANELS);
   int32_t* sums = static_cast<int32_t*>(scratch(kLocalRows, 8 * stride * sizeof(int32_t)));
   Output out{conv, channel, min64(kWide, conv.out_channels - channel), sums, {}, {}};

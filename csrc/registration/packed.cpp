@@ -77,9 +77,9 @@ Tensor packed_conv2d(const Tensor& x_in, const Tensor& weight_in, int64_t bits,
   check_packed(weight_in, bits, out_channels, depth);
   check_dtype(weight_offset_in, ScalarType::Long, "weight_offset");
   check_numel(weight_offset_in, out_channels, "weight_offset");
-  const Tensor x = torch::stable::contiguous(x_in);
-  const Tensor weight = torch::stable::contiguous(weight_in);
-  const Tensor weight_offset = torch::stable::contiguous(weight_offset_in);
+  const Tensor x = row_major(x_in);
+  const Tensor weight = row_major(weight_in);
+  const Tensor weight_offset = row_major(weight_offset_in);
   EpilogueTensors e = make_epilogue(x, {p.batch, p.out_height, p.out_width, out_channels},
                                     multiplier, bias, residual, residual_scale, output_range);
   p.x = x.const_data_ptr<uint8_t>();
@@ -100,9 +100,9 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& weight_in, int64_t bits,
   check_packed(weight_in, bits, out_features, depth);
   check_dtype(weight_offset_in, ScalarType::Long, "weight_offset");
   check_numel(weight_offset_in, out_features, "weight_offset");
-  const Tensor x = torch::stable::contiguous(x_in);
-  const Tensor weight = torch::stable::contiguous(weight_in);
-  const Tensor weight_offset = torch::stable::contiguous(weight_offset_in);
+  const Tensor x = row_major(x_in);
+  const Tensor weight = row_major(weight_in);
+  const Tensor weight_offset = row_major(weight_offset_in);
   EpilogueTensors e = make_epilogue(x, {rows, out_features}, multiplier, bias, residual,
                                     residual_scale, output_range);
   const int64_t* offset = weight_offset.const_data_ptr<int64_t>();

@@ -28,17 +28,18 @@ def check_tensor(
     if value.dtype not in dtypes:
         names = " or ".join(str(d) for d in dtypes)
         raise TypeError(f"{argument}: expected {names}, got {value.dtype}")
-    if shape is not None and len(shape) != value.dim():
-        _refuse_shape(value, argument, shape)
-    if shape is not None:
-        for want, have in zip(shape, value.shape, strict=True):
-            if want is not None and want != have:
-                _refuse_shape(value, argument, shape)
+    if shape is not None and value.shape != shape:
+        _check_sizes(value, argument, shape)
 
 
-def _refuse_shape(value: Tensor, argument: str, shape: Sequence[int | None]) -> None:
+def _check_sizes(value: Tensor, argument: str, shape: Sequence[int | None]) -> None:
+    sizes = value.shape
+    if len(shape) == len(sizes):
+        pairs = zip(shape, sizes, strict=True)
+        if all(want is None or want == have for want, have in pairs):
+            return
     expected = ["any" if size is None else size for size in shape]
-    raise ValueError(f"{argument}: expected shape {expected}, got {list(value.shape)}")
+    raise ValueError(f"{argument}: expected shape {expected}, got {list(sizes)}")
 
 
 def check_int(value: object, argument: str, low: int, high: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -314,21 +315,47 @@ def check_geometry(
         output's shape [N, OH, OW, O].
     """
     check_tensor(x, "x", (torch.uint8,), (None, None, None, None))
+    geometry = (
+        x.shape if channels is None else (*x.shape[:3], channels),
+        *(out_channels, kernel_size, stride, padding, dilation, groups, x_zero_point),
+    )
+    if torch.compiler.is_compiling():
+        return _check_sizes(*geometry)
+    try:
+        return _checked_sizes(*geometry)
+    except TypeError:  # lists have no hash
+        return _check_sizes(*geometry)
+
+
+def _check_sizes(
+    shape: Sequence[int],
+    out_channels: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    x_zero_point: int,
+) -> tuple[Pair, Pair, Pair, Pair, int, tuple[int, int, int, int]]:
     kernel_size = pair(kernel_size, "kernel_size", 1)
     stride = pair(stride, "stride", 1)
     padding = pair(padding, "padding", 0)
     dilation = pair(dilation, "dilation", 1)
     check_int(out_channels, "out_channels", 1, 2**31 - 1)
     check_int(groups, "groups", 1, 2**31 - 1)
-    channels = x.shape[3] if channels is None else channels
+    batch, *size, channels = shape
     fits = channels % groups == 0 and out_channels % groups == 0
     check(fits, "groups", f"a divisor of {channels} and {out_channels}", groups)
     check_int(x_zero_point, "x_zero_point", 0, 255)
     depth = kernel_size[0] * kernel_size[1] * channels // groups
     check_depth(depth)
-    height, width = output_size(x.shape[1:3], kernel_size, stride, padding, dilation)
-    out_shape = (x.shape[0], height, width, out_channels)
+    height, width = output_size(size, kernel_size, stride, padding, dilation)
+    out_shape = (batch, height, width, out_channels)
     return kernel_size, stride, padding, dilation, depth, out_shape
+
+
+# The sizes of a layer come again and again, and its kernel may take no longer than these checks.
+_checked_sizes = functools.lru_cache(maxsize=256, typed=True)(_check_sizes)
 
 
 def check_depth(depth: int) -> None:
