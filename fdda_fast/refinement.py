@@ -15,7 +15,7 @@ from .fingerprints import check_teacher, fingerprint
 from .generator import Generator, sample_together
 from .losses import moment_distance
 from .seeding import stream
-from .statistics import check_labelled_images, whitened
+from .statistics import check_labelled_images, check_norms, whitened
 from .teacher import FrozenTeacher
 from .training import (
     Metrics,
@@ -59,6 +59,7 @@ class Refiner:
         generator: Generator | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        check_norms(teacher)
         ranks.check_batch("RefineConfig.group", config.group)
         self.teacher, self.generator, self.calibration = teacher, generator, calibration
         self.num_classes, self.seed, self.flip = num_classes, seed, flip
@@ -176,8 +177,8 @@ def refine(
         there are more classes than images, the last ones have none.
 
     Raises:
-        ValueError: calibration images that do not fit the model, a generator of other classes or
-            images or of another teacher, a checkpoint of other settings.
+        ValueError: a model without BatchNorm2d, calibration images that do not fit it, a generator
+            of other classes or images or of another teacher, a checkpoint of other settings.
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     config, ranks = config or RefineConfig(), ranks or Ranks.world()

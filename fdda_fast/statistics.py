@@ -281,9 +281,14 @@ def _common_shape(images: torch.Tensor | None, ranks: Ranks) -> tuple[int, int, 
 def teacher_with_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> FrozenTeacher:
     """Raises ValueError for a model without BatchNorm2d, or one that cannot be traced."""
     teacher = FrozenTeacher(model, image_shape)
+    check_norms(teacher)
+    return teacher
+
+
+def check_norms(teacher: FrozenTeacher) -> None:
+    """Raises ValueError for a teacher without BatchNorm2d."""
     if not teacher.running:
         raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
-    return teacher
 
 
 def _centers(

@@ -165,6 +165,14 @@ def test_refuses_what_does_not_fit(model, calibration, generator):
         refine(model, calibration, CONFIG, Generator(10, (1, 8, 8), "another"))
 
 
+def test_refuses_a_model_without_norms(calibration):
+    bare = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10)).eval()
+    with pytest.raises(ValueError, match="no BatchNorm2d"):
+        refine(bare, calibration, CONFIG)
+    with pytest.raises(ValueError, match="no BatchNorm2d"):
+        quantize(bare, calibration, Bits(), SHORT)
+
+
 def noted_batches(monkeypatch):
     batches = []
     step = stages.Finetuner.step
