@@ -60,7 +60,8 @@ class Refiner:
         ranks: Ranks = ALONE,
     ) -> None:
         check_norms(teacher)
-        ranks.check_batch("RefineConfig.group", config.group)
+        smallest = config.images % config.group or config.group
+        ranks.check_batch("RefineConfig: images of the last group", smallest)
         self.teacher, self.generator, self.calibration = teacher, generator, calibration
         self.num_classes, self.seed, self.flip = num_classes, seed, flip
         self.config, self.ranks = config, ranks
