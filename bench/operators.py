@@ -183,14 +183,15 @@ def generator(dtype: torch.dtype) -> Iterator[Case]:
 
 def networks() -> Iterator[Case]:
     """A convolution of ResNet-18's second stage at 224 px, 32 images."""
-    yield Case(
-        "conv3x3 both ways, 32x128x28x28 to 128, float32",
-        lambda x, weight: F.conv2d(x, weight, padding=1),
-        ops.conv3x3,
-        (activation((32, 128, 28, 28)), activation((128, 128, 3, 3))),
-        macs=3 * 9 * 128 * 128 * 32 * 28**2,
-        backward=True,
-    )
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Case(
+            f"conv3x3 both ways, 32x128x28x28 to 128, {str(dtype).removeprefix('torch.')}",
+            lambda x, weight: F.conv2d(x, weight, padding=1),
+            ops.conv3x3,
+            (activation((32, 128, 28, 28), dtype), activation((128, 128, 3, 3), dtype)),
+            macs=3 * 9 * 128 * 128 * 32 * 28**2,
+            backward=True,
+        )
 
 
 def runs_of(case: Case) -> dict[str, Run]:
