@@ -15,7 +15,7 @@ from .fingerprints import check_teacher, fingerprint
 from .generator import Generator, sample_together
 from .losses import moment_distance
 from .seeding import stream
-from .statistics import check_labelled_images, check_norms, whitened
+from .statistics import check_norms, teacher_of, whitened
 from .teacher import FrozenTeacher
 from .training import (
     Metrics,
@@ -184,11 +184,7 @@ def refine(
     """
     config, ranks = config or RefineConfig(), ranks or Ranks.world()
     images, labels = calibration
-    check_labelled_images("calibration images", images, labels, 1 << 31)
-    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
-    with torch.no_grad():
-        num_classes = teacher(images[:1]).shape[1]
-    check_labelled_images("calibration images", images, labels, num_classes)
+    teacher, num_classes = teacher_of(model, images, labels)
     if generator is not None:
         check_generator(generator, num_classes, tuple(images.shape[1:]), teacher)
     refiner = Refiner(

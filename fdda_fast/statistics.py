@@ -285,6 +285,23 @@ def teacher_with_norms(model: nn.Module, image_shape: tuple[int, int, int]) -> F
     return teacher
 
 
+def teacher_of(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[FrozenTeacher, int]:
+    """The teacher for calibration images and its number of classes, the images being checked.
+
+    Raises ValueError or TypeError for what `check_labelled_images` refuses, labels past the
+    teacher's classes included, or a model that cannot be traced.
+    """
+    name = "calibration images"
+    check_labelled_images(name, images, labels, 1 << 31)
+    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
+    with torch.no_grad():
+        num_classes = teacher(images[:1]).shape[1]
+    check_labelled_images(name, images, labels, num_classes)
+    return teacher, num_classes
+
+
 def check_norms(teacher: FrozenTeacher) -> None:
     """Raises ValueError for a teacher without BatchNorm2d."""
     if not teacher.running:

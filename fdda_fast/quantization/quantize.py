@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import fx, nn
 
 from ..config import METHODS, QuantizeConfig
@@ -12,9 +11,8 @@ from ..distributed import Ranks
 from ..fingerprints import fingerprint
 from ..generator import Generator
 from ..refinement import Refiner, check_generator
-from ..statistics import BNSCenters, check_labelled_images, collect_centers
+from ..statistics import BNSCenters, check_labelled_images, collect_centers, teacher_of
 from ..synthesis import GeneratorTrainer
-from ..teacher import FrozenTeacher
 from ..training import Progress, run_steps
 from .bits import Bits
 from .clipping import clip_weights
@@ -83,11 +81,7 @@ def quantize(
         batch = config.real_batch + config.synthetic_batch
         config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
     images, labels = calibration
-    check_labelled_images("calibration images", images, labels, 1 << 31)
-    teacher = FrozenTeacher(model, tuple(images.shape[1:]))
-    with torch.no_grad():
-        num_classes = teacher(images[:1]).shape[1]
-    check_labelled_images("calibration images", images, labels, num_classes)
+    teacher, num_classes = teacher_of(model, images, labels)
     if generator is not None:
         check_generator(generator, num_classes, tuple(images.shape[1:]), teacher)
     if synthetic is not None:
