@@ -1,4 +1,4 @@
-// Winograd's F(3x3, 3x3) in 8-bit integers on AVX512-VNNI: tiles, inputs and weights.
+// Winograd's F(3x3, 3x3) in 8-bit integers on AVX512-VNNI: inputs and weights.
 //
 //   inputs:    [25 positions][ceil(C / 64)][tiles][64 channels] u8
 //   weights:   [25 positions][C / 4][PANELS][16 outputs][4 inputs] s8, of PANELS * 16 outputs
@@ -9,95 +9,15 @@
 #include "parallel.h"
 #include "planes_avx512.h"
 #include "winograd_f3.h"
+#include "winograd_tiles.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
 constexpr int kStep = F3::kStep, kPoints = F3::kPoints, kPositions = F3::kPositions;
-constexpr int64_t kLine = 64;                      // channels of a line of V
-constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
-constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
 
-// ---- tiles of outputs ----
-
-struct TileAt {
-  int64_t pixel;      // its first output, counted over the images
-  int columns, rows;  // how many of its outputs exist
-};
-
-// Rows of tiles whose transformed inputs are held at once. Tiles are ordered by which outputs do
-// not exist: some columns, none, some rows, both. So the last column and the last row of positions,
-// which only the last outputs need, have one range of tiles each: 196 products instead of 225 at
-// 7 x 7.
-struct Block {
-  TileAt* tiles;   // by slot
-  int32_t* slots;  // by (row of tiles, column)
-  uint8_t* inputs;
-  int64_t first_row, rows, count;
-  int64_t ends[4];                       // of the classes
-  int64_t line_stride, position_stride;  // of inputs, in bytes
-
-  // The tiles with or without all rows that need a column of positions.
-  void range(int column, bool all_rows, int64_t* begin, int64_t* end) const {
-    const bool last = column == kPoints - 1;
-    *begin = all_rows ? (last ? ends[0] : 0) : ends[1];
-    *end = all_rows ? ends[1] : last ? ends[2] : count;
-  }
-
-  // End of the group that starts at `begin`: as many whole classes as fit, else an even share of
-  // one, so that no position's range meets a group in a few tiles.
-  int64_t group_end(int64_t begin) const {
-    int64_t end = begin;
-    for (int64_t e : ends) {
-      if (e - begin <= kGroup) end = max64(end, e);
-    }
-    for (int i = 0; end == begin; ++i) {
-      const int64_t rest = ends[i] - begin;
-      if (rest > 0) end = begin + ceil_div(rest, ceil_div(rest, kGroup));
-    }
-    return end;
-  }
-};
-
-Block plan_block(const PackedConv& conv, int64_t first_row, int64_t rows) {
-  const int64_t tiles_y = ceil_div(conv.height, kStep), tiles_x = ceil_div(conv.width, kStep);
-  Block b;
-  b.first_row = first_row;
-  b.rows = rows;
-  b.count = rows * tiles_x;
-  b.line_stride = (b.count + 1) * kLine;
-  b.position_stride = ceil_div(conv.channels, kLine) * b.line_stride + 3 * kLine;
-  if (b.position_stride % 4096 < 4 * kLine) b.position_stride += 4 * kLine;
-  const int64_t bytes = kPositions * b.position_stride;
-  b.inputs = static_cast<uint8_t*>(
-      scratch(kSharedRows, bytes + b.count * (sizeof(TileAt) + sizeof(int32_t))));
-  b.tiles = reinterpret_cast<TileAt*>(b.inputs + bytes);
-  b.slots = reinterpret_cast<int32_t*>(b.tiles + b.count);
-
-  auto height = [&](int64_t row) {
-    return min64(kStep, conv.height - (first_row + row) % tiles_y * kStep);
-  };
-  int64_t full_rows = 0;
-  for (int64_t r = 0; r < rows; ++r) full_rows += height(r) == kStep;
-  const int64_t wide = conv.width / kStep;  // tiles of a row with all columns
-  int64_t next[4] = {0, full_rows * (tiles_x - wide), full_rows * tiles_x, full_rows * tiles_x};
-  next[3] += (rows - full_rows) * wide;
-  for (int i = 0; i < 3; ++i) b.ends[i] = next[i + 1];
-  b.ends[3] = b.count;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t n = (first_row + r) / tiles_y, y = (first_row + r) % tiles_y * kStep;
-    for (int64_t x = 0; x < tiles_x; ++x) {
-      const bool all_columns = x < wide, all_rows = height(r) == kStep;
-      const int64_t slot = next[all_rows ? (all_columns ? 1 : 0) : (all_columns ? 2 : 3)]++;
-      b.slots[r * tiles_x + x] = static_cast<int32_t>(slot);
-      b.tiles[slot] = {(n * conv.height + y) * conv.width + kStep * x,
-                       static_cast<int>(min64(kStep, conv.width - kStep * x)),
-                       static_cast<int>(height(r))};
-    }
-  }
-  return b;
-}
+using Block = TileBlock<kStep>;
 
 typedef uint8_t Bytes __attribute__((vector_size(kLine)));  // added modulo 256
 

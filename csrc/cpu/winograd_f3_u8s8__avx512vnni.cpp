@@ -199,7 +199,7 @@ bool applies(const PackedConv& conv) {
 // too large.
 bool run_rows(const PackedConv& conv, bool narrow, int64_t first_row, int64_t last_row,
               int64_t threads) {
-  const Block b = plan_block(conv, first_row, last_row - first_row);
+  const Block b = plan_tiles<kStep>(conv, first_row, last_row - first_row);
   bool fits = true;
   parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

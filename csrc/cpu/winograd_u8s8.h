@@ -22,97 +22,20 @@
 #include "parallel.h"
 #include "planes_avx512.h"
 #include "winograd_inputs.h"
+#include "winograd_tiles.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kLine = 64;  // channels of a line of V
 constexpr int kPositions = 16;
-constexpr int64_t kLargestTransform = 126;         // of a weight
-constexpr int kWide = 2 * kPanelRows;              // outputs whose weights are expanded together
-constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
-constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
+constexpr int64_t kLargestTransform = 126;  // of a weight
+constexpr int kWide = 2 * kPanelRows;       // outputs whose weights are expanded together
 
-// ---- tiles of outputs ----
-
-struct TileAt {
-  int64_t pixel;      // its first output, counted over the images
-  bool right, below;  // whether its second column, its second row exist
-};
-
-// Rows of tiles whose transformed inputs are held at once. Tiles are ordered by which outputs do
-// not exist: those of the second column, none, those of the second row, both. So every position
-// has one range of tiles that need it: 225 products instead of 256 at 7 x 7.
-struct Block {
-  TileAt* tiles;   // by slot
-  int32_t* slots;  // by (row of tiles, column)
-  uint8_t* inputs;
+struct Block : TileBlock<2> {
   int64_t code;          // the largest one
   int64_t weight_bound;  // of |U|
-  int64_t first_row, rows, count;
-  int64_t ends[4];                       // of the classes
-  int64_t line_stride, position_stride;  // of inputs, in bytes
-
-  // The tiles with or without a second row that need a column of positions.
-  void range(int column, bool below, int64_t* begin, int64_t* end) const {
-    *begin = below ? (column == 3 ? ends[0] : 0) : ends[1];
-    *end = below ? ends[1] : column == 3 ? ends[2] : count;
-  }
-
-  // End of the group that starts at `begin`: as many whole classes as fit, else an even share of
-  // one, so that no position's range meets a group in a few tiles.
-  int64_t group_end(int64_t begin) const {
-    int64_t end = begin;
-    for (int64_t e : ends) {
-      if (e - begin <= kGroup) end = max64(end, e);
-    }
-    for (int i = 0; end == begin; ++i) {
-      const int64_t rest = ends[i] - begin;
-      if (rest > 0) end = begin + ceil_div(rest, ceil_div(rest, kGroup));
-    }
-    return end;
-  }
 };
-
-Block plan_block(const PackedConv& conv, int64_t code, int64_t first_row, int64_t rows) {
-  const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
-  Block b;
-  b.code = code;
-  b.weight_bound = 9 * largest_weight(conv);
-  b.first_row = first_row;
-  b.rows = rows;
-  b.count = rows * tiles_x;
-  b.line_stride = (b.count + 1) * kLine;
-  b.position_stride = ceil_div(conv.channels, kLine) * b.line_stride + 3 * kLine;
-  if (b.position_stride % 4096 < 4 * kLine) b.position_stride += 4 * kLine;
-  const int64_t bytes = kPositions * b.position_stride;
-  b.inputs = static_cast<uint8_t*>(
-      scratch(kSharedRows, bytes + b.count * (sizeof(TileAt) + sizeof(int32_t))));
-  b.tiles = reinterpret_cast<TileAt*>(b.inputs + bytes);
-  b.slots = reinterpret_cast<int32_t*>(b.tiles + b.count);
-
-  auto below = [&](int64_t row) { return (first_row + row) % tiles_y * 2 + 1 < conv.height; };
-  int64_t full_rows = 0;
-  for (int64_t r = 0; r < rows; ++r) full_rows += below(r);
-  const int64_t narrow = conv.width % 2;  // tiles of a row without second column
-  const int64_t wide = tiles_x - narrow;
-  int64_t next[4] = {0, full_rows * narrow, full_rows * tiles_x, full_rows * tiles_x};
-  next[3] += (rows - full_rows) * wide;
-  for (int i = 0; i < 3; ++i) b.ends[i] = next[i + 1];
-  b.ends[3] = b.count;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t n = (first_row + r) / tiles_y, y = (first_row + r) % tiles_y;
-    const bool second_row = below(r);
-    for (int64_t x = 0; x < tiles_x; ++x) {
-      const bool right = x < wide;
-      const int64_t slot = next[second_row ? (right ? 1 : 0) : (right ? 2 : 3)]++;
-      b.slots[r * tiles_x + x] = static_cast<int32_t>(slot);
-      b.tiles[slot] = {(n * conv.height + 2 * y) * conv.width + 2 * x, right, second_row};
-    }
-  }
-  return b;
-}
 
 // ---- inputs ----
 

@@ -135,10 +135,10 @@ __attribute__((noinline)) void store_tiles(const Output& out, const TileAt* tile
         y[i][1][p] = _mm512_sub_epi32(_mm512_sub_epi32(r[1], r[2]), r[3]);
       }
     }
-    const uint32_t valid[2] = {mask, at.right ? mask : 0};
+    const uint32_t valid[2] = {mask, at.columns > 1 ? mask : 0};
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      if (i && !at.below) break;
+      if (i == at.rows) break;
       const int64_t first = (at.pixel + i * conv.width) * conv.out_channels + out.channel;
       __m512 v[2][2] = {};
 #pragma GCC unroll 2
@@ -249,7 +249,8 @@ class Failure {
 // outputs, and where these alone would not keep them equally busy, the tiles.
 void run_rows(const PackedConv& conv, int64_t code, int64_t first_row, int64_t last_row,
               int64_t threads, Failure* failure) {
-  const Block b = plan_block(conv, code, first_row, last_row - first_row);
+  const Block b{plan_tiles<2>(conv, first_row, last_row - first_row), code,
+                9 * largest_weight(conv)};
   parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end && !failure->is_set(); ++row) {
       for (int64_t c = 0; c < conv.channels; c += kLine) {
