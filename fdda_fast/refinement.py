@@ -202,7 +202,7 @@ def refine(
             model,
             *([] if generator is None else [generator]),
         ),
-        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        checkpoint=checkpoint,
         resume=resume,
         progress=progress,
         ranks=ranks,

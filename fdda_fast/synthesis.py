@@ -271,7 +271,7 @@ def train_generator(
         config.steps,
         trainer,
         fingerprint=fingerprint(config, *centers.mean, *centers.var, model),
-        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        checkpoint=checkpoint,
         resume=resume,
         progress=progress,
         ranks=ranks,

@@ -87,7 +87,7 @@ def run_steps(
     state: Stateful,
     *,
     fingerprint: str,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -109,6 +109,7 @@ def run_steps(
         ValueError: the checkpoint is damaged or was made under other settings, or the ranks see
             different ones.
     """
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     start = _load(checkpoint, state, fingerprint) if resume and checkpoint is not None else 0
     starts = ranks.gather(torch.tensor(start)).tolist()
     if len(set(starts)) > 1:

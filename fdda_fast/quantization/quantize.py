@@ -141,7 +141,7 @@ def quantize(
             *([] if generator is None else [generator]),
             *(synthetic or ()),
         ),
-        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        checkpoint=checkpoint,
         resume=resume,
         progress=progress,
         ranks=ranks,
