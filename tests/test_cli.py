@@ -153,7 +153,9 @@ def test_centers(tmp_path):
         "calibration.csv", "centers.safetensors", "config.toml", "environment.toml"
     }  # fmt: skip
     assert BNSCenters.load(out / "centers.safetensors").count.tolist() == [2, 2, 2]
-    assert "finished already" in succeed("centers", *OWN, "--per-class", 2, "--out", out)
+    again = succeed("centers", *OWN, "--per-class", 2, "--out", out)
+    assert "finished already" in again
+    assert "3 of 3 classes" in again
 
 
 def test_centers_of_all_images(tmp_path):

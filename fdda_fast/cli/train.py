@@ -99,10 +99,15 @@ def centers(
     inputs = where.open(to.seed or 0, whole=whole)
     parts = CenterParts(inputs.teacher, inputs.calibration, inputs.num_classes)
     record = {**inputs.record, "fingerprint": parts.fingerprint}
-    run = _open_run(dataclasses.replace(to, resume=True), "centers", record)
-    with _interruptible(run), _shown("images") as progress:
-        _begin(run, inputs)
-        result = parts.collect(run.result, progress)
+    run = _open_run(dataclasses.replace(to, resume=True), "centers", record, ends=False)
+    if run.finished:  # perhaps by the others, before this one has looked
+        result = BNSCenters.load(run.result)
+        if _rank()[0] == 0:
+            print(f"{run.path} is finished already")
+    else:
+        with _interruptible(run), _shown("images") as progress:
+            _begin(run, inputs)
+            result = parts.collect(run.result, progress)
     if _rank()[0] == 0:
         print(
             f"{len(inputs.calibration.labels)} images, {result.num_layers} BN layers; "
