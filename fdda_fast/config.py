@@ -213,6 +213,8 @@ class QuantizeConfig(Section):
         weight_ranges: how weights are clipped beforehand, see
             `fdda_fast.quantization.clipping`; `auto` does so where `ranges` is `mse`.
         percentile: p of both ranges, 50..100.
+        equalize: first move scale from activation channels into weights where BatchNorms allow it,
+            see `fdda_fast.quantization.equalization`; for networks whose channels differ widely.
         correct_batch_norms: also take the shift that quantisation causes out of the student's
             BatchNorm statistics, see `fdda_fast.quantization.correction`; never with `reference`
             ranges.
@@ -253,6 +255,7 @@ class QuantizeConfig(Section):
     range_images: str = "all"
     weight_ranges: str = "auto"
     percentile: float = 99.9
+    equalize: bool = False
     correct_batch_norms: bool = True
     real_batch: int = 16
     synthetic_batch: int = 16

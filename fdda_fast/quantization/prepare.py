@@ -17,7 +17,7 @@ from .modules import ActivationQuantizer, quantized_layer
 PLACEMENTS = ("full_integer", "paper")
 
 # Ops that only move or select values: quantising their input quantises their output.
-_VALUE_PRESERVING = {
+VALUE_PRESERVING = {
     nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten,
     F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
     "flatten", "view", "reshape", "contiguous",
@@ -175,7 +175,7 @@ def reader_of(graph_module: fx.GraphModule, layer: fx.Node) -> _Reader:
         if through_pool and is_global_average_pool(graph_module, producer):
             user, source = producer, producer.args[0]
             producer = source
-        elif node_kind(graph_module, producer) in _VALUE_PRESERVING:
+        elif node_kind(graph_module, producer) in VALUE_PRESERVING:
             producer = producer.args[0]
         else:
             return _Reader(layer, producer, source, user)
@@ -187,7 +187,7 @@ def _feeds_addition(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         kind = node_kind(graph_module, user)
         if kind in ADDS and len(user.all_input_nodes) == 2:
             return True
-        if kind in _VALUE_PRESERVING and _feeds_addition(graph_module, user):
+        if kind in VALUE_PRESERVING and _feeds_addition(graph_module, user):
             return True
     return False
 

@@ -16,6 +16,7 @@ from ..synthesis import GeneratorTrainer
 from ..training import Progress, run_steps
 from .bits import Bits
 from .clipping import clip_weights
+from .equalization import equalize_channels
 from .finetune import CORRECTION_IMAGES, Batch, Finetuner
 from .prepare import prepare
 from .stages import (
@@ -98,6 +99,8 @@ def quantize(
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
     )
+    if config.equalize:
+        equalize_channels(student, model, images)
     if config.weight_ranges != "auto" or config.ranges == "mse":
         clip_weights(student, config.weight_ranges, config.percentile)
     ranks = Ranks.world()

@@ -1,0 +1,143 @@
+"""Cross-layer equalisation."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from norms import randomize_norms
+from torch import nn
+
+import fdda_fast as fdda
+from fdda_fast.quantization.bits import Bits
+from fdda_fast.quantization.equalization import equalize_channels
+
+IMAGES = torch.randn(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(20) % 5
+
+
+class Net(nn.Module):
+    """A residual addition, a depthwise layer, ReLU6, a shuffle of groups, pooling, flattening."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv3, self.bn3 = nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 16, 3, padding=1, groups=8, bias=False)
+        self.bn4 = nn.BatchNorm2d(16)
+        self.conv5, self.bn5 = nn.Conv2d(16, 8, 1, groups=2, bias=False), nn.BatchNorm2d(8)
+        self.conv6, self.bn6 = nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv7, self.bn7 = nn.Conv2d(4, 6, 1, groups=2, bias=False), nn.BatchNorm2d(6)
+        self.conv8 = nn.Conv2d(4, 6, 1, bias=False)
+        self.fc = nn.Linear(6 * 36, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x))))) + x)
+        x = F.relu(self.bn4(self.depthwise(x)))
+        x = F.relu6(self.bn5(self.conv5(x)))
+        x = self.bn6(self.conv6(x))
+        shuffled = x.view(x.size(0), 2, 2, 12, 12).transpose(1, 2).flatten(1, 2)
+        x = F.max_pool2d(F.relu(self.bn7(self.conv7(x)) + self.conv8(shuffled)), 2)
+        return self.fc(x.view(x.size(0), -1))
+
+
+class Plain(nn.Module):
+    """Norms through which all layers can be equalised."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.flatten(self.pool(F.relu(self.bn2(self.conv2(x)))), 1))
+
+
+def made(cls):
+    torch.manual_seed(0)
+    model = cls().eval().requires_grad_(False)
+    randomize_norms(model)
+    return model
+
+
+@pytest.mark.parametrize("cls", [Net, Plain])
+def test_the_float_network_computes_the_same(cls):
+    model = made(cls)
+    equalized = copy.deepcopy(model)
+    equalize_channels(equalized, model, IMAGES)
+    torch.testing.assert_close(equalized(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_what_can_be_scaled_is():
+    model = made(Net)
+    equalized = copy.deepcopy(model)
+    equalize_channels(equalized, model, IMAGES)
+    factors = {
+        name: module.weight / model.get_submodule(name).weight
+        for name, module in equalized.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    changed = {name for name, factor in factors.items() if not torch.equal(factor, factor * 0 + 1)}
+    # Not before ReLU6 (bn5), a shuffle (bn6), or in a sum with a layer without a norm (bn7).
+    assert changed == {"bn1", "bn2", "bn3", "bn4"}
+    torch.testing.assert_close(factors["bn1"], factors["bn3"])
+    same = {"conv1", "conv6", "conv7", "conv8", "fc"}
+    for name in same:
+        assert torch.equal(equalized.get_submodule(name).weight, model.get_submodule(name).weight)
+
+
+def channel_maxima(model, layer):
+    found = []
+    hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: found.append(*args))
+    model(IMAGES)
+    hook.remove()
+    return found[0].view(len(IMAGES), 16, -1).abs().amax((0, 2)).double().numpy()
+
+
+def test_channels_move_half_of_the_way_to_one_size():
+    model = made(Plain)
+    model.bn2.bias += 1  # no channel is always zero
+    equalized = copy.deepcopy(model)
+    equalize_channels(equalized, model, IMAGES)
+    for layer in ("conv2", "fc"):
+        before, after = (np.log(channel_maxima(m, layer)) for m in (model, equalized))
+        np.testing.assert_allclose(after - after.mean(), (before - before.mean()) / 2, atol=1e-4)
+
+
+def test_a_channel_that_is_always_zero_stays_finite():
+    model = made(Plain)
+    model.bn1.weight[3], model.bn1.bias[3] = 0, -1
+    equalized = copy.deepcopy(model)
+    equalize_channels(equalized, model, IMAGES)
+    assert all(tensor.isfinite().all() for tensor in equalized.state_dict().values())
+
+
+def unlike_channels(model):
+    """The same function with channels 256 times as large as others."""
+    result = copy.deepcopy(model)
+    factor = 2.0 ** torch.linspace(-4, 4, 16)[torch.randperm(16)]
+    for norm in (result.bn1, result.bn2):
+        norm.weight *= factor
+        norm.bias *= factor
+    result.conv2.weight /= factor.view(-1, 1, 1, 1)
+    result.fc.weight /= factor.repeat_interleave(4)
+    return result
+
+
+def test_quantize_serves_unlike_channels_better():
+    model = unlike_channels(made(Plain))
+    logits = model(IMAGES)
+
+    def error(equalize):
+        config = fdda.QuantizeConfig(steps=0, flip=False, equalize=equalize)
+        student = fdda.quantize(model, (IMAGES, LABELS), Bits(4, 4), config)
+        return (student(IMAGES) - logits).square().mean()
+
+    assert error(True) < 0.5 * error(False)
