@@ -232,6 +232,11 @@ class QuantizeConfig(Section):
         average_decay: the result is the exponential moving average of the steps' parameters with
             this decay, smaller in the first steps; 0: those of the last step. At 2 bits weights
             jump between two levels to the end, and their average settles.
+        check_every: steps between two looks at the student's divergence from the teacher on
+            synthetic images that no step sees (on the real ones, differently augmented, where there
+            are no others); the result is the student of the least one, the one before the first
+            step included. 0, and where a generator is trained along: no looks, the last step's.
+        patience: fine-tuning ends after so many looks without a new best.
         max_grad_norm: gradients are scaled down to this norm where theirs is larger.
         temperature, distillation_weight: of the divergence from the teacher, see
             `fdda_fast.losses.distillation`. label_weight: of the cross entropy with the labels;
@@ -271,6 +276,8 @@ class QuantizeConfig(Section):
     weight_decay: float = 1e-4
     cosine_steps: int | None = None
     average_decay: float = 0.995
+    check_every: int = 100
+    patience: int = 4
     max_grad_norm: float = 1000.0
     temperature: float = 20.0
     distillation_weight: float = 20.0
@@ -309,6 +316,8 @@ class QuantizeConfig(Section):
         self._require("range_lr", self.range_lr >= 0, ">= 0")
         for name in ("momentum", "average_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("check_every", self.check_every >= 0, ">= 0")
+        self._require("patience", self.patience >= 1, ">= 1")
         self._require("weight_decay", self.weight_decay >= 0, ">= 0")
         self._require(
             "cosine_steps", self.cosine_steps is None or self.cosine_steps >= 1, ">= 1 where given"
@@ -337,6 +346,7 @@ class QuantizeConfig(Section):
             range_lr=0.0,
             cosine_steps=20_000,
             average_decay=0.0,
+            check_every=0,
             max_grad_norm=math.inf,
             synthesis=SynthesisConfig.reference(),
             refine=RefineConfig(images=0),

@@ -90,6 +90,7 @@ def run_steps(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    ended: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> None:
     """Calls step(i) for i in 0..total-1.
@@ -101,6 +102,7 @@ def run_steps(
         checkpoint: file written every minute and on interruption, removed when all is done.
         resume: go on from `checkpoint` where it exists.
         progress: told (steps done, total, metrics) after every step.
+        ended: whether no more steps are needed, asked after each; the same on all ranks.
         ranks: do the steps together. All read the checkpoint, whatever number of ranks made it;
             the first one writes it and tells of progress.
 
@@ -126,6 +128,8 @@ def run_steps(
                 memory.enter_context(resident_memory())
             if progress is not None:
                 progress(index + 1, total, metrics)
+            if ended():
+                break
             stopping = ranks.any(interrupted.is_set()) and index + 1 < total
             if checkpoint is not None and (
                 stopping or time.monotonic() - saved > _CHECKPOINT_SECONDS

@@ -20,6 +20,7 @@ from ..training import Metrics, below, load_optimizer_tensors, optimizer_tensors
 from .correction import correct_batch_norms
 from .fusion import cast_convolutions, fuse_norms
 from .modules import activation_quantizers, quantizer_mode, take_ranges
+from .selection import Selection
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 CORRECTION_IMAGES = 256
@@ -62,6 +63,8 @@ class Finetuner:
         ranges = [q.log_range.requires_grad_(config.range_lr > 0) for q in quantizers]
         parameters = student.parameters() if config.average_decay else ()
         self.average = [p.detach().clone() for p in parameters]
+        # Where it has images to look at, from `hold_out`.
+        self.selection = Selection(student, config.patience, config.temperature, ranks)
         known = {id(parameter) for parameter in ranges}
         self.weights = [p for p in student.parameters() if id(p) not in known]
         self.optimizer = torch.optim.SGD(
@@ -90,6 +93,10 @@ class Finetuner:
             images = torch.cat(batches)[:CORRECTION_IMAGES]
             exact = FrozenTeacher(self.model, tuple(images.shape[1:]))
             correct_batch_norms(self.student, exact, images)
+
+    def hold_out(self, batches: Iterable[torch.Tensor]) -> None:
+        """Lets the steps look, every `check_every`, at images that they do not learn from."""
+        self.selection.hold_out(batches, self.teacher)
 
     def batch(self, index: int, synthetic: Batch | None) -> Batch:
         """Real images and the given synthetic ones, both freshly augmented."""
@@ -126,6 +133,8 @@ class Finetuner:
     def step(self, index: int, synthetic: Batch | None) -> Metrics:
         """Fine-tuning step `index`."""
         config = self.config
+        if index == 0 and self.selection.ready:
+            self._look()
         images, labels = self.blended_batch(index, synthetic)
         # Not before: images are blended with any other of the batch.
         rows = self.ranks.share(len(images))
@@ -158,6 +167,9 @@ class Finetuner:
         self.range_optimizer.step()
         if self.average:
             self._move_average(index)
+        done = index + 1
+        if self.selection.ready and (done % config.check_every == 0 or done == config.steps):
+            self._look()
         return {"student_loss": student_loss, "agreement": agreement}
 
     @torch.no_grad()
@@ -166,11 +178,15 @@ class Finetuner:
         for average, parameter in zip(self.average, self.student.parameters(), strict=True):
             average.lerp_(parameter, 1 - decay)
 
+    def _look(self) -> None:
+        self.selection.look(self.average or list(self.student.parameters()))
+
     @torch.no_grad()
     def finish(self) -> fx.GraphModule:
-        """The averaged student, its learned ranges made final; ValueError where a step diverged."""
+        """The best or averaged student, its ranges made final; ValueError if a step diverged."""
         parameters = list(self.student.parameters())
-        for result, parameter in zip(self.average or parameters, parameters, strict=True):
+        results = self.selection.best or self.average or parameters
+        for result, parameter in zip(results, parameters, strict=True):
             if not bool(result.isfinite().all()):
                 raise ValueError("fine-tuning diverged in its last step: lower the learning rate")
             parameter.copy_(result)
@@ -190,6 +206,7 @@ class Finetuner:
         return {
             **prefixed("student", self.student.state_dict()),
             **prefixed("average", {str(i): t for i, t in enumerate(self.average)}),
+            **prefixed("selection", self.selection.state_tensors()),
             **prefixed("student_optimizer", optimizer_tensors(self.optimizer)),
             **prefixed("range_optimizer", optimizer_tensors(self.range_optimizer)),
         }
@@ -198,5 +215,6 @@ class Finetuner:
         self.student.load_state_dict(below("student", tensors))
         for index, average in enumerate(self.average):
             average.copy_(tensors[f"average.{index}"])
+        self.selection.load_state_tensors(below("selection", tensors))
         load_optimizer_tensors(self.optimizer, below("student_optimizer", tensors))
         load_optimizer_tensors(self.range_optimizer, below("range_optimizer", tensors))

@@ -106,10 +106,11 @@ def quantize(
     ranks = Ranks.world()
     tuner = Finetuner(student, model, (images, labels), config, ranks)
     source: Source = no_images
+    held_out: Source = no_images
     if config.synthetic_batch and synthetic is not None:
-        source = drawn_from(lambda: synthetic, config)
+        source, held_out = drawn_from(lambda: synthetic, config)
     elif config.synthetic_batch and generator is not None:
-        source = generated(generator, config, ranks)
+        source = held_out = generated(generator, config, ranks)
     if config.steps == 0 and method == "fdda":
         if synthetic is not None or generator is not None:
             tuner.calibrate(range_batches(tuner, source))
@@ -131,7 +132,7 @@ def quantize(
     if method == "fdda" and isinstance(maker, GeneratorTrainer):
         stages: JointTraining | StagedTuning = JointTraining(tuner, maker)
     else:
-        stages = StagedTuning(tuner, source, maker, reconstruct=method != "fdda")
+        stages = StagedTuning(tuner, source, held_out, maker, reconstruct=method != "fdda")
     run_steps(
         stages.step,
         stages.total,
@@ -147,6 +148,7 @@ def quantize(
         checkpoint=checkpoint,
         resume=resume,
         progress=progress,
+        ended=stages.ended,
         ranks=ranks,
     )
     if method != "fdda" and config.steps == 0:

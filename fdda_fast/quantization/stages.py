@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,6 +19,8 @@ from .reconstruction import Reconstruction
 
 Source = Callable[[int], Batch | None]  # synthetic images by step
 _LABEL_STREAM, _ROW_STREAM = 32, 34
+_HELD_OUT_BATCHES = 16
+_HELD_OUT_SHARE = 8  # one of so many images
 
 
 class JointTraining:
@@ -53,6 +56,9 @@ class JointTraining:
         synthetic = (images[: config.synthetic_batch], labels[: config.synthetic_batch])
         return {**metrics, **self.tuner.step(index - start, synthetic)}
 
+    def ended(self) -> bool:
+        return False
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {**self.tuner.state_tensors(), **self.trainer.state_tensors()}
 
@@ -65,7 +71,8 @@ class StagedTuning:
     """One stage after the other: generator or refinement, reconstruction, fine-tuning.
 
     Args:
-        source: batches of synthetic images by step, where they are there already.
+        source, held_out: batches of synthetic images by step, where they are there already, for
+            steps and for looks between them.
         maker: what makes them first, if anything does: a trainer of a generator, or a refiner.
         reconstruct: whether there is a reconstruction.
     """
@@ -74,21 +81,22 @@ class StagedTuning:
         self,
         tuner: Finetuner,
         source: Source,
+        held_out: Source,
         maker: GeneratorTrainer | Refiner | None = None,
         *,
         reconstruct: bool,
     ) -> None:
         config, ranks = tuner.config, tuner.ranks
-        self.tuner, self._source = tuner, source
+        self.tuner, self._source, self._held_out = tuner, source, held_out
         self._parts: dict[str, Stateful] = {}
         self._stages: list[tuple[int, Callable[[int], Metrics]]] = []
         if maker is not None:
             self._parts["maker"] = maker
         if isinstance(maker, GeneratorTrainer):
-            self._source = generated(maker.generator, config, ranks)
+            self._source = self._held_out = generated(maker.generator, config, ranks)
             self._stages.append((config.warmup_steps, lambda index: maker.step(index)[2]))
         elif maker is not None:
-            self._source = drawn_from(lambda: (maker.images, maker.labels), config)
+            self._source, self._held_out = drawn_from(lambda: (maker.images, maker.labels), config)
             self._stages.append((maker.steps, maker.step))
         self._made: torch.Tensor | None = None
         self._reconstructed = reconstruct
@@ -114,6 +122,8 @@ class StagedTuning:
         return self._made
 
     def _tune(self, index: int) -> Metrics:
+        if self.tuner.config.check_every and not self.tuner.selection.ready:
+            self.tuner.hold_out(held_out_batches(self.tuner, self._held_out))
         if index == 0 and self._reconstructed:
             self.tuner.begin()
         elif index == 0:
@@ -127,6 +137,10 @@ class StagedTuning:
                 return step(index)
             index -= steps
         raise IndexError(index)
+
+    def ended(self) -> bool:
+        """Whether more steps would bring nothing."""
+        return self.tuner.selection.exhausted
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         state = self.tuner.state_tensors()
@@ -153,6 +167,15 @@ def range_batches(tuner: Finetuner, source: Source) -> Iterator[torch.Tensor]:
         yield tuner.batch(index, source(index))[0][rows]
 
 
+def held_out_batches(tuner: Finetuner, source: Source) -> Iterator[torch.Tensor]:
+    """Batches like those of the fine-tuning steps, their synthetic images if they have any."""
+    config = tuner.config
+    first = config.steps + config.range_steps + config.reconstruct.images  # after all others
+    for index in range(first, first + _HELD_OUT_BATCHES):
+        images = tuner.batch(index, source(index))[0]
+        yield images[config.real_batch :] if config.synthetic_batch else images
+
+
 def no_images(index: int) -> None:
     """The source of those that learn from real images alone."""
 
@@ -168,13 +191,20 @@ def generated(generator: Generator, config: QuantizeConfig, ranks: Ranks) -> Sou
     return batch
 
 
-def drawn_from(images: Callable[[], Batch], config: QuantizeConfig) -> Source:
-    """Batches of what `images` returns when they are needed."""
+def drawn_from(images: Callable[[], Batch], config: QuantizeConfig) -> tuple[Source, Source]:
+    """Batches of what `images` returns when they are needed, for steps and for looks.
 
-    def batch(index: int) -> Batch:
+    The latter are of the last eighth alone, which the steps leave out; where there are no looks, or
+    too few images, both are of all.
+    """
+
+    def batch(index: int, held_out: bool) -> Batch:
         rng = stream(config.seed, _ROW_STREAM, index)
         every, labels = images()
-        rows = torch.randint(len(every), (config.synthetic_batch,), generator=rng)
+        kept = len(every) // _HELD_OUT_SHARE if config.check_every else 0
+        learned = len(every) - kept
+        first, count = (learned, kept) if held_out and kept else (0, learned)
+        rows = first + torch.randint(count, (config.synthetic_batch,), generator=rng)
         return every[rows], labels[rows]
 
-    return batch
+    return functools.partial(batch, held_out=False), functools.partial(batch, held_out=True)

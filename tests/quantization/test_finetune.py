@@ -33,7 +33,7 @@ from fdda_fast.synthesis import GeneratorTrainer
 SYNTHESIS = SynthesisConfig(batch_size=6, classes_per_step=2, images_per_class=2, any_class_steps=2)
 ALONG = QuantizeConfig(
     steps=4, warmup_steps=3, range_steps=3, real_batch=5, synthetic_batch=6, lr=1e-3,
-    synthesis=SYNTHESIS, refine=RefineConfig(images=0),
+    check_every=0, synthesis=SYNTHESIS, refine=RefineConfig(images=0),
 )  # fmt: skip
 REAL = ALONG.replace(synthetic_batch=0)
 PAPER = QuantizeConfig.reference().replace(
