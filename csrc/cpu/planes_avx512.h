@@ -129,6 +129,13 @@ class BitMatrices {
   __m512i order_;
 };
 
+// For places that are read in turn.
+struct ShortBlocks {
+  BitMatrices matrices;
+
+  FDDA_GFNI __m512i operator()(int64_t block) const { return matrices.short_block(block); }
+};
+
 FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
                                           int8_t* panel, int32_t* start) {
   unpack_panel(p, BitMatrices(p), offset, zero_point, panel, start);

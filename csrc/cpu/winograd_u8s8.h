@@ -199,13 +199,6 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
 }
 
 #if defined(__AVX512VNNI__)
-// For nine places that are read in turn.
-struct ShortBlocks {
-  BitMatrices matrices;
-
-  FDDA_GFNI __m512i operator()(int64_t block) const { return matrices.short_block(block); }
-};
-
 // Of which no U needs to be looked at.
 FDDA_GFNI inline void expand_small_weights(const PackedConv& conv, const Planes& p, int64_t channel,
                                            int panels, int half, Panel* panel) {
