@@ -85,7 +85,7 @@ inline bool has_gfni() {
   return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-constexpr int64_t kAhead = 2048;      // bytes of planes: what comes from memory while it is needed
+constexpr int64_t kAhead = 4096;      // bytes of planes: what comes from memory while it is needed
 constexpr int64_t kShortAhead = 512;  // where many places are read in turn: L1 keeps so much
 
 // Eight codes are a product of bit matrices: a byte of each plane, the top one repeated down to bit
@@ -110,9 +110,10 @@ class BitMatrices {
   }
 
   // Of up to 4 bits: a short load, which seldom reaches into a second line.
+  template <int64_t AHEAD>
   FDDA_GFNI __m512i short_block(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * step_;
-    _mm_prefetch(bytes + kShortAhead, _MM_HINT_T0);
+    _mm_prefetch(bytes + AHEAD, _MM_HINT_T0);
     const __m256i planes = _mm256_maskz_loadu_epi64(load_, bytes);
     return codes(_mm512_castsi256_si512(planes));
   }
@@ -129,11 +130,16 @@ class BitMatrices {
   __m512i order_;
 };
 
-// For places that are read in turn.
+// Of up to 4 bits.
+template <int64_t AHEAD>
 struct ShortBlocks {
   BitMatrices matrices;
 
-  FDDA_GFNI __m512i operator()(int64_t block) const { return matrices.short_block(block); }
+  explicit ShortBlocks(const Planes& p) : matrices(p) {}
+
+  FDDA_GFNI __m512i operator()(int64_t block) const {
+    return matrices.template short_block<AHEAD>(block);
+  }
 };
 
 FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
@@ -143,11 +149,11 @@ FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32
 
 // `sums`, [ROWS][stride], of ROWS rows times one panel's codes; every plane is read once and no
 // weight stored. Several sums of one row hide vpdpbusd's latency. ZERO: zero_point is 0.
-template <int ROWS, bool ZERO>
-FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_t* x,
-                               int64_t x_stride, int32_t* sums, int64_t stride) {
+template <int ROWS, bool ZERO, class Expand>
+FDDA_GFNI void multiply_planes_by(const Planes& p, int32_t zero_point, const uint8_t* x,
+                                  int64_t x_stride, int32_t* sums, int64_t stride) {
+  const Expand expand(p);
   constexpr int kSplit = ROWS < 3 ? 4 : ROWS < 6 ? 2 : 1;
-  const BitMatrices expand(p);
   __m512i acc[kSplit][ROWS], weights[kSplit];
 #pragma GCC unroll 4
   for (int s = 0; s < kSplit; ++s) {
@@ -191,6 +197,14 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
   for (int r = 0; r < ROWS; ++r) {
     _mm512_store_si512(sums + r * stride, _mm512_add_epi32(acc[0][r], start));
   }
+}
+
+template <int ROWS, bool ZERO>
+void multiply_planes(const Planes& p, int32_t zero_point, const uint8_t* x, int64_t x_stride,
+                     int32_t* sums, int64_t stride) {
+  const auto multiply = p.bits <= 4 ? multiply_planes_by<ROWS, ZERO, ShortBlocks<kAhead>>
+                                    : multiply_planes_by<ROWS, ZERO, BitMatrices>;
+  multiply(p, zero_point, x, x_stride, sums, stride);
 }
 #endif
 

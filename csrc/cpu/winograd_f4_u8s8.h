@@ -1,8 +1,7 @@
 // Winograd's F(4x4, 3x3) in 8-bit integers on AVX512-VNNI: inputs and weights.
 //
 //   inputs:    [46 positions][ceil(C / 64)][tiles][64 channels] u8
-//   weights:   [ceil(C / 64)][46 positions][16][PANELS][16 outputs][4 inputs] s8, of PANELS * 16
-//              outputs
+//   weights:   place_weights's, of one or two panels at a time
 //   sums:      [32][tiles of a group][PANELS][16 outputs] s32
 #pragma once
 
@@ -18,7 +17,6 @@ namespace FDDA_ISA {
 namespace {
 
 constexpr int kStep = F4::kStep, kPoints = F4::kPoints, kPositions = F4::kPositions;
-constexpr int kLineSteps = kLine / kBlockDepth;
 
 using Block = TileBlock<kStep, kPositions>;
 
@@ -106,20 +104,16 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
 
 // ---- weights ----
 
-// Bytes from one position's weights to the next: no power of two, whose addresses would share cache
-// sets.
-constexpr int64_t weight_stride(int panels) { return (kLineSteps * panels + 1) * kLine; }
-
 struct Panel {
   int8_t* weights;
   alignas(64) int32_t starts[kPositions][2 * kPanelRows];  // of sums
 };
 
-// 16 outputs, the `half`th of `panels`.
+// 16 outputs, the `half`th of the panels.
 template <class Expand>
 inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv,
                                                           const Expand& expand, int64_t channel,
-                                                          int panels, int half, Panel* panel) {
+                                                          int half, Panel* panel) {
   const int64_t k4 = conv.channels / kBlockDepth;
   alignas(64) int8_t offsets[kLine] = {};
   for (int64_t j = 0; j < min64(kLine, kBlockDepth * (conv.out_channels - channel)); ++j) {
@@ -129,10 +123,8 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
   __m512i tap_sums[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) tap_sums[t] = _mm512_setzero_si512();
-  const int64_t stride = weight_stride(panels);
   for (int64_t k = 0; k < k4; ++k) {
-    int8_t* const out = panel->weights + k / kLineSteps * kPositions * stride +
-                        (k % kLineSteps * panels + half) * kLine;
+    int8_t* const out = place_weights(panel->weights, kPositions, k) + half * kLine;
     Bytes g[9];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) {
@@ -142,7 +134,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
       g[t] = (Bytes)w;
     }
     F4::transform_weights(g, [&](int position, Bytes u) __attribute__((always_inline)) {
-      _mm512_store_si512(out + position * stride, (__m512i)u);
+      _mm512_store_si512(out + position * kWeightStep, (__m512i)u);
     });
   }
 
@@ -157,19 +149,19 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
 }
 
 FDDA_GFNI inline void expand_by_matrices(const PackedConv& conv, const Planes& p, int64_t channel,
-                                         int panels, int half, Panel* panel) {
-  expand_weights(conv, ShortBlocks{BitMatrices(p)}, channel, panels, half, panel);
+                                         int half, Panel* panel) {
+  expand_weights(conv, ShortBlocks<kShortAhead>(p), channel, half, panel);
 }
 
-void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* panel) {
   const int64_t depth = 9 * conv.channels;
   const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
   const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
-  if (has_gfni()) return expand_by_matrices(conv, p, channel, panels, half, panel);
+  if (has_gfni()) return expand_by_matrices(conv, p, channel, half, panel);
   switch (conv.bits) {
-    case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, panels, half, panel);
-    case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, panels, half, panel);
-    default: return expand_weights(conv, MaskedAdds<4>(p), channel, panels, half, panel);
+    case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, half, panel);
+    case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, half, panel);
+    default: return expand_weights(conv, MaskedAdds<4>(p), channel, half, panel);
   }
 }
 

@@ -43,13 +43,13 @@ inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PAN
                                                         const Products& p, int position,
                                                         int64_t first) {
   const uint8_t* line = p.inputs + position * p.position_stride + first * kLine;
-  const int8_t* weights = p.panel.weights + position * weight_stride(PANELS);
+  const int8_t* weights = p.panel.weights + position * kWeightStep;
   for (int64_t left = p.k4; left > 0; left -= kLineSteps) {
     Lines rows{line};
-    Panels panels{weights, kLine, PANELS * kLine};
+    Panels panels{weights, kLine, 2 * kLine};
     add_products(acc, rows, panels, min64(left, kLineSteps), INT64_MAX);
     line += p.line_stride;
-    weights += kPositions * weight_stride(PANELS);
+    weights += kPositions * kWeightStep;
   }
 }
 
@@ -219,10 +219,10 @@ void run_panel(const PackedConv& conv, bool narrow, const Block& b, int64_t chan
                      : conv.epilogue.residual_u8 ? store_tiles<PANELS, Output::kCodesPlusCodes>
                                                  : store_tiles<PANELS, Output::kCodes>;
   Panel panel;
-  const int64_t weight_bytes = ceil_div(conv.channels, kLine) * kPositions * weight_stride(PANELS);
+  const int64_t weight_bytes = ceil_div(conv.channels, kLine) * kPositions * kWeightStep;
   panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, weight_bytes));
   for (int half = 0; half < PANELS; ++half) {
-    expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel);
+    expand_panel(conv, channel + half * kPanelRows, half, &panel);
   }
   constexpr int64_t stride = sum_stride(PANELS);
   int32_t* sums = static_cast<int32_t*>(scratch(kLocalRows, F4::kSums * stride * sizeof(int32_t)));

@@ -10,6 +10,16 @@ namespace {
 
 constexpr int64_t kLine = 64;  // channels of a line of V
 
+// Weights are [ceil(C / 64)][positions][16][2 panels][16 outputs][4 inputs], the second panel
+// perhaps empty. Bytes from a position to the next: constant, and no power of two, whose addresses
+// would share cache sets.
+constexpr int kLineSteps = kLine / kBlockDepth;
+constexpr int64_t kWeightStep = (2 * kLineSteps + 1) * kLine;
+
+inline int8_t* place_weights(int8_t* first, int64_t positions, int64_t k) {
+  return first + k / kLineSteps * positions * kWeightStep + k % kLineSteps * 2 * kLine;
+}
+
 struct TileAt {
   int64_t pixel;      // its first output, counted over the images
   int columns, rows;  // how many of its outputs exist

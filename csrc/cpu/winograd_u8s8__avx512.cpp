@@ -29,7 +29,6 @@ struct Column {
   const uint8_t* inputs;  // of position 0: first tile, first 64 channels
   int64_t line_stride, input_stride;
   const int8_t* weights;
-  int64_t weight_stride;
   int64_t k4, exact_steps;
   const int32_t* starts[2];
   int32_t* sums[2];
@@ -40,10 +39,13 @@ inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PAN
                                                         const Column& c, int position,
                                                         int64_t first) {
   const uint8_t* line = c.inputs + position * c.input_stride + first * kLine;
-  Panels weights{c.weights + position * c.weight_stride, kLine, PANELS * kLine};
-  for (int64_t left = c.k4; left > 0; left -= kLine / kBlockDepth, line += c.line_stride) {
+  const int8_t* weights = c.weights + 4 * position * kWeightStep;
+  for (int64_t left = c.k4; left > 0; left -= kLineSteps) {
     Lines rows{line};
-    add_products(acc, rows, weights, min64(left, kLine / kBlockDepth), c.exact_steps);
+    Panels panels{weights, kLine, 2 * kLine};
+    add_products(acc, rows, panels, min64(left, kLineSteps), c.exact_steps);
+    line += c.line_stride;
+    weights += kPositions * kWeightStep;
   }
 }
 
@@ -166,12 +168,12 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
                int64_t end) {
   const int64_t k4 = conv.channels / kBlockDepth;
   Panel panel{};
-  panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
-  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * panel.position_stride));
+  const int64_t lines = ceil_div(conv.channels, kLine);
+  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, lines * kPositions * kWeightStep));
   panel.code = b.code;
   panel.bound = b.weight_bound;
   for (int half = 0; half < PANELS; ++half) {
-    expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel);
+    expand_panel(conv, channel + half * kPanelRows, half, &panel);
   }
   const int64_t steps = exact_steps(panel.largest, 4 * b.code);
   if (panel.largest > kLargestTransform || steps == 0) return false;
@@ -189,8 +191,7 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
       const Column column{b.inputs + j * b.position_stride + begin * kLine,
                           b.line_stride,
                           4 * b.position_stride,
-                          panel.weights + j * panel.position_stride,
-                          4 * panel.position_stride,
+                          panel.weights + j * kWeightStep,
                           k4,
                           steps,
                           {panel.starts[corner], panel.starts[min64(corner + 2, 4)]},
