@@ -38,6 +38,23 @@ struct F4 {
   static constexpr int real_row(int row, int line) { return kLines * row + line; }
   static constexpr int complex_row(int part, int column) { return 28 + kReal * part + column; }
 
+  // The point's line, of those in both 4 for that at i.
+  static constexpr int row_of(int position) {
+    return position < complex_row(0, 0) ? position / kLines : kReal;
+  }
+  static constexpr int column_of(int position) {
+    if (position < complex_row(0, 0)) return position % kLines;
+    return position < kAtI ? position % kReal : kReal;
+  }
+
+  // Where a position's factors are the sums of those of two others, `step` and twice that before:
+  // the step, else 0.
+  static constexpr int step_of_sum(int position) {
+    if (position < complex_row(0, 0)) return position % kLines == kLines - 1;
+    if (position < kAtI) return position >= complex_row(2, 0) ? kReal : 0;
+    return position == kAtI + 2 || position == kAtConjugate + 2;
+  }
+
   // Sums: the four rows of 4 y of each line of columns, of the last three without what the row at i
   // adds; then, of that row and these columns, two complex numbers.
   static constexpr int kSums = 32, kSumAtI = 28, kSumAtConjugate = 30;
@@ -59,7 +76,8 @@ struct F4 {
     const int64_t mixed = rows.real * columns.complex + rows.complex * columns.real;
     const int64_t both = rows.complex * columns.complex;
     const int64_t saved = rows.of_pairs * columns.of_pairs - (real + 3 * mixed + 6 * both);
-    return conv.channels >= 48 && conv.batch * saved >= 280;
+    const int64_t all = conv.batch * saved;
+    return conv.channels >= 48 && all >= 120 && all * conv.channels >= 16384;
   }
 
   // put(position, U) of 9 taps.
@@ -139,6 +157,37 @@ struct F4 {
     put(kAtConjugate + 2, other_real + other_imaginary);
   }
 
+  // The sums of the tile from its products(position).
+  template <bool ROWS_WHOLE, bool COLUMNS_WHOLE, class Products, class V>
+  static inline __attribute__((always_inline)) void sum_products(const Products& products,
+                                                                 V* sums) {
+#pragma GCC unroll 7
+    for (int line = 0; line < (COLUMNS_WHOLE ? kLines : kReal); ++line) {
+      V* const y = sums + sum(0, line);
+      const V m1 = products(real_row(1, line)), m2 = products(real_row(2, line));
+      const V even = m1 + m2, odd = m1 - m2;
+      const V first = products(real_row(0, line)), last = products(real_row(3, line));
+      if (!ROWS_WHOLE) {
+        y[0] = even + even + first;
+        y[1] = odd + odd + last;
+        continue;
+      }
+      V re = {}, im = {};
+      if (line < kReal) {
+        multiply_complex(products, complex_row(0, line), kReal, &re, &im);
+        re += re;
+        im += im;
+      }
+      y[0] = even + re + first;
+      y[1] = odd - im;
+      y[2] = even - re;
+      y[3] = odd + im + last;
+    }
+    if (!ROWS_WHOLE || !COLUMNS_WHOLE) return;
+    multiply_complex(products, kAtI, 1, sums + kSumAtI, sums + kSumAtI + 1);
+    multiply_complex(products, kAtConjugate, 1, sums + kSumAtConjugate, sums + kSumAtConjugate + 1);
+  }
+
   // 16 y of all four rows, or of the first two, from sums(i).
   template <bool ROWS_WHOLE, bool COLUMNS_WHOLE, class Sums, class V>
   static inline __attribute__((always_inline)) void transform_sums(const Sums& sums, V* y) {
@@ -189,6 +238,16 @@ struct F4 {
   }
 
  private:
+  // From three products, `step` positions apart.
+  template <class Products, class V>
+  static inline __attribute__((always_inline)) void multiply_complex(const Products& products,
+                                                                     int position, int step, V* re,
+                                                                     V* im) {
+    const V a = products(position), b = products(position + step);
+    *re = a - b;
+    *im = products(position + 2 * step) - a - b;
+  }
+
   // Products of a line of outputs, real and complex ones; those of F(2, 3).
   struct Lines {
     int64_t real, complex, of_pairs;

@@ -2,7 +2,7 @@
 //
 //   inputs:    [46 positions][ceil(C / 64)][tiles][64 channels] u8
 //   weights:   place_weights's, of one or two panels at a time
-//   sums:      [32][tiles of a group][PANELS][16 outputs] s32
+//   sums:      [32 or 46 positions][tiles of a group][PANELS][16 outputs] s32
 #pragma once
 
 #include <type_traits>
@@ -109,8 +109,8 @@ struct Panel {
   alignas(64) int32_t starts[kPositions][2 * kPanelRows];  // of sums
 };
 
-// 16 outputs, the `half`th of the panels.
-template <class Expand>
+// 16 outputs, the `half`th of the panels. With ALL also weights that are the sums of two others.
+template <bool ALL, class Expand>
 inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv,
                                                           const Expand& expand, int64_t channel,
                                                           int half, Panel* panel) {
@@ -134,6 +134,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
       g[t] = (Bytes)w;
     }
     F4::transform_weights(g, [&](int position, Bytes u) __attribute__((always_inline)) {
+      if (!ALL && F4::step_of_sum(position)) return;
       _mm512_store_si512(out + position * kWeightStep, (__m512i)u);
     });
   }
@@ -148,20 +149,22 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
   });
 }
 
+template <bool ALL>
 FDDA_GFNI inline void expand_by_matrices(const PackedConv& conv, const Planes& p, int64_t channel,
                                          int half, Panel* panel) {
-  expand_weights(conv, ShortBlocks<kShortAhead>(p), channel, half, panel);
+  expand_weights<ALL>(conv, ShortBlocks<kShortAhead>(p), channel, half, panel);
 }
 
+template <bool ALL>
 void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* panel) {
   const int64_t depth = 9 * conv.channels;
   const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
   const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
-  if (has_gfni()) return expand_by_matrices(conv, p, channel, half, panel);
+  if (has_gfni()) return expand_by_matrices<ALL>(conv, p, channel, half, panel);
   switch (conv.bits) {
-    case 2: return expand_weights(conv, MaskedAdds<2>(p), channel, half, panel);
-    case 3: return expand_weights(conv, MaskedAdds<3>(p), channel, half, panel);
-    default: return expand_weights(conv, MaskedAdds<4>(p), channel, half, panel);
+    case 2: return expand_weights<ALL>(conv, MaskedAdds<2>(p), channel, half, panel);
+    case 3: return expand_weights<ALL>(conv, MaskedAdds<3>(p), channel, half, panel);
+    default: return expand_weights<ALL>(conv, MaskedAdds<4>(p), channel, half, panel);
   }
 }
 

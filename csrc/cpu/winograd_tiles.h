@@ -46,6 +46,12 @@ struct TileBlock {
     *end = all_rows ? ends[1] : all_columns ? ends[2] : count;
   }
 
+  // The tiles that a position is needed by: with all columns, or any; with all rows, or any.
+  void needed(bool all_columns, bool all_rows, int64_t* begin, int64_t* end) const {
+    *begin = all_columns ? ends[0] : 0;
+    *end = all_rows ? ends[1] : all_columns ? ends[2] : count;
+  }
+
   // End of the group of at most so many that starts at `begin`: whole classes, or an even share of
   // one, so that no position's range meets a group in a few tiles.
   int64_t group_end(int64_t begin, int64_t most) const {
