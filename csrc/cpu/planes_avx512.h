@@ -93,7 +93,10 @@ constexpr int64_t kShortAhead = 512;  // where many places are read in turn: L1 
 class BitMatrices {
  public:
   explicit BitMatrices(const Planes& p)
-      : p_(p), step_(p.bits * kPlaneBytes), load_((1u << p.bits) - 1) {
+      : p_(p),
+        step_(p.bits * kPlaneBytes),
+        load_((1u << p.bits) - 1),
+        load_pair_((1u << 2 * p.bits) - 1) {
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) {
       // The instruction wants the matrix's last row first.
@@ -101,12 +104,28 @@ class BitMatrices {
       order[i] = static_cast<uint8_t>((row < p.bits ? row : p.bits - 1) * kPlaneBytes + i / 8);
     }
     order_ = _mm512_load_si512(order);
+    next_order_ = _mm512_add_epi8(order_, _mm512_set1_epi8(static_cast<char>(step_)));
   }
 
   FDDA_GFNI __m512i operator()(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * step_;
     _mm_prefetch(bytes + kAhead, _MM_HINT_T0);
     return codes(_mm512_maskz_loadu_epi64(load_, bytes));
+  }
+
+  // Two blocks.
+  FDDA_GFNI void pair(int64_t block, __m512i (&w)[2]) const {
+    w[0] = (*this)(block);
+    w[1] = (*this)(block + 1);
+  }
+
+  // Of up to 4 bits, two of which are read at once.
+  FDDA_GFNI void short_pair(int64_t block, __m512i (&w)[2]) const {
+    const uint8_t* bytes = p_.bytes + block * step_;
+    _mm_prefetch(bytes + kAhead, _MM_HINT_T0);
+    const __m512i planes = _mm512_maskz_loadu_epi64(load_pair_, bytes);
+    w[0] = codes(planes);
+    w[1] = codes(planes, next_order_);
   }
 
   // Of up to 4 bits: a short load, which seldom reaches into a second line.
@@ -119,15 +138,17 @@ class BitMatrices {
   }
 
  private:
-  FDDA_GFNI __m512i codes(__m512i planes) const {
+  FDDA_GFNI __m512i codes(__m512i planes) const { return codes(planes, order_); }
+
+  static FDDA_GFNI __m512i codes(__m512i planes, __m512i order) {
     const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
-    return _mm512_gf2p8affine_epi64_epi8(unit, _mm512_permutexvar_epi8(order_, planes), 0);
+    return _mm512_gf2p8affine_epi64_epi8(unit, _mm512_permutexvar_epi8(order, planes), 0);
   }
 
   const Planes p_;
   const int64_t step_;
-  const __mmask8 load_;
-  __m512i order_;
+  const __mmask8 load_, load_pair_;
+  __m512i order_, next_order_;
 };
 
 // Of up to 4 bits.
@@ -140,6 +161,8 @@ struct ShortBlocks {
   FDDA_GFNI __m512i operator()(int64_t block) const {
     return matrices.template short_block<AHEAD>(block);
   }
+
+  FDDA_GFNI void pair(int64_t block, __m512i (&w)[2]) const { matrices.short_pair(block, w); }
 };
 
 FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
@@ -180,9 +203,15 @@ FDDA_GFNI void multiply_planes_by(const Planes& p, int32_t zero_point, const uin
   };
   const int64_t blocks = p.whole_blocks();
   int64_t k = 0;
-  for (; k + kSplit <= blocks; k += kSplit) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSplit; ++s) add(s, expand(k + s));
+  constexpr int kAtOnce = kSplit < 2 ? 2 : kSplit;
+  for (; k + kAtOnce <= blocks; k += kAtOnce) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kAtOnce; s += 2) {
+      __m512i w[2];
+      expand.pair(k + s, w);
+      add(s % kSplit, w[0]);
+      add((s + 1) % kSplit, w[1]);
+    }
   }
   for (; k < blocks; ++k) add(0, expand(k));
   if (p.rest()) add(0, _mm512_maskz_mov_epi8(p.rest(), expand(k)));
