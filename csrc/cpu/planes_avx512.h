@@ -85,8 +85,9 @@ inline bool has_gfni() {
   return __builtin_cpu_supports("gfni") && __builtin_cpu_supports("avx512vbmi");
 }
 
-constexpr int64_t kAhead = 4096;      // bytes of planes: what comes from memory while it is needed
+constexpr int64_t kAhead = 2048;      // bytes of planes: what comes from memory while it is needed
 constexpr int64_t kShortAhead = 512;  // where many places are read in turn: L1 keeps so much
+constexpr int64_t kFarAhead = 4096;   // where nothing but planes is read
 
 // Eight codes are a product of bit matrices: a byte of each plane, the top one repeated down to bit
 // 7, times the unit vectors. Two instructions for any number of bits.
@@ -119,10 +120,11 @@ class BitMatrices {
     w[1] = (*this)(block + 1);
   }
 
-  // Of up to 4 bits, two of which are read at once.
+  // Of up to 4 bits: they are read at once.
+  template <int64_t AHEAD>
   FDDA_GFNI void short_pair(int64_t block, __m512i (&w)[2]) const {
     const uint8_t* bytes = p_.bytes + block * step_;
-    _mm_prefetch(bytes + kAhead, _MM_HINT_T0);
+    _mm_prefetch(bytes + AHEAD, _MM_HINT_T0);
     const __m512i planes = _mm512_maskz_loadu_epi64(load_pair_, bytes);
     w[0] = codes(planes);
     w[1] = codes(planes, next_order_);
@@ -162,7 +164,9 @@ struct ShortBlocks {
     return matrices.template short_block<AHEAD>(block);
   }
 
-  FDDA_GFNI void pair(int64_t block, __m512i (&w)[2]) const { matrices.short_pair(block, w); }
+  FDDA_GFNI void pair(int64_t block, __m512i (&w)[2]) const {
+    matrices.template short_pair<AHEAD>(block, w);
+  }
 };
 
 FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
@@ -231,7 +235,7 @@ FDDA_GFNI void multiply_planes_by(const Planes& p, int32_t zero_point, const uin
 template <int ROWS, bool ZERO>
 void multiply_planes(const Planes& p, int32_t zero_point, const uint8_t* x, int64_t x_stride,
                      int32_t* sums, int64_t stride) {
-  const auto multiply = p.bits <= 4 ? multiply_planes_by<ROWS, ZERO, ShortBlocks<kAhead>>
+  const auto multiply = p.bits <= 4 ? multiply_planes_by<ROWS, ZERO, ShortBlocks<kFarAhead>>
                                     : multiply_planes_by<ROWS, ZERO, BitMatrices>;
   multiply(p, zero_point, x, x_stride, sums, stride);
 }
