@@ -49,7 +49,10 @@ ISAS = {
     "avxvnni": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavxvnni"]),
     "avxvnni_evex": (["gemm_u8s8_6x16__avxvnni"], ["-mavx2", "-mavx512vl", "-mavx512vnni"]),
     "avx512": (AVX512_KERNELS, AVX512_FLAGS),
-    "avx512vnni": ([*AVX512_KERNELS, "winograd_f3_u8s8__avx512vnni"], AVX512VNNI_FLAGS),
+    "avx512vnni": (
+        [*AVX512_KERNELS, "winograd_f3_u8s8__avx512vnni", "winograd_f4_u8s8__avx512vnni"],
+        AVX512VNNI_FLAGS,
+    ),
     # A part of avx512vnni where the processor has it.
     "avx512bf16": (BFLOAT16_KERNELS, [*AVX512VNNI_FLAGS, "-mavx512bf16"]),
     # Packed convolutions only; everything else is avx512vnni's.

@@ -69,8 +69,10 @@ void depthwise_conv2d(const PackedConv&);
 // there are larger codes than `code`: then the outputs are still to be computed, all of them.
 constexpr int kLargestCode = 63;
 bool winograd_conv2d(const PackedConv&, int64_t code);
-// The same for weights up to 2 and codes up to 7; of avx512vnni.
+// The same for weights up to 2 and codes up to 7, and for weights up to 14 and codes up to 15; of
+// avx512vnni.
 bool winograd_f3_conv2d(const PackedConv&);
+bool winograd_f4_conv2d(const PackedConv&);
 // The same of packed_linear_s32; of avx512vnni.
 bool linear_s32_by_bytes(const PackedLinearS32&);
 

@@ -215,6 +215,7 @@ const char* packed_conv2d(const PackedConv& conv) {
   }
 #if defined(__AVX512VNNI__)
   if (winograd_f3_conv2d(conv)) return "winograd_f3";
+  if (winograd_f4_conv2d(conv)) return "winograd_f4";
   const int64_t code = kLargestCode;  // it looks at them anyway
 #else
   const int64_t code = largest_code(conv);

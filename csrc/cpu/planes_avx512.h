@@ -87,13 +87,17 @@ inline bool has_gfni() {
 
 constexpr int64_t kAhead = 2048;      // bytes of planes: what comes from memory while it is needed
 constexpr int64_t kShortAhead = 512;  // where many places are read in turn: L1 keeps so much
+constexpr int64_t kFarAhead = 4096;   // where nothing but planes is read
 
 // Eight codes are a product of bit matrices: a byte of each plane, the top one repeated down to bit
 // 7, times the unit vectors. Two instructions for any number of bits.
 class BitMatrices {
  public:
   explicit BitMatrices(const Planes& p)
-      : p_(p), step_(p.bits * kPlaneBytes), load_((1u << p.bits) - 1) {
+      : p_(p),
+        step_(p.bits * kPlaneBytes),
+        load_((1u << p.bits) - 1),
+        load_pair_((1u << 2 * p.bits) - 1) {
     alignas(64) uint8_t order[64];
     for (int i = 0; i < 64; ++i) {
       // The instruction wants the matrix's last row first.
@@ -101,6 +105,7 @@ class BitMatrices {
       order[i] = static_cast<uint8_t>((row < p.bits ? row : p.bits - 1) * kPlaneBytes + i / 8);
     }
     order_ = _mm512_load_si512(order);
+    next_order_ = _mm512_add_epi8(order_, _mm512_set1_epi8(static_cast<char>(step_)));
   }
 
   FDDA_GFNI __m512i operator()(int64_t block) const {
@@ -109,24 +114,59 @@ class BitMatrices {
     return codes(_mm512_maskz_loadu_epi64(load_, bytes));
   }
 
+  // Two blocks.
+  FDDA_GFNI void pair(int64_t block, __m512i (&w)[2]) const {
+    w[0] = (*this)(block);
+    w[1] = (*this)(block + 1);
+  }
+
+  // Of up to 4 bits: they are read at once.
+  template <int64_t AHEAD>
+  FDDA_GFNI void short_pair(int64_t block, __m512i (&w)[2]) const {
+    const uint8_t* bytes = p_.bytes + block * step_;
+    _mm_prefetch(bytes + AHEAD, _MM_HINT_T0);
+    const __m512i planes = _mm512_maskz_loadu_epi64(load_pair_, bytes);
+    w[0] = codes(planes);
+    w[1] = codes(planes, next_order_);
+  }
+
   // Of up to 4 bits: a short load, which seldom reaches into a second line.
+  template <int64_t AHEAD>
   FDDA_GFNI __m512i short_block(int64_t block) const {
     const uint8_t* bytes = p_.bytes + block * step_;
-    _mm_prefetch(bytes + kShortAhead, _MM_HINT_T0);
+    _mm_prefetch(bytes + AHEAD, _MM_HINT_T0);
     const __m256i planes = _mm256_maskz_loadu_epi64(load_, bytes);
     return codes(_mm512_castsi256_si512(planes));
   }
 
  private:
-  FDDA_GFNI __m512i codes(__m512i planes) const {
+  FDDA_GFNI __m512i codes(__m512i planes) const { return codes(planes, order_); }
+
+  static FDDA_GFNI __m512i codes(__m512i planes, __m512i order) {
     const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
-    return _mm512_gf2p8affine_epi64_epi8(unit, _mm512_permutexvar_epi8(order_, planes), 0);
+    return _mm512_gf2p8affine_epi64_epi8(unit, _mm512_permutexvar_epi8(order, planes), 0);
   }
 
   const Planes p_;
   const int64_t step_;
-  const __mmask8 load_;
-  __m512i order_;
+  const __mmask8 load_, load_pair_;
+  __m512i order_, next_order_;
+};
+
+// Of up to 4 bits.
+template <int64_t AHEAD>
+struct ShortBlocks {
+  BitMatrices matrices;
+
+  explicit ShortBlocks(const Planes& p) : matrices(p) {}
+
+  FDDA_GFNI __m512i operator()(int64_t block) const {
+    return matrices.template short_block<AHEAD>(block);
+  }
+
+  FDDA_GFNI void pair(int64_t block, __m512i (&w)[2]) const {
+    matrices.template short_pair<AHEAD>(block, w);
+  }
 };
 
 FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32_t zero_point,
@@ -136,11 +176,11 @@ FDDA_GFNI inline void unpack_bit_matrices(const Planes& p, __m512i offset, int32
 
 // `sums`, [ROWS][stride], of ROWS rows times one panel's codes; every plane is read once and no
 // weight stored. Several sums of one row hide vpdpbusd's latency. ZERO: zero_point is 0.
-template <int ROWS, bool ZERO>
-FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_t* x,
-                               int64_t x_stride, int32_t* sums, int64_t stride) {
+template <int ROWS, bool ZERO, class Expand>
+FDDA_GFNI void multiply_planes_by(const Planes& p, int32_t zero_point, const uint8_t* x,
+                                  int64_t x_stride, int32_t* sums, int64_t stride) {
+  const Expand expand(p);
   constexpr int kSplit = ROWS < 3 ? 4 : ROWS < 6 ? 2 : 1;
-  const BitMatrices expand(p);
   __m512i acc[kSplit][ROWS], weights[kSplit];
 #pragma GCC unroll 4
   for (int s = 0; s < kSplit; ++s) {
@@ -167,9 +207,15 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
   };
   const int64_t blocks = p.whole_blocks();
   int64_t k = 0;
-  for (; k + kSplit <= blocks; k += kSplit) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSplit; ++s) add(s, expand(k + s));
+  constexpr int kAtOnce = kSplit < 2 ? 2 : kSplit;
+  for (; k + kAtOnce <= blocks; k += kAtOnce) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kAtOnce; s += 2) {
+      __m512i w[2];
+      expand.pair(k + s, w);
+      add(s % kSplit, w[0]);
+      add((s + 1) % kSplit, w[1]);
+    }
   }
   for (; k < blocks; ++k) add(0, expand(k));
   if (p.rest()) add(0, _mm512_maskz_mov_epi8(p.rest(), expand(k)));
@@ -184,6 +230,14 @@ FDDA_GFNI void multiply_planes(const Planes& p, int32_t zero_point, const uint8_
   for (int r = 0; r < ROWS; ++r) {
     _mm512_store_si512(sums + r * stride, _mm512_add_epi32(acc[0][r], start));
   }
+}
+
+template <int ROWS, bool ZERO>
+void multiply_planes(const Planes& p, int32_t zero_point, const uint8_t* x, int64_t x_stride,
+                     int32_t* sums, int64_t stride) {
+  const auto multiply = p.bits <= 4 ? multiply_planes_by<ROWS, ZERO, ShortBlocks<kFarAhead>>
+                                    : multiply_planes_by<ROWS, ZERO, BitMatrices>;
+  multiply(p, zero_point, x, x_stride, sums, stride);
 }
 #endif
 

@@ -5,10 +5,13 @@
 #include "planes_avx512.h"
 #include "tile_u8s8_avx512.h"
 #include "winograd_f3_u8s8.h"
+#include "winograd_parts.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
+
+constexpr int64_t kGroup = 28;  // most tiles whose sums are held at once
 
 // int32s between two columns' sums: no power of two, whose addresses would share cache sets.
 constexpr int64_t sum_stride(int panels) { return (kGroup + 1) * panels * kPanelRows; }
@@ -26,14 +29,6 @@ struct Column {
   int64_t k4;
   bool has_thirds;  // the products of position 1 are to be multiplied by -3
   int32_t* sums[kStep];
-};
-
-// Tiles of a line, at constant displacements.
-struct Lines {
-  const uint8_t* x;
-
-  const uint8_t* operator()(int r) const { return x + r * kLine; }
-  void next() { x += kBlockDepth; }
 };
 
 template <int ROWS, int PANELS>
@@ -164,7 +159,7 @@ void run_panel(const PackedConv& conv, bool narrow, const Block& b, int64_t chan
   int32_t* sums =
       static_cast<int32_t*>(scratch(kLocalRows, kStep * kPoints * stride * sizeof(int32_t)));
   while (begin < end) {
-    const int64_t group = min64(end, b.group_end(begin));
+    const int64_t group = min64(end, b.group_end(begin, kGroup));
     for (int j = 0; j < kPoints; ++j) {
       int32_t* const own = sums + j * stride;
       const Column column{b.inputs + j * b.position_stride + begin * kLine,
@@ -177,7 +172,7 @@ void run_panel(const PackedConv& conv, bool narrow, const Block& b, int64_t chan
                           {own, own + kPoints * stride, own + 2 * kPoints * stride}};
       for (int without = 0; without < 2; ++without) {
         int64_t first, last;
-        b.range(j, !without, &first, &last);
+        b.range(j == Block::kPoints - 1, !without, &first, &last);
         first = max64(first, begin);
         last = min64(last, group);
         if (first < last) multiply_all<PANELS>(column, first - begin, last - begin, !without);
@@ -194,38 +189,6 @@ bool applies(const PackedConv& conv) {
          F3::fits(largest_weight(conv), conv.x_zero_point) && F3::pays(conv);
 }
 
-// Rows [first_row, last_row) of tiles. Several threads share the rows' inputs, then the panels of
-// outputs, and where these alone would not keep them equally busy, the tiles. False if a code is
-// too large.
-bool run_rows(const PackedConv& conv, bool narrow, int64_t first_row, int64_t last_row,
-              int64_t threads) {
-  const Block b = plan_tiles<kStep>(conv, first_row, last_row - first_row);
-  bool fits = true;
-  parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t c = 0; c < conv.channels; c += kLine) {
-        if (!__atomic_load_n(&fits, __ATOMIC_RELAXED)) return;
-        if (!transform_row(conv, b, row, c)) __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
-      }
-    }
-  });
-  if (!fits) return false;
-  const int64_t panels = ceil_div(conv.out_channels, kWide);
-  const int64_t shares = panels % threads && panels < 4 * threads ? threads : 1;
-  parallel_for(panels * shares, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t channel = task / shares * kWide, share = task % shares;
-      const int64_t first = share * b.count / shares, last = (share + 1) * b.count / shares;
-      if (conv.out_channels - channel > kPanelRows) {
-        run_panel<2>(conv, narrow, b, channel, first, last);
-      } else {
-        run_panel<1>(conv, narrow, b, channel, first, last);
-      }
-    }
-  });
-  return true;
-}
-
 }  // namespace
 
 bool winograd_f3_conv2d(const PackedConv& conv) {
@@ -233,26 +196,16 @@ bool winograd_f3_conv2d(const PackedConv& conv) {
   const bool narrow =
       rounds_within_int32(conv, static_cast<float>(9 * F3::kLargestCode * F3::kLargestWeight) *
                                     static_cast<float>(conv.channels));
-  const int64_t tiles_x = ceil_div(conv.width, kStep);
-  const int64_t rows = conv.batch * ceil_div(conv.height, kStep);
-  const int64_t row_bytes = kPositions * tiles_x * ceil_div(conv.channels, kLine) * kLine;
-  int64_t parts = ceil_div(rows, max64(1, kInputBytes / row_bytes));
-  // Many tiles: each thread has its own and expands all weights for them, so that no transformed
-  // input moves between processors. A parallel_for within another one runs on its thread.
-  const int64_t threads = num_threads();
-  if (parts > 1 || rows * tiles_x >= 64 * threads) {
-    parts = min64(rows, ceil_div(parts, threads) * threads);
-  }
-  bool fits = true;
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end && __atomic_load_n(&fits, __ATOMIC_RELAXED); ++part) {
-      const int64_t first_row = part * rows / parts, last_row = (part + 1) * rows / parts;
-      if (!run_rows(conv, narrow, first_row, last_row, parts > 1 ? 1 : threads)) {
-        __atomic_store_n(&fits, false, __ATOMIC_RELAXED);
-      }
-    }
-  });
-  return fits;
+  auto run_rows = [&](int64_t first_row, int64_t last_row, int64_t threads) {
+    const Block b = plan_tiles<kStep>(conv, first_row, last_row - first_row);
+    auto transform = [&](int64_t row, int64_t c) { return transform_row(conv, b, row, c); };
+    auto multiply = [&](auto panels, int64_t channel, int64_t begin, int64_t end) {
+      run_panel<decltype(panels)::kCount>(conv, narrow, b, channel, begin, end);
+      return true;
+    };
+    return run_block(conv, b, threads, transform, multiply);
+  };
+  return run_parts(conv, kStep, kPositions, run_rows);
 }
 
 }  // namespace FDDA_ISA

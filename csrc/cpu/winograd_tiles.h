@@ -8,9 +8,17 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kLine = 64;                      // channels of a line of V
-constexpr int64_t kGroup = 28;                     // most tiles whose products are held at once
-constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
+constexpr int64_t kLine = 64;  // channels of a line of V
+
+// Weights are [ceil(C / 64)][positions][16][2 panels][16 outputs][4 inputs], the second panel
+// perhaps empty. Bytes from a position to the next: constant, and no power of two, whose addresses
+// would share cache sets.
+constexpr int kLineSteps = kLine / kBlockDepth;
+constexpr int64_t kWeightStep = (2 * kLineSteps + 1) * kLine;
+
+inline int8_t* place_weights(int8_t* first, int64_t positions, int64_t k) {
+  return first + k / kLineSteps * positions * kWeightStep + k % kLineSteps * 2 * kLine;
+}
 
 struct TileAt {
   int64_t pixel;      // its first output, counted over the images
@@ -21,7 +29,7 @@ struct TileAt {
 // not exist: some columns, none, some rows, both. So the last column and the last row of positions,
 // which only the last outputs need, have one range of tiles each: at 7 x 7 225 products instead of
 // 256 (STEP 2), 196 instead of 225 (STEP 3).
-template <int STEP>
+template <int STEP, int POSITIONS = (STEP + 2) * (STEP + 2)>
 struct TileBlock {
   static constexpr int kPoints = STEP + 2;  // positions of a side
 
@@ -32,39 +40,52 @@ struct TileBlock {
   int64_t ends[4];                       // of the classes
   int64_t line_stride, position_stride;  // of inputs, in bytes
 
-  // The tiles with or without all rows that need a column of positions.
-  void range(int column, bool all_rows, int64_t* begin, int64_t* end) const {
-    const bool last = column == kPoints - 1;
-    *begin = all_rows ? (last ? ends[0] : 0) : ends[1];
-    *end = all_rows ? ends[1] : last ? ends[2] : count;
+  // The tiles with or without all rows; with all columns, or any.
+  void range(bool all_columns, bool all_rows, int64_t* begin, int64_t* end) const {
+    *begin = all_rows ? (all_columns ? ends[0] : 0) : ends[1];
+    *end = all_rows ? ends[1] : all_columns ? ends[2] : count;
   }
 
-  // End of the group that starts at `begin`: as many whole classes as fit, else an even share of
+  // The tiles that a position is needed by: with all columns, or any; with all rows, or any.
+  void needed(bool all_columns, bool all_rows, int64_t* begin, int64_t* end) const {
+    *begin = all_columns ? ends[0] : 0;
+    *end = all_rows ? ends[1] : all_columns ? ends[2] : count;
+  }
+
+  // End of the group of at most so many that starts at `begin`: whole classes, or an even share of
   // one, so that no position's range meets a group in a few tiles.
-  int64_t group_end(int64_t begin) const {
+  int64_t group_end(int64_t begin, int64_t most) const {
     int64_t end = begin;
     for (int64_t e : ends) {
-      if (e - begin <= kGroup) end = max64(end, e);
+      if (e - begin <= most) end = max64(end, e);
     }
     for (int i = 0; end == begin; ++i) {
       const int64_t rest = ends[i] - begin;
-      if (rest > 0) end = begin + ceil_div(rest, ceil_div(rest, kGroup));
+      if (rest > 0) end = begin + ceil_div(rest, ceil_div(rest, most));
     }
     return end;
   }
 };
 
-template <int STEP>
-TileBlock<STEP> plan_tiles(const PackedConv& conv, int64_t first_row, int64_t rows) {
+// Tiles of a line of V, at constant displacements.
+struct Lines {
+  const uint8_t* x;
+
+  const uint8_t* operator()(int r) const { return x + r * kLine; }
+  void next() { x += kBlockDepth; }
+};
+
+template <int STEP, int POSITIONS = (STEP + 2) * (STEP + 2)>
+TileBlock<STEP, POSITIONS> plan_tiles(const PackedConv& conv, int64_t first_row, int64_t rows) {
   const int64_t tiles_y = ceil_div(conv.height, STEP), tiles_x = ceil_div(conv.width, STEP);
-  TileBlock<STEP> b;
+  TileBlock<STEP, POSITIONS> b;
   b.first_row = first_row;
   b.rows = rows;
   b.count = rows * tiles_x;
   b.line_stride = (b.count + 1) * kLine;
   b.position_stride = ceil_div(conv.channels, kLine) * b.line_stride + 3 * kLine;
   if (b.position_stride % 4096 < 4 * kLine) b.position_stride += 4 * kLine;
-  const int64_t bytes = b.kPoints * b.kPoints * b.position_stride;
+  const int64_t bytes = POSITIONS * b.position_stride;
   b.inputs = static_cast<uint8_t*>(
       scratch(kSharedRows, bytes + b.count * (sizeof(TileAt) + sizeof(int32_t))));
   b.tiles = reinterpret_cast<TileAt*>(b.inputs + bytes);

@@ -11,8 +11,9 @@
 //
 //   inputs:    [16 positions][ceil(C / 64)][tiles][64 channels] u8. The step from tile to tile does
 //              not depend on C: constant displacements in the products' loop.
-//   weights:   [16 positions][C / 4][PANELS][16 outputs][4 inputs] s8, expanded from the bit planes
-//              of PANELS * 16 outputs at a time; those of the last row of positions are negated
+//   weights:   place_weights's, of one or two panels at a time; those of the last row of positions
+//   are
+//              negated
 //   sums:      [2 rows][4 columns][tiles of a group][PANELS][16 outputs] s32: the products of a
 //              column of positions, added and subtracted by A^T
 
@@ -85,7 +86,6 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
 
 struct Panel {
   int8_t* weights;
-  int64_t position_stride;
   int64_t code;                          // the inputs' largest one
   int64_t bound;                         // of |U|, whatever the weights
   int64_t largest;                       // |U|; 127 and 128 may stand for more
@@ -107,25 +107,24 @@ inline __m512i subtract_weights(__m512i a, __m512i b) {
 // added to, subtracted from or doubled in: the last results show it. Else all are known to fit.
 template <bool SATURATE>
 inline __attribute__((always_inline)) __m512i store_row(const __m512i (&g)[3], int8_t* to,
-                                                        int64_t stride, __m512i sizes) {
+                                                        __m512i sizes) {
   const __m512i s = add_weights<SATURATE>(g[0], g[2]);
   const __m512i u[4] = {add_weights<SATURATE>(g[0], g[0]), add_weights<SATURATE>(s, g[1]),
                         subtract_weights<SATURATE>(s, g[1]), add_weights<SATURATE>(g[2], g[2])};
 #pragma GCC unroll 4
-  for (int x = 0; x < 4; ++x, to += stride) {
-    _mm512_store_si512(to, u[x]);
+  for (int x = 0; x < 4; ++x) {
+    _mm512_store_si512(to + x * kWeightStep, u[x]);
     if (SATURATE) sizes = _mm512_max_epu8(sizes, _mm512_abs_epi8(u[x]));
   }
   return sizes;
 }
 
-// 16 outputs, the `half`th of `panels`.
+// 16 outputs, the `half`th of the panels.
 template <bool SATURATE, class Expand>
 inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv,
                                                           const Expand& expand, int64_t channel,
-                                                          int panels, int half, Panel* panel) {
+                                                          int half, Panel* panel) {
   const int64_t k4 = conv.channels / kBlockDepth;
-  int8_t* out = panel->weights + half * kLine;
   const int64_t count = min64(kPanelRows, conv.out_channels - channel);
   int8_t offsets[kPanelRows] = {};
   for (int64_t j = 0; j < count; ++j) {
@@ -134,11 +133,11 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
   const __m512i offset = _mm512_mullo_epi32(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets))),
       _mm512_set1_epi32(0x01010101));
-  const int64_t stride = panel->position_stride;
   __m512i tap_sums[9], sizes = _mm512_setzero_si512();
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) tap_sums[t] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < k4; ++k, out += panels * kLine) {
+  for (int64_t k = 0; k < k4; ++k) {
+    int8_t* const out = place_weights(panel->weights, kPositions, k) + half * kLine;
     auto read = [&](int y, __m512i* g) __attribute__((always_inline)) {
 #pragma GCC unroll 3
       for (int x = 0; x < 3; ++x) {
@@ -149,7 +148,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
       }
     };
     auto store = [&](int y, const __m512i(&g)[3]) __attribute__((always_inline)) {
-      sizes = store_row<SATURATE>(g, out + 4 * y * stride, stride, sizes);
+      sizes = store_row<SATURATE>(g, out + 4 * y * kWeightStep, sizes);
     };
     // Rows 0 and 3 first: few registers are in use at a time.
     __m512i g[3], h[3], r[3];
@@ -199,35 +198,28 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
 }
 
 #if defined(__AVX512VNNI__)
-// For nine places that are read in turn.
-struct ShortBlocks {
-  BitMatrices matrices;
-
-  FDDA_GFNI __m512i operator()(int64_t block) const { return matrices.short_block(block); }
-};
-
 // Of which no U needs to be looked at.
 FDDA_GFNI inline void expand_small_weights(const PackedConv& conv, const Planes& p, int64_t channel,
-                                           int panels, int half, Panel* panel) {
-  expand_weights<false>(conv, ShortBlocks{BitMatrices(p)}, channel, panels, half, panel);
+                                           int half, Panel* panel) {
+  expand_weights<false>(conv, ShortBlocks<kShortAhead>(p), channel, half, panel);
 }
 #endif
 
-void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
+void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* panel) {
   const int64_t depth = 9 * conv.channels;
   const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
   const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
 #if defined(__AVX512VNNI__)
   if (panel->bound <= kLargestTransform && has_gfni()) {
     panel->largest = panel->bound;
-    return expand_small_weights(conv, p, channel, panels, half, panel);
+    return expand_small_weights(conv, p, channel, half, panel);
   }
 #endif
   // Bit matrices are slower here: their instructions share a port with the saturating sums.
   switch (conv.bits) {
-    case 2: return expand_weights<true>(conv, MaskedAdds<2>(p), channel, panels, half, panel);
-    case 3: return expand_weights<true>(conv, MaskedAdds<3>(p), channel, panels, half, panel);
-    default: return expand_weights<true>(conv, MaskedAdds<4>(p), channel, panels, half, panel);
+    case 2: return expand_weights<true>(conv, MaskedAdds<2>(p), channel, half, panel);
+    case 3: return expand_weights<true>(conv, MaskedAdds<3>(p), channel, half, panel);
+    default: return expand_weights<true>(conv, MaskedAdds<4>(p), channel, half, panel);
   }
 }
 

@@ -2,11 +2,14 @@
 // division of work. The other transforms and the layouts are in winograd_u8s8.h.
 
 #include "packed_avx512.h"
+#include "winograd_parts.h"
 #include "winograd_u8s8.h"
 
 namespace fdda {
 namespace FDDA_ISA {
 namespace {
+
+constexpr int64_t kGroup = 28;  // most tiles whose sums are held at once
 
 // int32s between two columns' sums: no power of two, whose addresses would share cache sets.
 constexpr int64_t sum_stride(int panels) { return (kGroup + 1) * panels * kPanelRows; }
@@ -26,18 +29,9 @@ struct Column {
   const uint8_t* inputs;  // of position 0: first tile, first 64 channels
   int64_t line_stride, input_stride;
   const int8_t* weights;
-  int64_t weight_stride;
   int64_t k4, exact_steps;
   const int32_t* starts[2];
   int32_t* sums[2];
-};
-
-// Tiles of a line, at constant displacements.
-struct Lines {
-  const uint8_t* x;
-
-  const uint8_t* operator()(int r) const { return x + r * kLine; }
-  void next() { x += kBlockDepth; }
 };
 
 template <int ROWS, int PANELS>
@@ -45,10 +39,13 @@ inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PAN
                                                         const Column& c, int position,
                                                         int64_t first) {
   const uint8_t* line = c.inputs + position * c.input_stride + first * kLine;
-  Panels weights{c.weights + position * c.weight_stride, kLine, PANELS * kLine};
-  for (int64_t left = c.k4; left > 0; left -= kLine / kBlockDepth, line += c.line_stride) {
+  const int8_t* weights = c.weights + 4 * position * kWeightStep;
+  for (int64_t left = c.k4; left > 0; left -= kLineSteps) {
     Lines rows{line};
-    add_products(acc, rows, weights, min64(left, kLine / kBlockDepth), c.exact_steps);
+    Panels panels{weights, kLine, 2 * kLine};
+    add_products(acc, rows, panels, min64(left, kLineSteps), c.exact_steps);
+    line += c.line_stride;
+    weights += kPositions * kWeightStep;
   }
 }
 
@@ -171,12 +168,12 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
                int64_t end) {
   const int64_t k4 = conv.channels / kBlockDepth;
   Panel panel{};
-  panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
-  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * panel.position_stride));
+  const int64_t lines = ceil_div(conv.channels, kLine);
+  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, lines * kPositions * kWeightStep));
   panel.code = b.code;
   panel.bound = b.weight_bound;
   for (int half = 0; half < PANELS; ++half) {
-    expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel);
+    expand_panel(conv, channel + half * kPanelRows, half, &panel);
   }
   const int64_t steps = exact_steps(panel.largest, 4 * b.code);
   if (panel.largest > kLargestTransform || steps == 0) return false;
@@ -188,21 +185,20 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
     out.bias[j] = conv.epilogue.bias[channel + j];
   }
   while (begin < end) {
-    const int64_t group = min64(end, b.group_end(begin));
+    const int64_t group = min64(end, b.group_end(begin, kGroup));
     for (int j = 0; j < 4; ++j) {
       const int corner = j == 0 ? 0 : j == 3 ? 1 : 4;
       const Column column{b.inputs + j * b.position_stride + begin * kLine,
                           b.line_stride,
                           4 * b.position_stride,
-                          panel.weights + j * panel.position_stride,
-                          4 * panel.position_stride,
+                          panel.weights + j * kWeightStep,
                           k4,
                           steps,
                           {panel.starts[corner], panel.starts[min64(corner + 2, 4)]},
                           {sums + j * stride, sums + (4 + j) * stride}};
       for (int without = 0; without < 2; ++without) {
         int64_t first, last;
-        b.range(j, !without, &first, &last);
+        b.range(j == Block::kPoints - 1, !without, &first, &last);
         first = max64(first, begin);
         last = min64(last, group);
         if (first < last) multiply_all<PANELS>(column, first - begin, last - begin, !without);
@@ -235,64 +231,20 @@ bool applies(const PackedConv& conv, int64_t code) {
   return true;
 }
 
-// What ends all threads' work: the outputs would not be exact.
-class Failure {
- public:
-  void set() { __atomic_store_n(&set_, true, __ATOMIC_RELAXED); }
-  bool is_set() const { return __atomic_load_n(&set_, __ATOMIC_RELAXED); }
-
- private:
-  bool set_ = false;
-};
-
-// Rows [first_row, last_row) of tiles. Several threads share the rows' inputs, then the panels of
-// outputs, and where these alone would not keep them equally busy, the tiles.
-void run_rows(const PackedConv& conv, int64_t code, int64_t first_row, int64_t last_row,
-              int64_t threads, Failure* failure) {
-  const Block b{plan_tiles<2>(conv, first_row, last_row - first_row), code,
-                9 * largest_weight(conv)};
-  parallel_for(b.rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end && !failure->is_set(); ++row) {
-      for (int64_t c = 0; c < conv.channels; c += kLine) {
-        if (!transform_row(conv, b, row, c)) failure->set();
-      }
-    }
-  });
-  const int64_t panels = ceil_div(conv.out_channels, kWide);
-  const int64_t shares = panels % threads && panels < 4 * threads ? threads : 1;
-  parallel_for(panels * shares, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end && !failure->is_set(); ++task) {
-      const int64_t channel = task / shares * kWide, share = task % shares;
-      const int64_t first = share * b.count / shares, last = (share + 1) * b.count / shares;
-      const bool fits = conv.out_channels - channel > kPanelRows
-                            ? run_panel<2>(conv, b, channel, first, last)
-                            : run_panel<1>(conv, b, channel, first, last);
-      if (!fits) failure->set();
-    }
-  });
-}
-
 }  // namespace
 
 bool winograd_conv2d(const PackedConv& conv, int64_t code) {
   if (!applies(conv, code)) return false;
-  const int64_t tiles_x = ceil_div(conv.width, 2), rows = conv.batch * ceil_div(conv.height, 2);
-  const int64_t row_bytes = kPositions * tiles_x * ceil_div(conv.channels, kLine) * kLine;
-  int64_t parts = ceil_div(rows, max64(1, kInputBytes / row_bytes));
-  // Many tiles: each thread has its own and expands all weights for them, so that no transformed
-  // input moves between processors. A parallel_for within another one runs on its thread.
-  const int64_t threads = num_threads();
-  if (parts > 1 || rows * tiles_x >= 64 * threads) {
-    parts = min64(rows, ceil_div(parts, threads) * threads);
-  }
-  Failure failure;
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end && !failure.is_set(); ++part) {
-      const int64_t first_row = part * rows / parts, last_row = (part + 1) * rows / parts;
-      run_rows(conv, code, first_row, last_row, parts > 1 ? 1 : threads, &failure);
-    }
-  });
-  return !failure.is_set();
+  auto run_rows = [&](int64_t first_row, int64_t last_row, int64_t threads) {
+    const Block b{plan_tiles<2>(conv, first_row, last_row - first_row), code,
+                  9 * largest_weight(conv)};
+    auto transform = [&](int64_t row, int64_t c) { return transform_row(conv, b, row, c); };
+    auto multiply = [&](auto panels, int64_t channel, int64_t begin, int64_t end) {
+      return run_panel<decltype(panels)::kCount>(conv, b, channel, begin, end);
+    };
+    return run_block(conv, b, threads, transform, multiply);
+  };
+  return run_parts(conv, 2, kPositions, run_rows);
 }
 
 }  // namespace FDDA_ISA
