@@ -18,7 +18,7 @@ from .finetune import Batch, Finetuner
 from .reconstruction import Reconstruction
 
 Source = Callable[[int], Batch | None]  # synthetic images by step
-_LABEL_STREAM, _ROW_STREAM = 32, 34
+_LABEL_STREAM, _ROW_STREAM, _SPLIT_STREAM = 32, 34, 35
 _HELD_OUT_BATCHES = 16
 _HELD_OUT_SHARE = 8  # one of so many images
 
@@ -194,17 +194,21 @@ def generated(generator: Generator, config: QuantizeConfig, ranks: Ranks) -> Sou
 def drawn_from(images: Callable[[], Batch], config: QuantizeConfig) -> tuple[Source, Source]:
     """Batches of what `images` returns when they are needed, for steps and for looks.
 
-    The latter are of the last eighth alone, which the steps leave out; where there are no looks, or
-    too few images, both are of all.
+    The latter are of an eighth alone, drawn by the seed, which the steps leave out; where there are
+    no looks, or too few images, both are of all.
     """
 
-    def batch(index: int, held_out: bool) -> Batch:
+    @functools.cache
+    def parts(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        order = torch.randperm(count, generator=stream(config.seed, _SPLIT_STREAM))
+        kept = count // _HELD_OUT_SHARE if config.check_every else 0
+        return order[kept:], order[:kept] if kept else order
+
+    def batch(index: int, part: int) -> Batch:
         rng = stream(config.seed, _ROW_STREAM, index)
         every, labels = images()
-        kept = len(every) // _HELD_OUT_SHARE if config.check_every else 0
-        learned = len(every) - kept
-        first, count = (learned, kept) if held_out and kept else (0, learned)
-        rows = first + torch.randint(count, (config.synthetic_batch,), generator=rng)
+        known = parts(len(every))[part]
+        rows = known[torch.randint(len(known), (config.synthetic_batch,), generator=rng)]
         return every[rows], labels[rows]
 
-    return functools.partial(batch, held_out=False), functools.partial(batch, held_out=True)
+    return functools.partial(batch, part=0), functools.partial(batch, part=1)

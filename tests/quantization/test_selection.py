@@ -64,8 +64,10 @@ def test_steps_leave_an_eighth_out():
     config = QuantizeConfig(synthetic_batch=16)
     source, held_out = drawn_from(lambda: (images, labels), config)
     learned, looked_at = ({int(v) for i in range(50) for v in s(i)[1]} for s in (source, held_out))
-    assert learned == set(range(35))
-    assert looked_at == set(range(35, 40))
+    assert len(looked_at) == 5
+    assert looked_at.isdisjoint(learned)
+    assert learned | looked_at == set(range(40))
+    assert max(looked_at) - min(looked_at) > 5  # images may come class by class
     assert all(torch.equal(s(3)[0].flatten(), s(3)[1].float()) for s in (source, held_out))
     for few, settings in ((images, config.replace(check_every=0)), (images[:7], config)):
         for part in drawn_from(lambda few=few: (few, labels), settings):
