@@ -25,6 +25,36 @@ def run(isa, args):
         return torch.ops.fdda.packed_conv2d(*args), _library._extension.conv_kernel()
 
 
+def assert_result(actual, expected, args):
+    if args[-1] is None:
+        assert_same_bits(actual, expected)
+    else:
+        assert torch.equal(actual, expected)
+
+
+def check(isa, args, kernel):
+    actual, ran = run(isa, args)
+    assert ran == kernel
+    assert_result(actual, reference.packed_conv2d(*args), args)
+    return actual
+
+
+def draw_codes(draw, g, shape, top, deciding):
+    """uint8 up to `top`, perhaps only 0 and `top`; perhaps one code, anywhere, decides."""
+    x = torch.randint(0, top + 1, shape, generator=g, dtype=torch.uint8)
+    if draw(st.booleans()):
+        x = torch.where(x * 2 < top, 0, top).to(torch.uint8)
+    if draw(st.integers(0, 4)) == 0 and x.numel():
+        index = int(torch.randint(x.numel(), (1,), generator=g))
+        x.view(-1)[index] = draw(st.sampled_from(deciding))
+    return x
+
+
+def draw_residual(draw, g, shape, top):
+    kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
+    return None if kind is None else (torch.rand(shape, generator=g) * top).to(kind)
+
+
 def transformed(q, offset, channels):
     """[4, 4, O, C]: the weights of the 16 products."""
     w = (q.long() + offset[:, None]).reshape(len(q), 3, 3, channels)
@@ -91,11 +121,7 @@ def convolutions(draw):
         q[torch.rand(q.shape, generator=g) < draw(st.sampled_from([0.8, 0.99]))] = 0
         q = (q - offset[:, None]).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
     zero_point = draw(st.sampled_from([0, 1, 8, 15, 63, 64]))
-    residual = None
-    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    if residual_kind is not None:
-        size = (batch, height, width, out_channels)
-        residual = (torch.rand(size, generator=g) * 255).to(residual_kind)
+    residual = draw_residual(draw, g, (*shape[:3], out_channels), 255)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 15), (3, 3), (10, 200)]))
     exact = [i for i in WINOGRAD_ISAS if is_exact(i, x, q, bits, zero_point, offset)]
     return arguments(x, q, bits, zero_point, offset, g, residual, output_range), exact
@@ -109,10 +135,7 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn):
     expected = reference.packed_conv2d(*args)
     for isa in WINOGRAD_ISAS:
         actual, kernel = run(isa, args)
-        if args[-1] is None:
-            assert_same_bits(actual, expected)
-        else:
-            assert torch.equal(actual, expected)
+        assert_result(actual, expected, args)
         kernel = kernel.removesuffix("_f3").removesuffix("_f4")
         assert kernel == ("winograd" if isa in exact and large else "direct"), isa
 

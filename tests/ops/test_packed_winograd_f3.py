@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, with_threads
+from backends import ISAS, QUICK, generator, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packed_winograd import NAMES, arguments, run, weight_codes
+from test_packed_winograd import (
+    NAMES,
+    arguments,
+    assert_result,
+    check,
+    draw_codes,
+    draw_residual,
+    run,
+    weight_codes,
+)
 
 from fdda_fast import ops
 from fdda_fast.ops import reference
@@ -33,17 +42,6 @@ def applies(x, bits, zero_point, offset):
     return fits and x.shape[3] >= 48 and saved >= 100
 
 
-def check(isa, args, kernel):
-    actual, ran = run(isa, args)
-    assert ran == kernel
-    expected = reference.packed_conv2d(*args)
-    if args[-1] is None:
-        assert_same_bits(actual, expected)
-    else:
-        assert torch.equal(actual, expected)
-    return actual
-
-
 @st.composite
 def convolutions(draw):
     g = generator(draw(st.integers(0, 2**32 - 1)))
@@ -54,22 +52,14 @@ def convolutions(draw):
     size = [draw(st.sampled_from([1, 2, 3, 5, 7, 8, 9, 13])) for _ in range(2)]
     shape = (batch, *size, channels)
     top = draw(st.sampled_from([1, 3, 7, 7, 7, 8]))
-    x = torch.randint(0, top + 1, shape, generator=g, dtype=torch.uint8)
-    if draw(st.booleans()):
-        x = torch.where(x * 2 < top, 0, top).to(torch.uint8)
-    if draw(st.integers(0, 4)) == 0 and x.numel():  # one code, anywhere, decides
-        index = int(torch.randint(x.numel(), (1,), generator=g))
-        x.view(-1)[index] = draw(st.sampled_from([7, 8, 128]))
+    x = draw_codes(draw, g, shape, top, [7, 8, 128])
     q = weight_codes((out_channels, 9 * channels), bits, g, draw(st.booleans()))
     offset = torch.randint(0, 2, (out_channels,), generator=g)
     if draw(st.integers(0, 4)) == 0:
         index = int(torch.randint(out_channels, (1,), generator=g))
         offset[index] = draw(st.sampled_from([-1, 2, 300]))
     zero_point = draw(st.sampled_from([0, 0, 1, 3, 7, 8]))
-    residual = None
-    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    if residual_kind is not None:
-        residual = (torch.rand(*shape[:3], out_channels, generator=g) * 15).to(residual_kind)
+    residual = draw_residual(draw, g, (*shape[:3], out_channels), 15)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 7), (3, 3), (1, 3)]))
     args = arguments(x, q, bits, zero_point, offset, g, residual, output_range)
     return args, applies(x, bits, zero_point, offset)
@@ -83,10 +73,7 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn, threads):
     for isa in ISAS:
         actual, kernel = with_threads(threads, run, isa, args)
         assert (kernel == "winograd_f3") == (exact and isa in F3_ISAS), isa
-        if args[-1] is None:
-            assert_same_bits(actual, expected)
-        else:
-            assert torch.equal(actual, expected)
+        assert_result(actual, expected, args)
 
 
 @on_every_isa

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, with_threads
+from backends import ISAS, QUICK, generator, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packed_winograd import NAMES, arguments, run, weight_codes
+from test_packed_winograd import (
+    NAMES,
+    arguments,
+    assert_result,
+    draw_codes,
+    draw_residual,
+    run,
+    weight_codes,
+)
+from test_packed_winograd import check as check_on
 
 from fdda_fast import ops
 from fdda_fast.ops import reference
@@ -40,14 +49,7 @@ def applies(x, bits, zero_point, offset):
 
 
 def check(args, kernel="winograd_f4"):
-    actual, ran = run(ISA, args)
-    assert ran == kernel
-    expected = reference.packed_conv2d(*args)
-    if args[-1] is None:
-        assert_same_bits(actual, expected)
-    else:
-        assert torch.equal(actual, expected)
-    return actual
+    return check_on(ISA, args, kernel)
 
 
 @st.composite
@@ -60,12 +62,7 @@ def convolutions(draw):
     size = [draw(st.sampled_from([1, 4, 6, 7, 9, 12, 13, 14, 15])) for _ in range(2)]
     shape = (batch, *size, channels)
     top = draw(st.sampled_from([1, 7, 15, 15, 15, 16]))
-    x = torch.randint(0, top + 1, shape, generator=g, dtype=torch.uint8)
-    if draw(st.booleans()):
-        x = torch.where(x * 2 < top, 0, top).to(torch.uint8)
-    if draw(st.integers(0, 4)) == 0 and x.numel():  # one code, anywhere, decides
-        index = int(torch.randint(x.numel(), (1,), generator=g))
-        x.view(-1)[index] = draw(st.sampled_from([15, 16, 128]))
+    x = draw_codes(draw, g, shape, top, [15, 16, 128])
     q = weight_codes((out_channels, 9 * channels), bits, g, draw(st.booleans()))
     limit = LARGEST_WEIGHT - 2 ** (bits - 1)
     offset = torch.randint(-limit, limit + 1, (out_channels,), generator=g)
@@ -73,10 +70,7 @@ def convolutions(draw):
         index = int(torch.randint(out_channels, (1,), generator=g))
         offset[index] = draw(st.sampled_from([-limit - 1, limit + 2, 300]))
     zero_point = draw(st.sampled_from([0, 0, 1, 8, 15, 16]))
-    residual = None
-    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    if residual_kind is not None:
-        residual = (torch.rand(*shape[:3], out_channels, generator=g) * 15).to(residual_kind)
+    residual = draw_residual(draw, g, (*shape[:3], out_channels), 15)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 15), (3, 3), (1, 9)]))
     args = arguments(x, q, bits, zero_point, offset, g, residual, output_range)
     return args, applies(x, bits, zero_point, offset)
@@ -89,10 +83,7 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn, threads):
     actual, kernel = with_threads(threads, run, ISA, args)
     assert (kernel == "winograd_f4") == exact
     expected = reference.packed_conv2d(*args)
-    if args[-1] is None:
-        assert_same_bits(actual, expected)
-    else:
-        assert torch.equal(actual, expected)
+    assert_result(actual, expected, args)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
