@@ -148,7 +148,7 @@ def quantize(
         checkpoint=checkpoint,
         resume=resume,
         progress=progress,
-        ended=stages.ended,
+        ended=lambda: tuner.selection.exhausted,
         ranks=ranks,
     )
     if method != "fdda" and config.steps == 0:

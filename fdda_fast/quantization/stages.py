@@ -56,9 +56,6 @@ class JointTraining:
         synthetic = (images[: config.synthetic_batch], labels[: config.synthetic_batch])
         return {**metrics, **self.tuner.step(index - start, synthetic)}
 
-    def ended(self) -> bool:
-        return False
-
     def state_tensors(self) -> dict[str, torch.Tensor]:
         return {**self.tuner.state_tensors(), **self.trainer.state_tensors()}
 
@@ -137,10 +134,6 @@ class StagedTuning:
                 return step(index)
             index -= steps
         raise IndexError(index)
-
-    def ended(self) -> bool:
-        """Whether more steps would bring nothing."""
-        return self.tuner.selection.exhausted
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         state = self.tuner.state_tensors()
