@@ -12,6 +12,9 @@ namespace {
 constexpr int64_t kDepth = 256;      // of a panel
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds a thread should have
 
+// A product of fewer pieces than enough is cut into blocks of rows, then into parts of its depth.
+constexpr int64_t kEnough = 16, kBlock = 40 * kRows, kPart = 512, kMostParts = 32;
+
 // panel[k, n] = b[k, n] of `columns` columns, zeros behind them.
 void pack(const Products& p, const float* b, int64_t depth, int64_t columns, float* panel) {
   int64_t whole = 0;  // rows of the panel that are done
@@ -60,31 +63,74 @@ void multiply(const Products& p, const float* a, int64_t depth, const float* pan
   }
 }
 
+// How one product divides into pieces of work, by its shape alone: threads do not change a sum.
+struct Pieces {
+  int64_t panels, blocks, parts;  // of columns, rows and depth
+
+  explicit Pieces(const Products& p) : panels(ceil_div(p.columns, kPanel)), blocks(1), parts(1) {
+    // Rows before columns, so that threads do not share what they read and write.
+    if (p.count * panels < kEnough) blocks = max64(1, ceil_div(p.rows, kBlock));
+    if (p.count * panels * blocks < kEnough) {
+      parts = min64(kMostParts, max64(1, ceil_div(p.depth, kPart)));
+    }
+  }
+  int64_t count() const { return panels * blocks * parts; }
+};
+
+// out of the rows [row, row_end) and of one panel, whose terms are those of the depth [k, k_end).
+void multiply_piece(const Products& p, const float* a, const float* b, int64_t k, int64_t k_end,
+                    int64_t row, int64_t row_end, int64_t columns, bool add, float* out) {
+  float* panel = static_cast<float*>(scratch(kLocalWeights, kDepth * kPanel * sizeof(float)));
+  do {
+    const int64_t depth = min64(kDepth, k_end - k);
+    pack(p, b + k * p.b_depth, depth, columns, panel);
+    for_each_row_tile<kRows>(row_end - row, [&](auto rows, int64_t first) {
+      const int64_t r = row + first;
+      multiply<decltype(rows)::kCount>(p, a + r * p.a_row + k * p.a_depth, depth, panel, add,
+                                       columns, out + r * p.columns);
+    });
+    add = true;
+    k += kDepth;
+  } while (k < k_end);
+}
+
+// out = the sum of its parts, in their order, or what is added to it.
+void add_parts(const float* from, int64_t parts, int64_t size, bool add, float* out) {
+  for_each_lanes<1>(size, [&](auto lanes, int64_t i) {
+    using V = typename decltype(lanes)::V;
+    V sum = load_lanes<V>(from + i);
+    for (int64_t k = 1; k < parts; ++k) sum = sum + load_lanes<V>(from + k * size + i);
+    store_lanes(out + i, add ? load_lanes<V>(out + i) + sum : sum);
+  });
+}
+
 }  // namespace
 
 void products(const Products& p) {
-  const int64_t panels = ceil_div(p.columns, kPanel);
-  const int64_t grain = max64(1, kGrain / max64(1, p.rows * p.depth * kPanel));
-  parallel_for(p.count * panels, grain, [&](int64_t begin, int64_t end) {
-    float* panel = static_cast<float*>(scratch(kLocalWeights, kDepth * kPanel * sizeof(float)));
+  const Pieces pieces(p);
+  const int64_t size = p.rows * p.columns, parts = pieces.parts;
+  float* sums = parts == 1
+                    ? p.out
+                    : static_cast<float*>(scratch(kSums, p.count * parts * size * sizeof(float)));
+  const bool add = p.add && parts == 1;
+  const int64_t macs = max64(1, size * p.depth / max64(1, pieces.count()));
+  parallel_for(p.count * pieces.count(), max64(1, kGrain / macs), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t position = t / panels, first = t % panels * kPanel;
-      const int64_t columns = min64(kPanel, p.columns - first);
-      const float* a = p.a + position * p.a_position;
-      const float* b = p.b + position * p.b_position + first * p.b_column;
-      float* out = p.out + position * p.rows * p.columns + first;
-      int64_t k = 0;
-      do {
-        const int64_t depth = min64(kDepth, p.depth - k);
-        pack(p, b + k * p.b_depth, depth, columns, panel);
-        for_each_row_tile<kRows>(p.rows, [&](auto rows, int64_t row) {
-          multiply<decltype(rows)::kCount>(p, a + row * p.a_row + k * p.a_depth, depth, panel,
-                                           p.add || k > 0, columns, out + row * p.columns);
-        });
-        k += kDepth;
-      } while (k < p.depth);
+      const int64_t panel = t % pieces.panels, block = t / pieces.panels % pieces.blocks;
+      const int64_t sum = t / (pieces.panels * pieces.blocks);  // part of a position
+      const int64_t position = sum / parts, part = sum % parts;
+      const int64_t column = panel * kPanel;
+      multiply_piece(p, p.a + position * p.a_position,
+                     p.b + position * p.b_position + column * p.b_column, p.depth * part / parts,
+                     p.depth * (part + 1) / parts, p.rows * block / pieces.blocks,
+                     p.rows * (block + 1) / pieces.blocks, min64(kPanel, p.columns - column), add,
+                     sums + sum * size + column);
     }
   });
+  if (parts == 1) return;
+  for (int64_t i = 0; i < p.count; ++i) {
+    add_parts(sums + i * parts * size, parts, size, p.add, p.out + i * size);
+  }
 }
 
 }  // namespace FDDA_ISA

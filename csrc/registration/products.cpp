@@ -7,17 +7,23 @@ namespace {
 void products(const Tensor& a, const Tensor& b, Tensor out, bool add) {
   const Tensor* tensors[] = {&a, &b, &out};
   const char* names[] = {"a", "b", "out"};
+  const int64_t dims = a.dim();
+  STD_TORCH_CHECK(dims == 2 || dims == 3, "a: expected one matrix or a batch of them");
+  const int64_t count = dims == 3 ? a.size(0) : 1;
   for (int i = 0; i < 3; ++i) {
     check_dtype(*tensors[i], ScalarType::Float, names[i]);
-    STD_TORCH_CHECK(tensors[i]->dim() == 3 && tensors[i]->size(0) == a.size(0), names[i],
-                    ": expected as many matrices as a has");
+    STD_TORCH_CHECK(tensors[i]->dim() == dims && (dims == 2 || tensors[i]->size(0) == count),
+                    names[i], ": expected as many matrices as a has");
   }
-  STD_TORCH_CHECK(b.size(1) == a.size(2), "b: expected ", a.size(2), " rows, got ", b.size(1));
+  const int64_t rows = a.size(dims - 2), depth = a.size(dims - 1), columns = b.size(dims - 1);
+  STD_TORCH_CHECK(b.size(dims - 2) == depth, "b: expected ", depth, " rows, got ",
+                  b.size(dims - 2));
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a dense tensor");
-  check_numel(out, a.size(0) * a.size(1) * b.size(2), "out");
-  active_kernels().products({a.size(0), a.size(1), a.size(2), b.size(2), a.const_data_ptr<float>(),
-                             a.stride(0), a.stride(1), a.stride(2), b.const_data_ptr<float>(),
-                             b.stride(0), b.stride(1), b.stride(2), out.mutable_data_ptr<float>(),
+  check_numel(out, count * rows * columns, "out");
+  active_kernels().products({count, rows, depth, columns, a.const_data_ptr<float>(),
+                             dims == 3 ? a.stride(0) : 0, a.stride(dims - 2), a.stride(dims - 1),
+                             b.const_data_ptr<float>(), dims == 3 ? b.stride(0) : 0,
+                             b.stride(dims - 2), b.stride(dims - 1), out.mutable_data_ptr<float>(),
                              add});
 }
 

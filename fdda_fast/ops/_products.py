@@ -19,7 +19,7 @@ _CHUNK = 512  # pixels that a matrix product sums; libraries were seen to split 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, of [M, K] and [K, N], or of as many matrices; out is dense."""
     if _prefers_own(a):
-        _own(a, b, out, add=False)
+        torch.ops.fdda._products(a, b, out, False)
     else:
         torch.matmul(a, b, out=out)
 
@@ -27,7 +27,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 def add_products(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b, of float32 [P, M, K] and [P, K, N]; out is dense."""
     if _prefers_own(a):
-        _own(a, b, out, add=True)
+        torch.ops.fdda._products(a, b, out, True)
     else:
         out.baddbmm_(a, b)
 
@@ -45,7 +45,7 @@ class PixelProduct:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if _prefers_own(a):
-            return _own(a.t(), b, self.total, add=True)
+            return torch.ops.fdda._products(a.t(), b, self.total, True)
         count = len(a) // _CHUNK
         whole = count * _CHUNK
         if len(self.memory) < count + 1:
@@ -64,7 +64,3 @@ class PixelProduct:
 
 def _prefers_own(a: Tensor) -> bool:
     return a.dtype == torch.float32 and prefers_own_products()
-
-
-def _own(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    torch.ops.fdda._products(*(t if t.dim() == 3 else t[None] for t in (a, b, out)), add)
