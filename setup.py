@@ -26,11 +26,11 @@ if os.environ.get("FDDA_FAST_SANITIZE") == "1":
     COMMON_FLAGS += ["-O1", "-g", "-fno-sanitize-recover=undefined", *SANITIZERS]
 # Neither errno nor floating-point exceptions are read: comparisons and roundings may be vectorised.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-BFLOAT16_KERNELS = ["winograd_bfloat16", "winograd_upsample_bfloat16"]
+BFLOAT16_KERNELS = ["product_bfloat16", "winograd_bfloat16", "winograd_upsample_bfloat16"]
 PORTABLE_KERNELS = [
     *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
-    *("upsample_conv", "few_outputs_conv", "norm_strip", "winograd", "winograd_upsample"),
-    "upsample_norm",
+    *("upsample_conv", "few_outputs_conv", "norm_strip", "norm_few_outputs"),
+    *("winograd", "winograd_upsample", "upsample_norm"),
     *BFLOAT16_KERNELS,
     *("products", "linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
 ]

@@ -143,6 +143,18 @@ struct Products {
   bool add;
 };
 
+// out = a b of bfloat16 [rows, depth] and [depth, columns] with the given strides; out is dense, of
+// bfloat16 or, for a result that is added to it, float32.
+struct ProductBFloat16 {
+  int64_t rows, depth, columns;
+  const uint16_t* a;
+  int64_t a_row, a_depth;
+  const uint16_t* b;
+  int64_t b_depth, b_column;
+  uint16_t* out;
+  float* total;  // or null
+};
+
 // y[n, p, c] = sum over k of z[n, k] * weight[c * pixels + p, k] + bias[c * pixels + p].
 struct LinearMaps {
   Dtype dtype;  // of y
@@ -315,6 +327,25 @@ struct NormStripGradient {
   const float *shift, *slope;
 };
 
+// A 3x3 convolution with few output channels behind a norm.
+struct NormFewOutputs {
+  NormStrip norm;  // of all images
+  int64_t outputs;
+  const void* grad_y;  // [N, H, W, outputs]
+  const void* taps;    // [9, outputs, channels]
+};
+
+struct NormFewOutputsSums {
+  NormFewOutputs forward;
+  double* sums;      // [2, N, channels], those of NormStripSums
+  float* grad_taps;  // [9, outputs, channels]; both are added to
+};
+
+struct NormFewOutputsGradient {
+  NormFewOutputs forward;  // norm.y receives the gradient with respect to x
+  const float *shift, *slope;
+};
+
 // Tiles [tile, tile_end), numbered row by row, image by image, of images [height, width, channels],
 // to or from positions or products; see winograd.cpp and winograd_upsample.cpp.
 struct WinogradTiles {
@@ -414,7 +445,10 @@ struct Kernels {
   void (*norm_strip)(const NormStrip&);
   void (*norm_strip_sums)(const NormStripSums&);
   void (*norm_strip_gradient)(const NormStripGradient&);
+  void (*norm_few_outputs_sums)(const NormFewOutputsSums&);
+  void (*norm_few_outputs_gradient)(const NormFewOutputsGradient&);
   void (*products)(const Products&);
+  void (*product_bfloat16)(const ProductBFloat16&);
   void (*linear_maps)(const LinearMaps&);
   void (*linear_maps_gradient)(const LinearMapsGradient&);
   void (*max_pool2d)(const MaxPool2d&);
@@ -461,6 +495,7 @@ extern const Kernels kernels;
 }
 // Convolutions on bfloat16 products; a part of avx512vnni where the processor has them.
 namespace avx512bf16 {
+void product_bfloat16(const ProductBFloat16&);
 void winograd_bfloat16(const WinogradBFloat16&);
 void winograd_bfloat16_gradient(const WinogradBFloat16Gradient&);
 void winograd_upsample_bfloat16(const WinogradBFloat16&);

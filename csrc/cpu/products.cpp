@@ -2,6 +2,7 @@
 // by all rows of a, which are read where they are.
 
 #include "parallel.h"
+#include "product_pieces.h"
 #include "register_panel.h"
 #include "transpose.h"
 
@@ -11,9 +12,6 @@ namespace {
 
 constexpr int64_t kDepth = 256;      // of a panel
 constexpr int64_t kGrain = 1 << 20;  // multiply-adds a thread should have
-
-// A product of fewer pieces than enough is cut into blocks of rows, then into parts of its depth.
-constexpr int64_t kEnough = 16, kBlock = 40 * kRows, kPart = 512, kMostParts = 32;
 
 // panel[k, n] = b[k, n] of `columns` columns, zeros behind them.
 void pack(const Products& p, const float* b, int64_t depth, int64_t columns, float* panel) {
@@ -63,20 +61,6 @@ void multiply(const Products& p, const float* a, int64_t depth, const float* pan
   }
 }
 
-// How one product divides into pieces of work, by its shape alone: threads do not change a sum.
-struct Pieces {
-  int64_t panels, blocks, parts;  // of columns, rows and depth
-
-  explicit Pieces(const Products& p) : panels(ceil_div(p.columns, kPanel)), blocks(1), parts(1) {
-    // Rows before columns, so that threads do not share what they read and write.
-    if (p.count * panels < kEnough) blocks = max64(1, ceil_div(p.rows, kBlock));
-    if (p.count * panels * blocks < kEnough) {
-      parts = min64(kMostParts, max64(1, ceil_div(p.depth, kPart)));
-    }
-  }
-  int64_t count() const { return panels * blocks * parts; }
-};
-
 // out of the rows [row, row_end) and of one panel, whose terms are those of the depth [k, k_end).
 void multiply_piece(const Products& p, const float* a, const float* b, int64_t k, int64_t k_end,
                     int64_t row, int64_t row_end, int64_t columns, bool add, float* out) {
@@ -94,20 +78,10 @@ void multiply_piece(const Products& p, const float* a, const float* b, int64_t k
   } while (k < k_end);
 }
 
-// out = the sum of its parts, in their order, or what is added to it.
-void add_parts(const float* from, int64_t parts, int64_t size, bool add, float* out) {
-  for_each_lanes<1>(size, [&](auto lanes, int64_t i) {
-    using V = typename decltype(lanes)::V;
-    V sum = load_lanes<V>(from + i);
-    for (int64_t k = 1; k < parts; ++k) sum = sum + load_lanes<V>(from + k * size + i);
-    store_lanes(out + i, add ? load_lanes<V>(out + i) + sum : sum);
-  });
-}
-
 }  // namespace
 
 void products(const Products& p) {
-  const Pieces pieces(p);
+  const ProductPieces pieces(p.count, p.rows, p.depth, p.columns, true);
   const int64_t size = p.rows * p.columns, parts = pieces.parts;
   float* sums = parts == 1
                     ? p.out

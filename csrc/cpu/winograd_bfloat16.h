@@ -6,6 +6,7 @@
 // is. Sums have a panel's even channels first, then its odd ones: the halves of a Pair.
 #pragma once
 
+#include "pairs.h"
 #include "row_tiles.h"
 #include "transpose.h"
 #include "winograd.h"
@@ -54,26 +55,9 @@ WinogradTiles tiles_of(const Conv3x3Shape& s, int64_t channels, int64_t scale) {
   return {s.images, scale * s.height, scale * s.width, channels, 0, tiles, nullptr, nullptr};
 }
 
-inline Bits load_pairs(const uint32_t* from) {
-  Bits pairs;
-  memcpy(&pairs, from, sizeof pairs);
-  return pairs;
-}
-
 // to[i] = the pair of even[i] and odd[i]
 inline void store_pairs(uint32_t* to, Vector even, Vector odd) {
   store_lanes(reinterpret_cast<BFloat16*>(to), Pair{even, odd});
-}
-
-// sum + the products of the first and of the second numbers of pairs.
-inline Vector add_dot(uint32_t a, Bits b, Vector sum) {
-#if defined(__AVX512BF16__)
-  return bits_as<Vector>(_mm512_dpbf16_ps(
-      bits_as<__m512>(sum), bits_as<__m512bh>(_mm512_set1_epi32(a)), bits_as<__m512bh>(b)));
-#else
-  const float first = bits_as<float>(a << 16), second = bits_as<float>(a & 0xffff0000u);
-  return sum + first * bits_as<Vector>(b << 16) + second * bits_as<Vector>(b & 0xffff0000u);
-#endif
 }
 
 // out[r, n] = sum over k of a[r, k] * panel[k, n], pairs; or added to it.

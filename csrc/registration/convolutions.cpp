@@ -142,34 +142,74 @@ void norm_strip(const Tensor& x, const Tensor& tables, double negative_slope, Te
       norm_strip_of(x, tables, negative_slope, out, image, images, row, row_end));
 }
 
+// [2, N, channels]
+double* sums_of(const Tensor& sums, const Tensor& x) {
+  check_dtype(sums, ScalarType::Double, "sums");
+  check_numel(sums, 2 * x.size(0) * x.size(3), "sums");
+  STD_TORCH_CHECK(sums.is_contiguous(), "sums: expected a dense tensor");
+  return sums.mutable_data_ptr<double>();
+}
+
+// [2, N, channels] of shift and slope.
+const float* corrections_of(const Tensor& corrections, const Tensor& x) {
+  check_dtype(corrections, ScalarType::Float, "corrections");
+  check_numel(corrections, 2 * x.size(0) * x.size(3), "corrections");
+  STD_TORCH_CHECK(corrections.is_contiguous(), "corrections: expected a dense tensor");
+  return corrections.const_data_ptr<float>();
+}
+
 void norm_strip_sums(const Tensor& x, const Tensor& tables, double negative_slope,
                      const Tensor& grad_y, Tensor y, Tensor sums, int64_t image, int64_t images,
                      int64_t row, int64_t row_end) {
   const int64_t numel = strip_numel(x, images, row, row_end), size = x.size(0) * x.size(3);
   void* out = buffer(y, x, numel, "y");
-  check_dtype(sums, ScalarType::Double, "sums");
-  check_numel(sums, 2 * size, "sums");
-  STD_TORCH_CHECK(sums.is_contiguous(), "sums: expected a dense tensor");
-  double* sum = sums.mutable_data_ptr<double>();
+  double* sum = sums_of(sums, x);
   active_kernels().norm_strip_sums(
       {norm_strip_of(x, tables, negative_slope, out, image, images, row, row_end),
        buffer(grad_y, x, numel, "grad_y"), sum, sum + size});
 }
 
-// `corrections`: [2, N, channels] of shift and slope.
 void norm_strip_gradient(const Tensor& x, const Tensor& tables, double negative_slope,
                          const Tensor& grad_y, const Tensor& corrections, Tensor grad_x,
                          int64_t image, int64_t images, int64_t row, int64_t row_end) {
   const int64_t size = x.size(0) * x.size(3);
   void* out = buffer(grad_x, x, x.numel(), "grad_x");
-  check_dtype(corrections, ScalarType::Float, "corrections");
-  check_numel(corrections, 2 * size, "corrections");
-  STD_TORCH_CHECK(corrections.is_contiguous(), "corrections: expected a dense tensor");
-  const float* correction = corrections.const_data_ptr<float>();
+  const float* correction = corrections_of(corrections, x);
   active_kernels().norm_strip_gradient(
       {norm_strip_of(x, tables, negative_slope, out, image, images, row, row_end),
        buffer(grad_y, x, strip_numel(x, images, row, row_end), "grad_y"), correction,
        correction + size});
+}
+
+// `y` is checked by the callers.
+NormFewOutputs norm_few_outputs_of(const Tensor& x, const Tensor& tables, double negative_slope,
+                                   const Tensor& grad_y, const Tensor& taps, void* y) {
+  STD_TORCH_CHECK(grad_y.dim() == 4, "grad_y: expected a dense [N, H, W, C]");
+  const int64_t outputs = grad_y.size(3), pixels = x.size(0) * x.size(1) * x.size(2);
+  const void* weights = buffer(taps, x, 9 * outputs * x.size(3), "taps");
+  return {norm_strip_of(x, tables, negative_slope, y, 0, x.size(0), 0, x.size(1)), outputs,
+          buffer(grad_y, x, pixels * outputs, "grad_y"), weights};
+}
+
+void norm_few_outputs_sums(const Tensor& x, const Tensor& tables, double negative_slope,
+                           const Tensor& grad_y, const Tensor& taps, Tensor sums,
+                           Tensor grad_taps) {
+  const NormFewOutputs a = norm_few_outputs_of(x, tables, negative_slope, grad_y, taps, nullptr);
+  check_dtype(grad_taps, ScalarType::Float, "grad_taps");
+  check_numel(grad_taps, taps.numel(), "grad_taps");
+  STD_TORCH_CHECK(grad_taps.is_contiguous(), "grad_taps: expected a dense tensor");
+  active_kernels().norm_few_outputs_sums(
+      {a, sums_of(sums, x), grad_taps.mutable_data_ptr<float>()});
+}
+
+void norm_few_outputs_gradient(const Tensor& x, const Tensor& tables, double negative_slope,
+                               const Tensor& grad_y, const Tensor& taps, const Tensor& corrections,
+                               Tensor grad_x) {
+  void* out = buffer(grad_x, x, x.numel(), "grad_x");
+  const float* correction = corrections_of(corrections, x);
+  active_kernels().norm_few_outputs_gradient(
+      {norm_few_outputs_of(x, tables, negative_slope, grad_y, taps, out), correction,
+       correction + x.size(0) * x.size(3)});
 }
 
 }  // namespace
@@ -186,4 +226,6 @@ STABLE_TORCH_LIBRARY_IMPL(fdda, CPU, m) {
   m.impl("_norm_strip", TORCH_BOX(&fdda::norm_strip));
   m.impl("_norm_strip_sums", TORCH_BOX(&fdda::norm_strip_sums));
   m.impl("_norm_strip_gradient", TORCH_BOX(&fdda::norm_strip_gradient));
+  m.impl("_norm_few_outputs_sums", TORCH_BOX(&fdda::norm_few_outputs_sums));
+  m.impl("_norm_few_outputs_gradient", TORCH_BOX(&fdda::norm_few_outputs_gradient));
 }

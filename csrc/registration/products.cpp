@@ -1,4 +1,5 @@
-// Batched products of float32 matrices: checks and pointers, nothing numerical.
+// Batched products of float32 matrices, and products of bfloat16: checks and pointers, nothing
+// numerical.
 #include "layout.h"
 
 namespace fdda {
@@ -11,7 +12,6 @@ void products(const Tensor& a, const Tensor& b, Tensor out, bool add) {
   STD_TORCH_CHECK(dims == 2 || dims == 3, "a: expected one matrix or a batch of them");
   const int64_t count = dims == 3 ? a.size(0) : 1;
   for (int i = 0; i < 3; ++i) {
-    check_dtype(*tensors[i], ScalarType::Float, names[i]);
     STD_TORCH_CHECK(tensors[i]->dim() == dims && (dims == 2 || tensors[i]->size(0) == count),
                     names[i], ": expected as many matrices as a has");
   }
@@ -20,6 +20,17 @@ void products(const Tensor& a, const Tensor& b, Tensor out, bool add) {
                   b.size(dims - 2));
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a dense tensor");
   check_numel(out, count * rows * columns, "out");
+  if (a.scalar_type() == ScalarType::BFloat16) {
+    check_dtype(b, ScalarType::BFloat16, "b");
+    check_dtype(out, add ? ScalarType::Float : ScalarType::BFloat16, "out");
+    STD_TORCH_CHECK(dims == 2, "a: expected one matrix of bfloat16");
+    void* to = out.mutable_data_ptr();
+    return active_kernels().product_bfloat16(
+        {rows, depth, columns, static_cast<const uint16_t*>(a.const_data_ptr()), a.stride(0),
+         a.stride(1), static_cast<const uint16_t*>(b.const_data_ptr()), b.stride(0), b.stride(1),
+         add ? nullptr : static_cast<uint16_t*>(to), add ? static_cast<float*>(to) : nullptr});
+  }
+  for (int i = 0; i < 3; ++i) check_dtype(*tensors[i], ScalarType::Float, names[i]);
   active_kernels().products({count, rows, depth, columns, a.const_data_ptr<float>(),
                              dims == 3 ? a.stride(0) : 0, a.stride(dims - 2), a.stride(dims - 1),
                              b.const_data_ptr<float>(), dims == 3 ? b.stride(0) : 0,

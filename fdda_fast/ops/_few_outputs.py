@@ -35,10 +35,10 @@ def conv3x3_few_outputs_backward(
     grad_x = torch.empty_like(x)
     taps = taps_of(weight, x.dtype)
     grad_taps = PixelProduct(x, *taps.shape)
-    for strip, planes in backward_strips(grad_y, x, weight):
+    for strip, planes in backward_strips(grad_y, x, len(weight)):
         multiply(planes.t(), taps, _pixels(grad_x, strip))
         grad_taps.add(planes.t(), _pixels(x, strip))
-    return grad_x.permute(0, 3, 1, 2), *weight_gradients(grad_taps, grad_y, weight)
+    return grad_x.permute(0, 3, 1, 2), *weight_gradients(grad_taps.total, grad_y, weight)
 
 
 def forward(
@@ -47,7 +47,7 @@ def forward(
     """The convolution of values_of(strip), [pixels, Cin], for strips of x [N, H, W, Cin]."""
     y = x.new_empty(*x.shape[:3], len(weight))
     taps, memory = taps_of(weight, x.dtype), StripMemory(x)
-    for strip in _strips(x, weight):
+    for strip in _strips(x, len(weight)):
         # The rows above and below take part; their products come twice.
         row, row_end = max(0, strip.row - 1), min(x.shape[1], strip.row_end + 1)
         values = values_of(Strip(strip.image, strip.images, row, row_end))
@@ -57,22 +57,20 @@ def forward(
     return y.permute(0, 3, 1, 2)
 
 
-def backward_strips(grad_y: Tensor, x: Tensor, weight: Tensor) -> Iterator[tuple[Strip, Tensor]]:
+def backward_strips(grad_y: Tensor, x: Tensor, outputs: int) -> Iterator[tuple[Strip, Tensor]]:
     """Strips, and what of grad_y meets each of their pixels: planes [9 * Cout, pixels]."""
     memory = StripMemory(x)
-    for strip in _strips(x, weight):
+    for strip in _strips(x, outputs):
         pixels = strip.images * (strip.row_end - strip.row) * x.shape[2]
-        planes = memory.matrix(9 * len(weight), pixels)
+        planes = memory.matrix(9 * outputs, pixels)
         torch.ops.fdda._gather_taps(grad_y, planes, *strip.place())
         yield strip, planes
 
 
-def weight_gradients(
-    grad_taps: PixelProduct, grad_y: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def weight_gradients(grad_taps: Tensor, grad_y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Those of weight and bias, from the sum of all strips' planes times values."""
     outputs, inputs = weight.shape[:2]
-    grad_weight = grad_taps.total.view(3, 3, outputs, inputs).permute(2, 3, 0, 1).contiguous()
+    grad_weight = grad_taps.view(3, 3, outputs, inputs).permute(2, 3, 0, 1).contiguous()
     return grad_weight, grad_y.sum((0, 1, 2), dtype=torch.float32)
 
 
@@ -98,11 +96,11 @@ class StripMemory:
         return self.matrix(strip.images * (strip.row_end - strip.row) * width, channels)
 
 
-def _strips(x: Tensor, weight: Tensor) -> list[Strip]:
+def _strips(x: Tensor, outputs: int) -> list[Strip]:
     batch, height, width, inputs = x.shape
     if x.numel() == 0:
         return []
-    return strips(batch, height, x.element_size() * width * (2 * inputs + 9 * len(weight)))
+    return strips(batch, height, x.element_size() * width * (2 * inputs + 9 * outputs))
 
 
 def _pixels(x: Tensor, strip: Strip) -> Tensor:

@@ -9,6 +9,7 @@ twice than to store: once for the sums that batch norm needs of it, once for the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from fdda_fast.ops import _few_outputs
 from fdda_fast.ops._few_outputs import StripMemory, backward_strips, taps_of
 from fdda_fast.ops._layout import nhwc
-from fdda_fast.ops._products import PixelProduct, multiply
+from fdda_fast.ops._products import PixelProduct, multiply, prefers_own
 from fdda_fast.ops._strips import Strip
 
 _FEW_CHANNELS = 16  # fill no vector: then a row counts as a pixel of as many channels as it has
@@ -99,24 +100,10 @@ def conditional_bn_lrelu_conv3x3_backward(
     x, grad_y, grad_x = nhwc(x), nhwc(grad_y), nhwc(grad_result)
     group = _group_of(groups)
     tables = _tables(group, *norm, mean, var, eps)
-    taps = taps_of(weight, x.dtype)
-    values_memory, grad_memory = StripMemory(x), StripMemory(x)
-
-    def gradients() -> Iterator[tuple[Strip, Tensor, Tensor]]:
-        """Strips with the gradient of the normalised tensor, and the planes it is made of."""
-        for strip, planes in backward_strips(grad_y, x, weight):
-            grad = grad_memory.pixels(strip)
-            multiply(planes.t(), taps, grad)
-            yield strip, grad, planes
-
-    sums = x.new_zeros(2, len(x), x.shape[3], dtype=torch.float64)
-    grad_taps = PixelProduct(x, *taps.shape)
-    for strip, grad, planes in gradients():
-        values = values_memory.pixels(strip)
-        torch.ops.fdda._norm_strip_sums(
-            x, tables, negative_slope, grad, values, sums, *strip.place()
-        )
-        grad_taps.add(planes.t(), values)
+    taps = taps_of(weight, x.dtype).contiguous()
+    passes = _Passes if prefers_own(x) else _StripPasses
+    given = passes(x, tables, negative_slope, grad_y.contiguous(), taps)
+    sums, grad_taps = given.sums()
 
     # Batch norm's statistics take from the gradient of x, per group: shift + (x - mean) * slope.
     inverse_std = (var.double() + eps).rsqrt()
@@ -129,14 +116,63 @@ def conditional_bn_lrelu_conv3x3_backward(
     sums[1] *= inverse_std[group]
     grad_norm_bias, grad_norm_weight = per_class.index_add_(1, labels, sums).float()
 
-    for strip, grad, _ in gradients():
-        torch.ops.fdda._norm_strip_gradient(
-            x, tables, negative_slope, grad, corrections, grad_x, *strip.place()
-        )
+    given.gradient(corrections, grad_x)
     if grad_x.data_ptr() != grad_result.data_ptr():
         grad_result.copy_(grad_x.permute(0, 3, 1, 2))
     grads = _few_outputs.weight_gradients(grad_taps, grad_y, weight)
     return grad_result, grad_norm_weight, grad_norm_bias, *grads
+
+
+class _Passes(NamedTuple):
+    """What the backward needs twice over all pixels, strip by strip in compiled code."""
+
+    x: Tensor
+    tables: Tensor
+    negative_slope: float
+    grad_y: Tensor
+    taps: Tensor
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Per sample and channel float64 [2, N, Cin], see NormStripSums; the taps' gradient."""
+        x = self.x
+        sums = x.new_zeros(2, len(x), x.shape[3], dtype=torch.float64)
+        grad_taps = torch.zeros_like(self.taps, dtype=torch.float32)
+        torch.ops.fdda._norm_few_outputs_sums(*self, sums, grad_taps)
+        return sums, grad_taps
+
+    def gradient(self, corrections: Tensor, grad_x: Tensor) -> None:
+        torch.ops.fdda._norm_few_outputs_gradient(*self, corrections, grad_x)
+
+
+class _StripPasses(_Passes):
+    """The same with the framework's matrix products."""
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        x, tables, negative_slope, *_ = self
+        sums = x.new_zeros(2, len(x), x.shape[3], dtype=torch.float64)
+        product, memory = PixelProduct(x, *self.taps.shape), StripMemory(x)
+        for strip, grad, planes in self._gradients():
+            values = memory.pixels(strip)
+            torch.ops.fdda._norm_strip_sums(
+                x, tables, negative_slope, grad, values, sums, *strip.place()
+            )
+            product.add(planes.t(), values)
+        return sums, product.total
+
+    def gradient(self, corrections: Tensor, grad_x: Tensor) -> None:
+        x, tables, negative_slope, *_ = self
+        for strip, grad, _ in self._gradients():
+            torch.ops.fdda._norm_strip_gradient(
+                x, tables, negative_slope, grad, corrections, grad_x, *strip.place()
+            )
+
+    def _gradients(self) -> Iterator[tuple[Strip, Tensor, Tensor]]:
+        """Strips with the gradient of the normalised tensor, and the planes it is made of."""
+        memory = StripMemory(self.x)
+        for strip, planes in backward_strips(self.grad_y, self.x, len(self.taps) // 9):
+            grad = memory.pixels(strip)
+            multiply(planes.t(), self.taps, grad)
+            yield strip, grad, planes
 
 
 def _group_of(groups: list[int]) -> Tensor:

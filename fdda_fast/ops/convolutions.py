@@ -241,3 +241,8 @@ define_pass(
     f"_norm_strip_gradient({_NORM}, Tensor grad_y, Tensor corrections, Tensor(a!) grad_x, {_STRIP})"
     " -> ()"
 )
+_CONVOLVED = f"{_NORM}, Tensor grad_y, Tensor taps"
+define_pass(f"_norm_few_outputs_sums({_CONVOLVED}, Tensor(a!) sums, Tensor(b!) grad_taps) -> ()")
+define_pass(
+    f"_norm_few_outputs_gradient({_CONVOLVED}, Tensor corrections, Tensor(a!) grad_x) -> ()"
+)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdda_fast import ops
-from fdda_fast.ops import _strips, reference
+from fdda_fast.ops import _norm_few_outputs, _products, _strips, reference
 
 EPS, SLOPE = 0.8, 0.2
 
@@ -15,6 +15,13 @@ EPS, SLOPE = 0.8, 0.2
 def strip_bytes(request, monkeypatch):
     """Several images a strip, several rows, one row."""
     monkeypatch.setattr(_strips, "STRIP_BYTES", request.param)
+
+
+@pytest.fixture(params=[True, False], ids=["own products", "framework's products"])
+def products(request, monkeypatch):
+    """Each way on every processor, which otherwise chooses."""
+    for module in (_products, _norm_few_outputs):
+        monkeypatch.setattr(module, "prefers_own", lambda a: ISAS != [None] and request.param)
 
 
 @st.composite
@@ -81,7 +88,7 @@ def off(found, exact):
     return (found.double() - exact).square().mean().sqrt().item() if exact.numel() else 0.0
 
 
-@pytest.mark.usefixtures("strip_bytes")
+@pytest.mark.usefixtures("strip_bytes", "products")
 @QUICK
 @given(case=cases(), seed=st.integers(0, 2**32 - 1))
 def test_results_and_gradients(case, seed):
@@ -108,6 +115,22 @@ def test_results_and_gradients(case, seed):
             assert off(result, want) <= 1.5 * off(apart, want) + rounding, isa
 
 
+@pytest.mark.usefixtures("products")
+def test_images_of_several_strips():
+    """As many pixels as do not fit into a second-level cache, in strips of unequal heights."""
+    g = generator(5)
+    labels, groups = torch.tensor([0, 2, 1]), [1, 2]
+    tensors = [torch.randn(s, generator=g) for s in [(3, 64, 71, 40), (3, 64), (3, 64)]]
+    tensors += [torch.randn(3, 64, 3, 3, generator=g) / 24, torch.randn(3, generator=g)]
+    grad_y = torch.randn(3, 3, 71, 40, generator=g)
+    exact = gradients(plain(labels, groups), [t.double() for t in tensors], grad_y)
+    for isa in ISAS:
+        with on_isa(isa):
+            found = gradients(fused(labels, groups), tensors, grad_y)
+        for result, want in zip(found, exact, strict=True):
+            assert off(result, want) <= 1e-5 * want.square().mean().sqrt().item()
+
+
 @QUICK
 @given(case=cases())
 def test_statistics_are_those_of_class_moments(case):
@@ -124,6 +147,7 @@ def test_statistics_are_those_of_class_moments(case):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.usefixtures("products")
 def test_threads_do_not_change_the_result(isa, dtype, rows, monkeypatch):
     monkeypatch.setattr(_strips, "STRIP_BYTES", rows * 30 * 64 * 4)
     g = generator(3)
