@@ -26,13 +26,15 @@ if os.environ.get("FDDA_FAST_SANITIZE") == "1":
     COMMON_FLAGS += ["-O1", "-g", "-fno-sanitize-recover=undefined", *SANITIZERS]
 # Neither errno nor floating-point exceptions are read: comparisons and roundings may be vectorised.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-BFLOAT16_KERNELS = ["product_bfloat16", "winograd_bfloat16", "winograd_upsample_bfloat16"]
+BFLOAT16_KERNELS = [
+    *("bn_relu_fake_quantize", "class_moments", "few_outputs_conv", "norm_strip"),
+    *("norm_few_outputs", "products", "product_bfloat16"),
+    *("winograd_bfloat16", "winograd_upsample_bfloat16"),
+]
 PORTABLE_KERNELS = [
-    *("fake_quantize", "bn_relu_fake_quantize", "class_moments", "conditional_bn"),
-    *("upsample_conv", "few_outputs_conv", "norm_strip", "norm_few_outputs"),
-    *("winograd", "winograd_upsample", "upsample_norm"),
     *BFLOAT16_KERNELS,
-    *("products", "linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
+    *("conditional_bn", "fake_quantize", "upsample_conv", "winograd", "winograd_upsample"),
+    *("upsample_norm", "linear_maps", "max_pool", "pixels", "weights", "depthwise", "table"),
 ]
 # gcc 12 reports its own "undefined register" intrinsics.
 GCC_NOISE = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -54,7 +56,7 @@ ISAS = {
         AVX512VNNI_FLAGS,
     ),
     # A part of avx512vnni where the processor has it.
-    "avx512bf16": (BFLOAT16_KERNELS, [*AVX512VNNI_FLAGS, "-mavx512bf16"]),
+    "avx512bf16": ([*BFLOAT16_KERNELS, "table_bfloat16"], [*AVX512VNNI_FLAGS, "-mavx512bf16"]),
     # Packed convolutions only; everything else is avx512vnni's.
     "amx": (
         ["gemm_u8s8_32x32__amx"],

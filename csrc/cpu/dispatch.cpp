@@ -24,13 +24,7 @@ const Kernels avxvnni_kernels = with_packed_conv2d(
 bool supports_avx512bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
 Kernels with_bfloat16(Kernels kernels) {
-  if (supports_avx512bf16()) {
-    kernels.product_bfloat16 = avx512bf16::product_bfloat16;
-    kernels.winograd_bfloat16 = avx512bf16::winograd_bfloat16;
-    kernels.winograd_bfloat16_gradient = avx512bf16::winograd_bfloat16_gradient;
-    kernels.winograd_upsample_bfloat16 = avx512bf16::winograd_upsample_bfloat16;
-    kernels.winograd_upsample_bfloat16_gradient = avx512bf16::winograd_upsample_bfloat16_gradient;
-  }
+  if (supports_avx512bf16()) avx512bf16::take_bfloat16(kernels);
   return kernels;
 }
 

@@ -493,14 +493,10 @@ extern const Kernels kernels;
 namespace avx512vnni {
 extern const Kernels kernels;
 }
-// Convolutions on bfloat16 products; a part of avx512vnni where the processor has them.
+// What rounds to bfloat16 and multiplies it by instructions of its own; avx512vnni's otherwise.
 namespace avx512bf16 {
-void product_bfloat16(const ProductBFloat16&);
-void winograd_bfloat16(const WinogradBFloat16&);
-void winograd_bfloat16_gradient(const WinogradBFloat16Gradient&);
-void winograd_upsample_bfloat16(const WinogradBFloat16&);
-void winograd_upsample_bfloat16_gradient(const WinogradBFloat16Gradient&);
-}  // namespace avx512bf16
+void take_bfloat16(Kernels&);
+}
 // Packed convolutions on tiles; the other kernels are avx512vnni's.
 namespace amx {
 const char* packed_conv2d(const PackedConv&);

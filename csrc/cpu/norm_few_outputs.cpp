@@ -30,9 +30,8 @@ void multiply(int64_t rows, int64_t depth, int64_t columns, Matrix<T> a, Matrix<
               to, total != nullptr});
   } else {
     const auto bits = [](const T* numbers) { return reinterpret_cast<const uint16_t*>(numbers); };
-    active_kernels().product_bfloat16({rows, depth, columns, bits(a.numbers), a.row, a.column,
-                                       bits(b.numbers), b.row, b.column,
-                                       reinterpret_cast<uint16_t*>(out), total});
+    product_bfloat16({rows, depth, columns, bits(a.numbers), a.row, a.column, bits(b.numbers),
+                      b.row, b.column, reinterpret_cast<uint16_t*>(out), total});
   }
 }
 
