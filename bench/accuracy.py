@@ -35,14 +35,14 @@ from typing import Any, NamedTuple
 import glyphs
 import torch
 from accuracy_methods import ABLATIONS, EVERY, METHODS, Method
-from accuracy_table import FP32, table
+from accuracy_table import FP32, Measured, table
 from result_rows import append_result, read_results
 from rich.console import Console
 from torch import nn
 
 import fdda_fast as fdda
 from fdda_fast.data import draw, open_source
-from fdda_fast.evaluation import accuracy
+from fdda_fast.evaluation import share_equal
 from fdda_fast.generator import Generator
 from fdda_fast.models import load_teacher
 from fdda_fast.models.train import RECIPES
@@ -81,6 +81,19 @@ class Network:
             glyphs.make_once()
         self.teacher = load_teacher(name)
         self.train, self.test = (open_source(dataset, split) for split in ("train", "test"))
+        self.logits = self.logits_of(self.teacher)
+
+    @torch.no_grad()
+    def logits_of(self, network: nn.Module) -> torch.Tensor:
+        """Of the test set."""
+        batches = torch.arange(len(self.test)).split(250)
+        return torch.cat([network(self.test.images(rows.tolist())) for rows in batches])
+
+    def measure(self, network: nn.Module, seconds: float) -> Measured:
+        logits = self.logits_of(network)
+        apart = logits - self.logits
+        error = (apart - apart.mean(1, keepdim=True)).square().mean().item()
+        return Measured(share_equal(logits.argmax(1), self.test.labels), error, seconds)
 
 
 class Experiment:
@@ -130,23 +143,23 @@ class Experiment:
 
 def run(rows: Sequence[Row], results: Path) -> None:
     """Computes the rows that the file does not have, and FP32's."""
-    known = read_results(results, Row._fields)
+    known = read_results(results, Row._fields, Measured)
     missing = [row for row in rows if row not in known]
     opened = functools.cache(Network)
     for name in dict.fromkeys(row.network for row in rows):
         row = Row(name, *FP32)
         if row not in known:
-            top1 = accuracy(opened(name).teacher, opened(name).test)
-            append_result(results, row, top1, 0.0, Row._fields)
+            found = opened(name).measure(opened(name).teacher, 0.0)
+            append_result(results, row, found, Row._fields)
     done = 0
     for (name, seed), group in groupby(missing, lambda row: (row.network, row.seed)):
         experiment = Experiment(opened(name), seed)
         for row in group:
             student, seconds = experiment.student(EVERY[row.method], COLUMNS[row.bits])
-            top1 = accuracy(student, opened(name).test)
-            append_result(results, row, top1, seconds, Row._fields)
+            found = opened(name).measure(student, seconds)
+            append_result(results, row, found, Row._fields)
             done += 1
-            figures = f"{100 * top1:.2f} %, {seconds:.0f} s"
+            figures = f"{100 * found.top1:.2f} %, {found.logit_error:.3f}, {seconds:.0f} s"
             print(f"{done} of {len(missing)}: {' '.join(map(str, row))}: {figures}", flush=True)
 
 
@@ -171,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.table:
         orders = product(args.seeds, networks, methods, args.bits)
         run([Row(*order, seed) for seed, *order in orders], args.results)
-    found = read_results(args.results, Row._fields)
+    found = read_results(args.results, Row._fields, Measured)
     for network in networks:
         if (network, *FP32) in found:
             Console(width=170).print(table(found, network, methods, args.bits, args.seeds))

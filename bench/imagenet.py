@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from result_rows import append_result, read_results
+from result_rows import Result, append_result, read_results
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -75,7 +75,7 @@ class Network:
         """Seconds are those before the images are counted."""
         seconds = time.monotonic() - start
         top1 = accuracy(network, self.test, self.args.limit, batch_size=64)
-        append_result(self.results, (seed, method, bits), top1, seconds)
+        append_result(self.results, (seed, method, bits), Result(top1, seconds))
         print(f"{self.name} seed {seed} {method} {bits}: {100 * top1:.2f} %, {seconds:.0f} s")
 
     def _packed(self, seed: int, method: str, bits: str, calibration: Batch) -> fdda.PackedModel:

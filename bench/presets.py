@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accuracy import COLUMNS
-from result_rows import append_result, read_results
+from result_rows import Result, append_result, read_results
 from rich.console import Console
 from rich.table import Table
 
@@ -75,7 +75,7 @@ def main() -> None:
                 if row not in read_results(results):
                     file = results.with_suffix(f".{seed}-{name}-{text}.unfinished")
                     top1, seconds = run(args.dataset, seed, name, COLUMNS[text], file)
-                    append_result(results, row, top1, seconds)
+                    append_result(results, row, Result(top1, seconds))
                 top1, seconds = read_results(results)[row]
                 table.add_row(str(seed), text, name, f"{100 * top1:.2f}", f"{seconds:.0f}")
     Console().print(table)

@@ -6,7 +6,7 @@ import csv
 import fcntl
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 KEY = ("seed", "method", "bits")
 
@@ -18,8 +18,16 @@ class Result(NamedTuple):
     seconds: float
 
 
-def read_results(path: Path, key: Sequence[str] = KEY) -> dict[tuple, Result]:
+Kind = TypeVar("Kind", bound=NamedTuple)
+
+
+def read_results(
+    path: Path, key: Sequence[str] = KEY, kind: type[Kind] = Result
+) -> dict[tuple, Kind]:
     """Results by the values of the columns `key`; seeds are integers, the others strings.
+
+    Args:
+        kind: a named tuple of floats; its fields are the columns behind.
 
     Raises:
         ValueError: the file has other columns.
@@ -28,20 +36,18 @@ def read_results(path: Path, key: Sequence[str] = KEY) -> dict[tuple, Result]:
         return {}
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
-        columns = [*key, *Result._fields]
+        columns = [*key, *kind._fields]
         if rows.fieldnames != columns:
             raise ValueError(f"{path}: expected the columns {columns}, got {rows.fieldnames}")
         return {
-            tuple(int(row[c]) if c == "seed" else row[c] for c in key): Result(
-                float(row["top1"]), float(row["seconds"])
+            tuple(int(row[c]) if c == "seed" else row[c] for c in key): kind(
+                *(float(row[c]) for c in kind._fields)
             )
             for row in rows
         }
 
 
-def append_result(
-    path: Path, row: tuple, top1: float, seconds: float, key: Sequence[str] = KEY
-) -> None:
+def append_result(path: Path, row: tuple, result: NamedTuple, key: Sequence[str] = KEY) -> None:
     """Adds a row; several processes may do so at once.
 
     Args:
@@ -52,5 +58,5 @@ def append_result(
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         writer = csv.writer(file, lineterminator="\n")
         if file.seek(0, 2) == 0:
-            writer.writerow([*key, *Result._fields])
-        writer.writerow([*row, f"{top1:.4f}", f"{seconds:.1f}"])
+            writer.writerow([*key, *result._fields])
+        writer.writerow([*row, *(f"{value:.4f}" for value in result)])

@@ -12,7 +12,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import accuracy
 from accuracy_methods import ABLATIONS, EVERY, METHODS
-from accuracy_table import gap_closed, table
+from accuracy_table import Measured, gap_closed, table
 from result_rows import Result, append_result, read_results
 
 import fdda_fast as fdda
@@ -142,10 +142,10 @@ def test_the_same_number_of_each_class(classes, each):
 def known(**methods):
     """Results of W4A4 from lists of percentages by seed."""
     names = {"alone": "reconstruct", "ours": "fdda+reconstruct", "bound": "reconstruct-1024"}
-    results = {("n", "fp32", "FP32", 0): Result(0.95, 0.0)}
+    results = {("n", "fp32", "FP32", 0): Measured(0.95, 0.0, 0.0)}
     for name, values in methods.items():
         for seed, value in enumerate(values, 1):
-            results["n", names[name], "W4A4", seed] = Result(value / 100, 10.0 * seed)
+            results["n", names[name], "W4A4", seed] = Measured(value / 100, 0.1 * seed, 10.0 * seed)
     return results
 
 
@@ -166,13 +166,13 @@ def test_table():
     assert "FP32 95.00 %" in lines[0]
     cells = {c[0].strip(): c for c in (line.split("│")[1:-1] for line in lines) if c}
     of = {title: [c.strip() for c in row[1:]] for title, row in cells.items()}
-    assert of[EVERY["reconstruct"].title] == ["94.70 ± 0.14 (-0.30) ✓", "15"]
-    assert of[EVERY["fdda+reconstruct"].title] == ["94.71* (-0.29) ✓", "10"]
-    assert of[EVERY["fdda"].title] == ["", ""]
+    assert of[EVERY["reconstruct"].title] == ["94.70 ± 0.14 (-0.30) ✓", "0.150", "15"]
+    assert of[EVERY["fdda+reconstruct"].title] == ["94.71* (-0.29) ✓", "0.100", "10"]
+    assert of[EVERY["fdda"].title] == ["", "", ""]
 
 
 def test_rows_of_other_columns_are_refused(tmp_path):
-    append_result(tmp_path / "old.csv", (1, "fdda", "W4A4"), 0.5, 1.0)
+    append_result(tmp_path / "old.csv", (1, "fdda", "W4A4"), Result(0.5, 1.0))
     assert read_results(tmp_path / "old.csv") == {(1, "fdda", "W4A4"): (0.5, 1.0)}
     with pytest.raises(ValueError, match=r"old\.csv: expected the columns \['network'"):
         read_results(tmp_path / "old.csv", accuracy.Row._fields)
