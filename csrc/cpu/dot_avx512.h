@@ -47,23 +47,29 @@ struct Panels {
 
 // sums = op(sums, inputs, weights) for one step: four bytes of each row, at rows(r).
 template <int ROWS, int PANELS, class Rows, class Op>
-inline __attribute__((always_inline)) void add_step(__m512i (&sums)[ROWS][PANELS], Rows& rows,
-                                                    Panels& w, Op op) {
-  __m512i b[PANELS];
-#pragma GCC unroll 2
-  for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w.next + p * w.panel);
-#pragma GCC unroll 14
+inline __attribute__((always_inline)) void add_rows(__m512i (&sums)[ROWS][PANELS], Rows& rows,
+                                                    const __m512i (&w)[PANELS], Op op) {
+#pragma GCC unroll 28
   for (int r = 0; r < ROWS; ++r) {
     int32_t four;
     memcpy(&four, rows(r), sizeof four);
     const __m512i a = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p) {
-      sums[r][p] = op(sums[r][p], a, b[p]);
+      sums[r][p] = op(sums[r][p], a, w[p]);
       asm("" : "+v"(sums[r][p]));  // in this order, else gcc spills
     }
   }
   rows.next();
+}
+
+template <int ROWS, int PANELS, class Rows, class Op>
+inline __attribute__((always_inline)) void add_step(__m512i (&sums)[ROWS][PANELS], Rows& rows,
+                                                    Panels& w, Op op) {
+  __m512i b[PANELS];
+#pragma GCC unroll 2
+  for (int p = 0; p < PANELS; ++p) b[p] = _mm512_load_si512(w.next + p * w.panel);
+  add_rows(sums, rows, b, op);
   w.next += w.step;
 }
 

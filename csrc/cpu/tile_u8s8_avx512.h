@@ -5,6 +5,7 @@
 #include "operand_ranges.h"
 #include "packed_avx512.h"
 #include "parallel.h"
+#include "planes_avx512.h"
 
 namespace fdda {
 namespace FDDA_ISA {

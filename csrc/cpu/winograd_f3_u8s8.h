@@ -1,15 +1,14 @@
 // Winograd's F(3x3, 3x3) in 8-bit integers on AVX512-VNNI: inputs and weights.
 //
 //   inputs:    [25 positions][ceil(C / 64)][tiles][64 channels] u8
-//   weights:   [25 positions][C / 4][PANELS][16 outputs][4 inputs] s8, of PANELS * 16 outputs
+//   weights:   place_weights's, of one or two panels at a time
 //   sums:      [3 rows][5 columns][tiles of a group][PANELS][16 outputs] s32: the products of a
 //              column of positions, added up by A^T
 #pragma once
 
 #include "parallel.h"
-#include "planes_avx512.h"
 #include "winograd_f3.h"
-#include "winograd_tiles.h"
+#include "winograd_parts.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -27,28 +26,10 @@ typedef uint8_t Bytes __attribute__((vector_size(kLine)));  // added modulo 256
 bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t channel) {
   const int64_t tiles_y = ceil_div(conv.height, kStep), tiles_x = ceil_div(conv.width, kStep);
   const int64_t n = (b.first_row + row) / tiles_y, ty = (b.first_row + row) % tiles_y;
-  const int64_t valid = min64(kLine, conv.channels - channel);
-  const __mmask64 mask = ~uint64_t{0} >> (kLine - valid);
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(conv.x_zero_point));
-  alignas(64) uint8_t outside[kLine];
-  _mm512_store_si512(outside, zero);
-  const uint8_t* rows[kPoints];
-  int64_t steps[kPoints];
-#pragma GCC unroll 5
-  for (int i = 0; i < kPoints; ++i) {
-    const int64_t y = kStep * ty - 1 + i;
-    const bool inside = y >= 0 && y < conv.height;
-    const int64_t pixel = (n * conv.height + y) * conv.width;
-    rows[i] = inside ? conv.x + pixel * conv.channels + channel : outside;
-    steps[i] = inside ? conv.channels : 0;
-  }
+  const InputRows<kPoints> rows(conv, n, kStep * ty - 1, channel);
   Bytes seen = {};
   auto read = [&](int64_t x, Bytes* d) __attribute__((always_inline)) {
-    const bool inside = x >= 0 && x < conv.width;
-#pragma GCC unroll 5
-    for (int i = 0; i < kPoints; ++i) {
-      d[i] = (Bytes)(inside ? _mm512_maskz_loadu_epi8(mask, rows[i] + x * steps[i]) : zero);
-    }
+    rows.read(x, d);
     seen |= d[1] | d[2] | d[3];  // the other two rows are these of other tiles
   };
   const Bytes shift = (Bytes)_mm512_set1_epi8(static_cast<char>(F3::kShift));
@@ -64,23 +45,17 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
 
 struct Panel {
   int8_t* weights;
-  int64_t position_stride;
   alignas(64) int32_t constants[kStep * kStep][2 * kPanelRows];  // to be added to outputs
 };
 
-// 16 outputs, the `half`th of `panels`.
-void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half, Panel* panel) {
-  const int64_t k4 = conv.channels / kBlockDepth, depth = 9 * conv.channels;
-  const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
-  const MaskedAdds<2> expand({conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth});
-  alignas(64) int8_t offsets[kLine] = {};
-  for (int64_t j = 0; j < min64(kLine, kBlockDepth * (conv.out_channels - channel)); ++j) {
-    offsets[j] = static_cast<int8_t>(conv.weight_offset[channel + j / kBlockDepth]);
-  }
-  const __m512i offset = _mm512_load_si512(offsets);
+// 16 outputs, the `half`th of the panels.
+void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* panel) {
+  const int64_t k4 = conv.channels / kBlockDepth;
+  const MaskedAdds<2> expand(planes_of(conv, channel));
+  const __m512i offset = offsets_of(conv, channel);
   __m512i sums[5] = {};  // of taps (1, 1), (1, 2), (2, 1), (2, 2), and of -3 times all
-  int8_t* out = panel->weights + half * kLine;
-  for (int64_t k = 0; k < k4; ++k, out += panels * kLine) {
+  for (int64_t k = 0; k < k4; ++k) {
+    int8_t* const out = place_weights(panel->weights, kPositions, k) + half * kLine;
     Bytes g[9], u[kPositions];
 #pragma GCC unroll 9
     for (int t = 0; t < 9; ++t) g[t] = (Bytes)_mm512_add_epi8(expand(t * k4 + k), offset);
@@ -90,7 +65,7 @@ void expand_panel(const PackedConv& conv, int64_t channel, int panels, int half,
     for (int t = 0; t < 5; ++t) sums[t] = add_fours(sums[t], (__m512i)summed[t]);
 #pragma GCC unroll 25
     for (int p = 0; p < kPositions; ++p) {
-      _mm512_store_si512(out + p * panel->position_stride, (__m512i)u[p]);
+      _mm512_store_si512(out + p * kWeightStep, (__m512i)u[p]);
     }
   }
 

@@ -2,10 +2,8 @@
 // division of work. The other transforms and the layouts are in winograd_f3_u8s8.h.
 
 #include "operand_ranges.h"
-#include "planes_avx512.h"
 #include "tile_u8s8_avx512.h"
 #include "winograd_f3_u8s8.h"
-#include "winograd_parts.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -25,7 +23,6 @@ struct Column {
   const uint8_t* inputs;  // of position 0: first tile, first 64 channels
   int64_t line_stride, input_stride;
   const int8_t* weights;
-  int64_t weight_stride;
   int64_t k4;
   bool has_thirds;  // the products of position 1 are to be multiplied by -3
   int32_t* sums[kStep];
@@ -35,12 +32,9 @@ template <int ROWS, int PANELS>
 inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PANELS],
                                                         const Column& c, int position,
                                                         int64_t first) {
-  const uint8_t* line = c.inputs + position * c.input_stride + first * kLine;
-  Panels weights{c.weights + position * c.weight_stride, kLine, PANELS * kLine};
-  for (int64_t left = c.k4; left > 0; left -= kLine / kBlockDepth, line += c.line_stride) {
-    Lines rows{line};
-    add_products(acc, rows, weights, min64(left, kLine / kBlockDepth), INT64_MAX);
-  }
+  add_lines(acc, c.inputs + position * c.input_stride + first * kLine, c.line_stride,
+            c.weights + kPoints * position * kWeightStep, kPositions * kWeightStep, c.k4,
+            INT64_MAX);
 }
 
 // op(sum of a, sum of b, its place in memory) for each.
@@ -149,11 +143,10 @@ void run_panel(const PackedConv& conv, bool narrow, const Block& b, int64_t chan
                      : conv.epilogue.residual_u8 ? store_tiles<PANELS, Output::kCodesPlusCodes>
                                                  : store_tiles<PANELS, Output::kCodes>;
   Panel panel;
-  const int64_t k4 = conv.channels / kBlockDepth;
-  panel.position_stride = k4 * PANELS * kLine + 3 * kLine;  // no power of two either
-  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, kPositions * panel.position_stride));
+  const int64_t weight_bytes = ceil_div(conv.channels, kLine) * kPositions * kWeightStep;
+  panel.weights = static_cast<int8_t*>(scratch(kLocalWeights, weight_bytes));
   for (int half = 0; half < PANELS; ++half) {
-    expand_panel(conv, channel + half * kPanelRows, PANELS, half, &panel);
+    expand_panel(conv, channel + half * kPanelRows, half, &panel);
   }
   constexpr int64_t stride = sum_stride(PANELS);
   int32_t* sums =
@@ -165,9 +158,8 @@ void run_panel(const PackedConv& conv, bool narrow, const Block& b, int64_t chan
       const Column column{b.inputs + j * b.position_stride + begin * kLine,
                           b.line_stride,
                           kPoints * b.position_stride,
-                          panel.weights + j * panel.position_stride,
-                          kPoints * panel.position_stride,
-                          k4,
+                          panel.weights + j * kWeightStep,
+                          conv.channels / kBlockDepth,
                           j == 1,
                           {own, own + kPoints * stride, own + 2 * kPoints * stride}};
       for (int without = 0; without < 2; ++without) {

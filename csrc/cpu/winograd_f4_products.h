@@ -52,15 +52,8 @@ template <int ROWS, int PANELS>
 inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PANELS],
                                                         const Products& p, int position,
                                                         int64_t first) {
-  const uint8_t* line = p.inputs + position * p.position_stride + first * kLine;
-  const int8_t* weights = p.panel.weights + position * kWeightStep;
-  for (int64_t left = p.k4; left > 0; left -= kLineSteps) {
-    Lines rows{line};
-    Panels panels{weights, kLine, 2 * kLine};
-    add_products(acc, rows, panels, min64(left, kLineSteps), INT64_MAX);
-    line += p.line_stride;
-    weights += kPositions * kWeightStep;
-  }
+  add_lines(acc, p.inputs + position * p.position_stride + first * kLine, p.line_stride,
+            p.panel.weights + position * kWeightStep, kPositions * kWeightStep, p.k4, INT64_MAX);
 }
 
 // ---- by lines of columns ----
@@ -213,23 +206,13 @@ template <int ROWS, int PANELS>
 inline __attribute__((always_inline)) void add_of_sums(__m512i (&acc)[ROWS][PANELS], Lines rows,
                                                        const int8_t* a, const int8_t* b,
                                                        int64_t steps) {
-  for (int64_t i = 0; i < steps; ++i, a += 2 * kLine, b += 2 * kLine, rows.next()) {
+  for (int64_t i = 0; i < steps; ++i, a += 2 * kLine, b += 2 * kLine) {
     __m512i w[PANELS];
 #pragma GCC unroll 2
     for (int p = 0; p < PANELS; ++p) {
       w[p] = _mm512_add_epi8(_mm512_load_si512(a + p * kLine), _mm512_load_si512(b + p * kLine));
     }
-#pragma GCC unroll 28
-    for (int r = 0; r < ROWS; ++r) {
-      int32_t four;
-      memcpy(&four, rows(r), sizeof four);
-      const __m512i x = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
-      for (int p = 0; p < PANELS; ++p) {
-        acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], x, w[p]);
-        asm("" : "+v"(acc[r][p]));  // in this order, else gcc spills
-      }
-    }
+    add_rows(acc, rows, w, _mm512_dpbusd_epi32);
   }
 }
 

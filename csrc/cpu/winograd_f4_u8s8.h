@@ -8,9 +8,8 @@
 #include <type_traits>
 
 #include "parallel.h"
-#include "planes_avx512.h"
 #include "winograd_f4.h"
-#include "winograd_tiles.h"
+#include "winograd_parts.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -32,30 +31,13 @@ bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t 
   constexpr int kRows = WHOLE ? kPoints : F4::kReal;
   const int64_t tiles_y = ceil_div(conv.height, kStep), tiles_x = ceil_div(conv.width, kStep);
   const int64_t n = (b.first_row + row) / tiles_y, top = (b.first_row + row) % tiles_y * kStep - 1;
-  const __mmask64 mask = ~uint64_t{0} >> (kLine - min64(kLine, conv.channels - channel));
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(conv.x_zero_point));
-  alignas(64) uint8_t outside[kLine];
-  _mm512_store_si512(outside, zero);
-  const uint8_t* rows[kRows];
-  int64_t steps[kRows];
-#pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    const int64_t y = top + i;
-    const bool inside = y >= 0 && y < conv.height;
-    const int64_t pixel = (n * conv.height + y) * conv.width;
-    rows[i] = inside ? conv.x + pixel * conv.channels + channel : outside;
-    steps[i] = inside ? conv.channels : 0;
-  }
+  const InputRows<kRows> rows(conv, n, top, channel);
   const int64_t columns = kStep * tiles_x + 2;
   Bytes* const lines = static_cast<Bytes*>(scratch(kLocalRows, columns * kRows * sizeof(Bytes)));
   Bytes seen = {};
   for (int64_t x = -1; x < columns - 1; ++x) {
-    const bool inside = x >= 0 && x < conv.width;
     Bytes d[kRows];
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      d[i] = (Bytes)(inside ? _mm512_maskz_loadu_epi8(mask, rows[i] + x * steps[i]) : zero);
-    }
+    rows.read(x, d);
 #pragma GCC unroll 6
     for (int i = 1; i < kRows - 1; ++i) seen |= d[i];  // the others are these of other tiles
     F4::transform_inputs<WHOLE>(d, lines + (x + 1) * kRows);
@@ -115,11 +97,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
                                                           const Expand& expand, int64_t channel,
                                                           int half, Panel* panel) {
   const int64_t k4 = conv.channels / kBlockDepth;
-  alignas(64) int8_t offsets[kLine] = {};
-  for (int64_t j = 0; j < min64(kLine, kBlockDepth * (conv.out_channels - channel)); ++j) {
-    offsets[j] = static_cast<int8_t>(conv.weight_offset[channel + j / kBlockDepth]);
-  }
-  const __m512i offset = _mm512_load_si512(offsets);
+  const __m512i offset = offsets_of(conv, channel);
   __m512i tap_sums[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) tap_sums[t] = _mm512_setzero_si512();
@@ -157,15 +135,10 @@ FDDA_GFNI inline void expand_by_matrices(const PackedConv& conv, const Planes& p
 
 template <bool ALL>
 void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* panel) {
-  const int64_t depth = 9 * conv.channels;
-  const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
-  const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
+  const Planes p = planes_of(conv, channel);
   if (has_gfni()) return expand_by_matrices<ALL>(conv, p, channel, half, panel);
-  switch (conv.bits) {
-    case 2: return expand_weights<ALL>(conv, MaskedAdds<2>(p), channel, half, panel);
-    case 3: return expand_weights<ALL>(conv, MaskedAdds<3>(p), channel, half, panel);
-    default: return expand_weights<ALL>(conv, MaskedAdds<4>(p), channel, half, panel);
-  }
+  with_masked_adds(
+      p, [&](const auto& expand) { expand_weights<ALL>(conv, expand, channel, half, panel); });
 }
 
 }  // namespace

@@ -2,11 +2,9 @@
 // work. The other transforms and the layouts are in winograd_f4_u8s8.h.
 
 #include "operand_ranges.h"
-#include "planes_avx512.h"
 #include "tile_u8s8_avx512.h"
 #include "winograd_f4_products.h"
 #include "winograd_inputs.h"
-#include "winograd_parts.h"
 
 namespace fdda {
 namespace FDDA_ISA {

@@ -1,6 +1,7 @@
 // How the packed Winograd convolutions of AVX-512 divide their work.
 #pragma once
 
+#include "planes_avx512.h"
 #include "row_tiles.h"
 #include "winograd_tiles.h"
 
@@ -10,6 +11,86 @@ namespace {
 
 constexpr int kPairRows = 2 * kPanelRows;          // outputs of two panels
 constexpr int64_t kInputBytes = int64_t{1} << 20;  // of V at a time: it stays in L2
+
+// The rows that a row of tiles reads of 64 channels from `channel` on.
+template <int COUNT>
+class InputRows {
+ public:
+  // top: the first of the rows, perhaps outside of the image.
+  InputRows(const PackedConv& conv, int64_t image, int64_t top, int64_t channel)
+      : width_(conv.width), mask_(~uint64_t{0} >> (kLine - min64(kLine, conv.channels - channel))) {
+    zero_ = _mm512_set1_epi8(static_cast<char>(conv.x_zero_point));
+    _mm512_store_si512(outside_, zero_);
+#pragma GCC unroll 6
+    for (int i = 0; i < COUNT; ++i) {
+      const int64_t y = top + i;
+      const bool inside = y >= 0 && y < conv.height;
+      const int64_t pixel = (image * conv.height + y) * conv.width;
+      rows_[i] = inside ? conv.x + pixel * conv.channels + channel : outside_;
+      steps_[i] = inside ? conv.channels : 0;
+    }
+  }
+  InputRows(const InputRows&) = delete;
+
+  // Those of column x, one below the other.
+  template <class Bytes>
+  __attribute__((always_inline)) void read(int64_t x, Bytes* d) const {
+    const bool inside = x >= 0 && x < width_;
+#pragma GCC unroll 6
+    for (int i = 0; i < COUNT; ++i) {
+      d[i] = (Bytes)(inside ? _mm512_maskz_loadu_epi8(mask_, rows_[i] + x * steps_[i]) : zero_);
+    }
+  }
+
+ private:
+  const int64_t width_;
+  const __mmask64 mask_;
+  __m512i zero_;
+  const uint8_t* rows_[COUNT];
+  int64_t steps_[COUNT];
+  alignas(64) uint8_t outside_[kLine];
+};
+
+// Four times each of the offsets of 16 outputs, zeros beyond the last one.
+inline __m512i offsets_of(const PackedConv& conv, int64_t channel) {
+  alignas(64) int8_t offsets[kLine] = {};
+  for (int64_t j = 0; j < min64(kLine, kBlockDepth * (conv.out_channels - channel)); ++j) {
+    offsets[j] = static_cast<int8_t>(conv.weight_offset[channel + j / kBlockDepth]);
+  }
+  return _mm512_load_si512(offsets);
+}
+
+// The bit planes of 16 outputs.
+inline Planes planes_of(const PackedConv& conv, int64_t channel) {
+  const int64_t depth = 9 * conv.channels;
+  const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
+  return {conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
+}
+
+// body(how to expand up to 4 bits by masked adds)
+template <class Body>
+void with_masked_adds(const Planes& p, Body body) {
+  switch (p.bits) {
+    case 2: return body(MaskedAdds<2>(p));
+    case 3: return body(MaskedAdds<3>(p));
+    default: return body(MaskedAdds<4>(p));
+  }
+}
+
+// Products of tiles of a position, from their first line of V and place_weights's weights on.
+template <int ROWS, int PANELS>
+inline __attribute__((always_inline)) void add_lines(__m512i (&acc)[ROWS][PANELS],
+                                                     const uint8_t* line, int64_t line_stride,
+                                                     const int8_t* weights, int64_t weight_stride,
+                                                     int64_t k4, int64_t exact_steps) {
+  for (; k4 > 0; k4 -= kLineSteps) {
+    Lines rows{line};
+    Panels panels{weights, kLine, 2 * kLine};
+    add_products(acc, rows, panels, min64(k4, kLineSteps), exact_steps);
+    line += line_stride;
+    weights += weight_stride;
+  }
+}
 
 // body(i) of all i below count; false as soon as one of them is, and then not of all.
 template <class Body>

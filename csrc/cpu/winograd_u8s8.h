@@ -21,9 +21,8 @@
 
 #include "operand_ranges.h"
 #include "parallel.h"
-#include "planes_avx512.h"
 #include "winograd_inputs.h"
-#include "winograd_tiles.h"
+#include "winograd_parts.h"
 
 namespace fdda {
 namespace FDDA_ISA {
@@ -32,6 +31,8 @@ namespace {
 constexpr int kPositions = 16;
 constexpr int64_t kLargestTransform = 126;  // of a weight
 constexpr int kWide = 2 * kPanelRows;       // outputs whose weights are expanded together
+
+typedef uint8_t Bytes __attribute__((vector_size(kLine)));  // added modulo 256
 
 struct Block : TileBlock<2> {
   int64_t code;          // the largest one
@@ -44,42 +45,19 @@ struct Block : TileBlock<2> {
 bool transform_row(const PackedConv& conv, const Block& b, int64_t row, int64_t channel) {
   const int64_t tiles_y = ceil_div(conv.height, 2), tiles_x = ceil_div(conv.width, 2);
   const int64_t n = (b.first_row + row) / tiles_y, ty = (b.first_row + row) % tiles_y;
-  const int64_t valid = min64(kLine, conv.channels - channel);
-  const __mmask64 mask = ~uint64_t{0} >> (kLine - valid);
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(conv.x_zero_point));
-  alignas(64) uint8_t outside[kLine];
-  _mm512_store_si512(outside, zero);
-  const uint8_t* rows[4];
-  int64_t steps[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const int64_t y = 2 * ty - 1 + i;
-    const bool inside = y >= 0 && y < conv.height;
-    const int64_t pixel = (n * conv.height + y) * conv.width;
-    rows[i] = inside ? conv.x + pixel * conv.channels + channel : outside;
-    steps[i] = inside ? conv.channels : 0;
-  }
-  typedef uint8_t Bytes __attribute__((vector_size(kLine)));
-  __m512i seen = zero;
-  auto read = [&](int64_t x, Bytes* out) __attribute__((always_inline)) {
-    __m512i d[4];
-    if (x < 0 || x >= conv.width) {
-      d[0] = d[1] = d[2] = d[3] = zero;
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) d[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + x * steps[i]);
-    }
-    // The other two rows are these of other tiles.
-    seen = _mm512_or_si512(seen, _mm512_or_si512(d[1], d[2]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) out[i] = (Bytes)d[i];
+  const InputRows<4> rows(conv, n, 2 * ty - 1, channel);
+  Bytes seen = {};
+  auto read = [&](int64_t x, Bytes* d) __attribute__((always_inline)) {
+    rows.read(x, d);
+    seen |= d[1] | d[2];  // the other two rows are these of other tiles
   };
-  const __m512i shift = _mm512_set1_epi8(static_cast<char>(2 * b.code));
+  const Bytes shift = (Bytes)_mm512_set1_epi8(static_cast<char>(2 * b.code));
   uint8_t* const inputs = b.inputs + channel / kLine * b.line_stride;
   const int32_t* slots = b.slots + row * tiles_x;
-  transform_inputs(tiles_x, (Bytes)shift, b.position_stride, read,
+  transform_inputs(tiles_x, shift, b.position_stride, read,
                    [&](int64_t tile) { return inputs + slots[tile] * kLine; });
-  return !_mm512_test_epi8_mask(seen, _mm512_set1_epi8(static_cast<char>(~kLargestCode)));
+  const char too_large = static_cast<char>(~kLargestCode);
+  return !_mm512_test_epi8_mask((__m512i)seen, _mm512_set1_epi8(too_large));
 }
 
 // ---- weights ----
@@ -125,14 +103,7 @@ inline __attribute__((always_inline)) void expand_weights(const PackedConv& conv
                                                           const Expand& expand, int64_t channel,
                                                           int half, Panel* panel) {
   const int64_t k4 = conv.channels / kBlockDepth;
-  const int64_t count = min64(kPanelRows, conv.out_channels - channel);
-  int8_t offsets[kPanelRows] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    offsets[j] = static_cast<int8_t>(conv.weight_offset[channel + j]);
-  }
-  const __m512i offset = _mm512_mullo_epi32(
-      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets))),
-      _mm512_set1_epi32(0x01010101));
+  const __m512i offset = offsets_of(conv, channel);
   __m512i tap_sums[9], sizes = _mm512_setzero_si512();
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) tap_sums[t] = _mm512_setzero_si512();
@@ -206,9 +177,7 @@ FDDA_GFNI inline void expand_small_weights(const PackedConv& conv, const Planes&
 #endif
 
 void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* panel) {
-  const int64_t depth = 9 * conv.channels;
-  const int64_t panel_bytes = depth / kBlockDepth * conv.bits * kPlaneBytes;
-  const Planes p{conv.weight + channel / kPanelRows * panel_bytes, conv.bits, depth};
+  const Planes p = planes_of(conv, channel);
 #if defined(__AVX512VNNI__)
   if (panel->bound <= kLargestTransform && has_gfni()) {
     panel->largest = panel->bound;
@@ -216,11 +185,8 @@ void expand_panel(const PackedConv& conv, int64_t channel, int half, Panel* pane
   }
 #endif
   // Bit matrices are slower here: their instructions share a port with the saturating sums.
-  switch (conv.bits) {
-    case 2: return expand_weights<true>(conv, MaskedAdds<2>(p), channel, half, panel);
-    case 3: return expand_weights<true>(conv, MaskedAdds<3>(p), channel, half, panel);
-    default: return expand_weights<true>(conv, MaskedAdds<4>(p), channel, half, panel);
-  }
+  with_masked_adds(
+      p, [&](const auto& expand) { expand_weights<true>(conv, expand, channel, half, panel); });
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 // division of work. The other transforms and the layouts are in winograd_u8s8.h.
 
 #include "packed_avx512.h"
-#include "winograd_parts.h"
 #include "winograd_u8s8.h"
 
 namespace fdda {
@@ -38,15 +37,8 @@ template <int ROWS, int PANELS>
 inline __attribute__((always_inline)) void add_position(__m512i (&acc)[ROWS][PANELS],
                                                         const Column& c, int position,
                                                         int64_t first) {
-  const uint8_t* line = c.inputs + position * c.input_stride + first * kLine;
-  const int8_t* weights = c.weights + 4 * position * kWeightStep;
-  for (int64_t left = c.k4; left > 0; left -= kLineSteps) {
-    Lines rows{line};
-    Panels panels{weights, kLine, 2 * kLine};
-    add_products(acc, rows, panels, min64(left, kLineSteps), c.exact_steps);
-    line += c.line_stride;
-    weights += kPositions * kWeightStep;
-  }
+  add_lines(acc, c.inputs + position * c.input_stride + first * kLine, c.line_stride,
+            c.weights + 4 * position * kWeightStep, kPositions * kWeightStep, c.k4, c.exact_steps);
 }
 
 template <int ROWS, int PANELS>
