@@ -85,6 +85,52 @@ void multiply_all(const Column& c, int64_t first, int64_t last, bool below) {
   });
 }
 
+// Of few tiles reading weights takes the time: up to so many, those of a position are read for
+// twice as many tiles at once.
+#if defined(__AVX512VNNI__)
+constexpr int64_t kFewTiles = 16;
+#else
+constexpr int64_t kFewTiles = 0;  // there are too few registers
+#endif
+constexpr int kManyTiles = 14;
+
+template <int ROWS, int PANELS>
+__attribute__((noinline)) void multiply_position(const Column& c, int position, int64_t first,
+                                                 int32_t* products) {
+  __m512i acc[ROWS][PANELS] = {};
+  add_position(acc, c, position, first);
+  store(acc, products + first * PANELS * kPanelRows);
+}
+
+// As multiply_all of all tiles of the block among [begin, end) that need column `j`; sums of the
+// others and those that no output needs are of anything.
+template <int PANELS>
+void multiply_positions(const Column& c, const Block& b, int j, int64_t begin, int64_t end) {
+  constexpr int64_t stride = sum_stride(PANELS);
+  alignas(64) int32_t products[4 * stride];
+  for (int position = 0; position < 4; ++position) {
+    int64_t first, last;
+    b.needed(j == 3, position == 3, &first, &last);
+    first = max64(first, begin) - begin;
+    last = min64(last, end) - begin;
+    if (first >= last) continue;
+    for_each_row_tile<kManyTiles>(last - first, [&](auto rows, int64_t tile) {
+      constexpr int kCount = decltype(rows)::kCount;
+      multiply_position<kCount, PANELS>(c, position, first + tile, products + position * stride);
+    });
+  }
+  for (int64_t i = 0; i < (end - begin) * PANELS; ++i) {
+    const int64_t at = i * kPanelRows, panel = i % PANELS * kPanelRows;
+    __m512i m[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) m[k] = _mm512_load_si512(products + k * stride + at);
+    m[0] = _mm512_add_epi32(m[0], _mm512_load_si512(c.starts[0] + panel));
+    m[3] = _mm512_add_epi32(m[3], _mm512_load_si512(c.starts[1] + panel));
+    _mm512_store_si512(c.sums[0] + at, _mm512_add_epi32(_mm512_add_epi32(m[1], m[2]), m[0]));
+    _mm512_store_si512(c.sums[1] + at, _mm512_add_epi32(_mm512_sub_epi32(m[1], m[2]), m[3]));
+  }
+}
+
 // ---- outputs ----
 
 struct Output {
@@ -188,6 +234,12 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
                           steps,
                           {panel.starts[corner], panel.starts[min64(corner + 2, 4)]},
                           {sums + j * stride, sums + (4 + j) * stride}};
+      if constexpr (kFewTiles > 0) {
+        if (b.count <= kFewTiles) {
+          multiply_positions<PANELS>(column, b, j, begin, group);
+          continue;
+        }
+      }
       for (int without = 0; without < 2; ++without) {
         int64_t first, last;
         b.range(j == Block::kPoints - 1, !without, &first, &last);
@@ -208,10 +260,8 @@ bool run_panel(const PackedConv& conv, const Block& b, int64_t channel, int64_t 
 
 // Everything that can be told without reading inputs or weights.
 bool applies(const PackedConv& conv, int64_t code) {
-  if (conv.kernel_h != 3 || conv.kernel_w != 3 || conv.stride_h != 1 || conv.stride_w != 1 ||
-      conv.pad_h != 1 || conv.pad_w != 1 || conv.dilation_h != 1 || conv.dilation_w != 1 ||
-      conv.groups != 1 || conv.channels % kBlockDepth || conv.bits > 4 || !conv.weight_fits_s8 ||
-      code > kLargestCode || conv.x_zero_point > code) {
+  if (!suits_winograd(conv) || conv.bits > 4 || !conv.weight_fits_s8 || code > kLargestCode ||
+      conv.x_zero_point > code) {
     return false;
   }
   // Below, the transforms cost more than they save.
