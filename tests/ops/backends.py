@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from fdda_fast import ops
 from fdda_fast.ops import _library
@@ -26,6 +27,12 @@ def on_isa(isa):
 
 def generator(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def draw_residual(draw, g, shape, top):
+    """What a packed operator may add: nothing, codes or floats."""
+    kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
+    return None if kind is None else (torch.rand(shape, generator=g) * top).to(kind)
 
 
 def bits_of(x):

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa, with_threads
+from backends import (
+    ISAS,
+    QUICK,
+    assert_same_bits,
+    draw_residual,
+    generator,
+    on_isa,
+    with_threads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,10 +94,7 @@ def convolutions(draw, kinds=("one", "some", "depthwise"), largest_kernel=4, lar
     multiplier = torch.randn(out_channels, generator=g) * scale
     bias = torch.randn(out_channels, generator=g) * 50 + 60
     out_shape = reference_shape(shape, out_channels, kernel, stride, padding, dilation)
-    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    residual = None
-    if residual_kind is not None:
-        residual = (torch.rand(out_shape, generator=g) * 255).to(residual_kind)
+    residual = draw_residual(draw, g, out_shape, 255)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 15), (3, 3), (10, 200)]))
     args = (x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point)
     return (*args, offset, multiplier, bias, residual, draw(st.floats(-1, 1)), output_range)
@@ -429,10 +434,7 @@ def tiled_convolutions(draw):
     multiplier = multiplier / (1 + limit)
     bias = torch.randn(out_channels, generator=g) * 50 + 60
     out_shape = reference_shape(shape, out_channels, kernel, stride, padding, dilation)
-    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    residual = None
-    if residual_kind is not None:
-        residual = (torch.rand(out_shape, generator=g) * 255).to(residual_kind)
+    residual = draw_residual(draw, g, out_shape, 255)
     output_range = draw(st.sampled_from([None, [0, 255], [10, 200]]))
     zero_point = draw(st.sampled_from([0, 3, 255]))
     args = (x, weight, bits, out_channels, kernel, stride, padding, dilation, groups, zero_point)
@@ -525,10 +527,7 @@ def linears(draw):
     offset = torch.randint(-limit, limit + 1, (features,), generator=g)
     multiplier = torch.randn(features, generator=g) * 2.0 ** draw(st.integers(-60, -10))
     bias = torch.randn(features, generator=g) * 50 + 60
-    residual_kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    residual = None
-    if residual_kind is not None:
-        residual = (torch.rand(rows, features, generator=g) * 255).to(residual_kind)
+    residual = draw_residual(draw, g, (rows, features), 255)
     output_range = draw(st.sampled_from([None, (0, 255), (0, 15)]))
     args = (x, weight, bits, features, zero_point, offset, multiplier, bias)
     return (*args, residual, draw(st.floats(-1, 1)), output_range)

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, assert_same_bits, generator, on_isa, with_threads
+from backends import (
+    ISAS,
+    QUICK,
+    assert_same_bits,
+    draw_residual,
+    generator,
+    on_isa,
+    with_threads,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,11 +56,6 @@ def draw_codes(draw, g, shape, top, deciding):
         index = int(torch.randint(x.numel(), (1,), generator=g))
         x.view(-1)[index] = draw(st.sampled_from(deciding))
     return x
-
-
-def draw_residual(draw, g, shape, top):
-    kind = draw(st.sampled_from([None, torch.uint8, torch.float32]))
-    return None if kind is None else (torch.rand(shape, generator=g) * top).to(kind)
 
 
 def transformed(q, offset, channels):

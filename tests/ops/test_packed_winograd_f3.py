@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, generator, with_threads
+from backends import ISAS, QUICK, draw_residual, generator, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packed_winograd import (
@@ -11,7 +11,6 @@ from test_packed_winograd import (
     assert_result,
     check,
     draw_codes,
-    draw_residual,
     run,
     weight_codes,
 )

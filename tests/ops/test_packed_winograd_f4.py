@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, generator, with_threads
+from backends import ISAS, QUICK, draw_residual, generator, with_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packed_winograd import (
@@ -10,7 +10,6 @@ from test_packed_winograd import (
     arguments,
     assert_result,
     draw_codes,
-    draw_residual,
     run,
     weight_codes,
 )
