@@ -10,8 +10,6 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kGrain = 1 << 20;  // multiply-adds a thread should have
-
 inline uint32_t pair_of(uint16_t first, uint16_t second) {
   return first | static_cast<uint32_t>(second) << 16;
 }
@@ -126,8 +124,7 @@ void product_bfloat16(const ProductBFloat16& p) {
   // Rows are packed once for all panels where they are cut into blocks.
   const int64_t together = pieces.blocks > 1 ? max64(1, pieces.panels) : 1;
   const int64_t count = pieces.count() / together;
-  const int64_t macs = max64(1, size * p.depth / max64(1, count));
-  parallel_for(count, max64(1, kGrain / macs), [&](int64_t begin, int64_t end) {
+  parallel_for(count, pieces.grain(size * p.depth, count), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t panels = pieces.panels / together;
       const int64_t column = t % panels * together * kPanel;
@@ -147,7 +144,7 @@ void product_bfloat16(const ProductBFloat16& p) {
       }
     }
   });
-  if (p.total) add_parts(sums, parts, size, true, p.total);
+  if (p.total) sum_parts(sums, parts, size, true, p.total);
 }
 
 }  // namespace FDDA_ISA

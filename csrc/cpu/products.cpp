@@ -10,8 +10,7 @@ namespace fdda {
 namespace FDDA_ISA {
 namespace {
 
-constexpr int64_t kDepth = 256;      // of a panel
-constexpr int64_t kGrain = 1 << 20;  // multiply-adds a thread should have
+constexpr int64_t kDepth = 256;  // of a panel
 
 // panel[k, n] = b[k, n] of `columns` columns, zeros behind them.
 void pack(const Products& p, const float* b, int64_t depth, int64_t columns, float* panel) {
@@ -87,8 +86,8 @@ void products(const Products& p) {
                     ? p.out
                     : static_cast<float*>(scratch(kSums, p.count * parts * size * sizeof(float)));
   const bool add = p.add && parts == 1;
-  const int64_t macs = max64(1, size * p.depth / max64(1, pieces.count()));
-  parallel_for(p.count * pieces.count(), max64(1, kGrain / macs), [&](int64_t begin, int64_t end) {
+  const int64_t grain = pieces.grain(size * p.depth, pieces.count());
+  parallel_for(p.count * pieces.count(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t panel = t % pieces.panels, block = t / pieces.panels % pieces.blocks;
       const int64_t sum = t / (pieces.panels * pieces.blocks);  // part of a position
@@ -103,7 +102,7 @@ void products(const Products& p) {
   });
   if (parts == 1) return;
   for (int64_t i = 0; i < p.count; ++i) {
-    add_parts(sums + i * parts * size, parts, size, p.add, p.out + i * size);
+    sum_parts(sums + i * parts * size, parts, size, p.add, p.out + i * size);
   }
 }
 

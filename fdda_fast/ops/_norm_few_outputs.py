@@ -102,7 +102,7 @@ def conditional_bn_lrelu_conv3x3_backward(
     tables = _tables(group, *norm, mean, var, eps)
     taps = taps_of(weight, x.dtype).contiguous()
     passes = _Passes if prefers_own(x) else _StripPasses
-    given = passes(x, tables, negative_slope, grad_y.contiguous(), taps)
+    given = passes(x, tables, negative_slope, grad_y, taps)
     sums, grad_taps = given.sums()
 
     # Batch norm's statistics take from the gradient of x, per group: shift + (x - mean) * slope.
