@@ -27,9 +27,10 @@ constexpr int64_t kSample = 512;    // of a row's first tile, for its center
 constexpr int64_t kStrip = 64;      // channels of a channels_last tile
 constexpr int64_t kStripRows = 64;  // pixels of a channels_last tile: 16 KiB with kStrip
 constexpr int kLanes = 64;
-// Pixels asked for ahead, 4 KiB: the processor itself stops at pages.
+// Pixels asked for ahead, since the processor itself stops at pages: 4 KiB, and 16 KiB of half
+// precision, which is done with sooner.
 template <class T>
-constexpr int64_t kAhead = 4096 / (kStrip * sizeof(T));
+constexpr int64_t kAhead = (sizeof(T) == 4 ? 4096 : 16384) / (kStrip * sizeof(T));
 
 struct Moments {
   double count, mean, m2;
@@ -130,56 +131,73 @@ Moments row_moments(const T* x, int64_t size, Companions<T> with, ChannelNorm no
   return total;
 }
 
-// Adds the differences from `center` of `rows` pixels to drift and squares, for the channels that
-// LANES are. NORM: also y = norm(x). ADD: y = norm(x, r).
+// sum + d * d, in pairs rounded once where the instruction set can: half precision is read so fast
+// that additions are what takes longest.
+template <class V>
+V add_square(V sum, V d) {
+  if constexpr (is_pair<V>) {
+    return {multiply_add(d.even, d.even, sum.even), multiply_add(d.odd, d.odd, sum.odd)};
+  } else {
+    return sum + d * d;
+  }
+}
+
+// The sums of the differences of `rows` pixels from `center`, and of their squares, for the
+// channels that LANES are. NORM: also y = norm(x). ADD: y = norm(x, r).
 template <class LANES, bool NORM, bool ADD, class T>
-void add_pixels(const T* x, int64_t rows, int64_t stride, const float* center, float* drift,
+void sum_pixels(const T* x, int64_t rows, int64_t stride, const float* center, float* drift,
                 float* squares, Companions<T> with, const BnRelu* norm, int64_t channel) {
   using V = typename LANES::V;
   constexpr int kVectors = LANES::kVectors, kEach = lanes_of<V>();
-  V middle[kVectors], d_sum[kVectors] = {}, s_sum[kVectors] = {}, scale[kVectors], shift[kVectors];
+  V middle[kVectors], d_total[kVectors] = {}, s_total[kVectors] = {};
+  V scale[kVectors], shift[kVectors];
 #pragma GCC unroll 8
   for (int k = 0; k < kVectors; ++k) {
     middle[k] = load_lanes<V>(center + k * kEach);
     if (NORM) scale[k] = load_lanes<V>(norm->scale + channel + k * kEach);
     if (NORM) shift[k] = load_lanes<V>(norm->shift + channel + k * kEach);
   }
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t start = 0; start < rows; start += kRun) {
+    V d_sum[kVectors] = {}, s_sum[kVectors] = {};
+    const int64_t end = min64(start + kRun, rows);
+    for (int64_t i = start; i < end; ++i) {
+#pragma GCC unroll 8
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t at = i * stride + k * kEach;
+        const V v = load_lanes<V>(x + at);
+        if (k * kEach * sizeof(T) % kLine == 0) __builtin_prefetch(x + at + kAhead<T> * stride);
+        const V d = v - middle[k];
+        d_sum[k] = d_sum[k] + d;
+        s_sum[k] = add_square(s_sum[k], d);
+        if (NORM) {
+          const V y = v * scale[k] + shift[k];
+          const V sum = ADD ? y + load_lanes<V>(with.r + at) : y;
+          write_lanes(with.stream, with.y + at, clamp_lanes(sum, norm->low, norm->high));
+        }
+      }
+    }
 #pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k) {
-      const int64_t at = i * stride + k * kEach;
-      const V v = load_lanes<V>(x + at);
-      if (k * kEach * sizeof(T) % kLine == 0) __builtin_prefetch(x + at + kAhead<T> * stride);
-      const V d = v - middle[k];
-      d_sum[k] = d_sum[k] + d;
-      s_sum[k] = s_sum[k] + d * d;
-      if (NORM) {
-        const V y = v * scale[k] + shift[k];
-        const V sum = ADD ? y + load_lanes<V>(with.r + at) : y;
-        write_lanes(with.stream, with.y + at, clamp_lanes(sum, norm->low, norm->high));
-      }
+      d_total[k] = d_total[k] + d_sum[k];
+      s_total[k] = s_total[k] + s_sum[k];
     }
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kVectors; ++k) {
-    store_lanes(drift + k * kEach, load_lanes<V>(drift + k * kEach) + d_sum[k]);
-    store_lanes(squares + k * kEach, load_lanes<V>(squares + k * kEach) + s_sum[k]);
+    store_lanes(drift + k * kEach, d_total[k]);
+    store_lanes(squares + k * kEach, s_total[k]);
   }
 }
 
 // The same for `width` channels.
 template <bool NORM, bool ADD, class T>
-void add_tile(const T* x, int64_t rows, int64_t stride, int64_t width, const float* center,
+void sum_tile(const T* x, int64_t rows, int64_t stride, int64_t width, const float* center,
               float* drift, float* squares, Companions<T> with, const BnRelu* norm,
               int64_t channel) {
-  for (int64_t i = 0; i < rows; i += kRun) {
-    for_each_lanes<4, T>(width, [&](auto lanes, int64_t c) {
-      const int64_t at = i * stride + c;
-      add_pixels<decltype(lanes), NORM, ADD>(x + at, min64(kRun, rows - i), stride, center + c,
-                                             drift + c, squares + c, NORM ? with.at(at) : with,
-                                             norm, channel + c);
-    });
-  }
+  for_each_lanes<4, T>(width, [&](auto lanes, int64_t c) {
+    sum_pixels<decltype(lanes), NORM, ADD>(x + c, rows, stride, center + c, drift + c, squares + c,
+                                           NORM ? with.at(c) : with, norm, channel + c);
+  });
 }
 
 // `width` <= kStrip adjacent channels of pixels `stride` elements apart.
@@ -190,17 +208,17 @@ void strip_moments(const T* x, int64_t pixels, int64_t stride, int64_t width, do
   for (int64_t start = 0; start < pixels; start += kStripRows) {
     const int64_t size = min64(kStripRows, pixels - start), at = start * stride;
     const double n = static_cast<double>(size);
-    float center[kStrip] = {}, drift[kStrip] = {}, squares[kStrip] = {};
+    float center[kStrip] = {}, drift[kStrip], squares[kStrip];
     if (start == 0) {
-      float sum[kStrip] = {}, unused[kStrip] = {};
-      add_tile<false, false>(x, size, stride, width, center, sum, unused, with, norm, channel);
+      float sum[kStrip], unused[kStrip];
+      sum_tile<false, false>(x, size, stride, width, center, sum, unused, with, norm, channel);
       for (int64_t c = 0; c < width; ++c) {
         center[c] = static_cast<float>(static_cast<double>(sum[c]) / n);
       }
     } else {
       for (int64_t c = 0; c < width; ++c) center[c] = static_cast<float>(mean[c]);
     }
-    add_tile<NORM, ADD>(x + at, size, stride, width, center, drift, squares,
+    sum_tile<NORM, ADD>(x + at, size, stride, width, center, drift, squares,
                         NORM ? with.at(at) : with, norm, channel);
     // As merge() has it, the counts alike for all channels.
     const double before = static_cast<double>(start), after = before + n, part = 1.0 / n;

@@ -23,6 +23,12 @@ struct BFloat16 {
     return bits_as<F>(half << 16);
   }
 
+  // The lower one of two halves.
+  template <class F, class U>
+  static inline F low_value(U both) {
+    return value<F>(both);
+  }
+
   template <class U, class F>
   static inline U rounded(F v) {
     const U bits = bits_as<U>(v);
@@ -42,6 +48,11 @@ struct Float16 {
     const U special = magnitude >= 0x0f800000u ? 0x7f800000u + U{} : U{};
     const U finite = bits_as<U>(bits_as<F>(magnitude) * 0x1p112f);
     return bits_as<F>(finite | special | (half & 0x8000u) << 16);
+  }
+
+  template <class F, class U>
+  static inline F low_value(U both) {
+    return value<F>(both & 0xffffu);
   }
 
   template <class U, class F>

@@ -62,7 +62,7 @@ inline V load_lanes(const T* from) {
   } else if constexpr (is_pair<V>) {
     Bits both;
     memcpy(&both, from, sizeof both);
-    return {T::template value<Vector>(both & 0xffffu), T::template value<Vector>(both >> 16)};
+    return {T::template low_value<Vector>(both), T::template value<Vector>(both >> 16)};
   } else if constexpr (sizeof(V) == sizeof(float)) {
     return load(*from);
   } else if constexpr (sizeof(T) == sizeof(float)) {
@@ -110,15 +110,19 @@ inline void store_lanes(T* to, V v) {
   }
 }
 
-// sum + a * b, rounded once where the instruction set can do so: for products of matrices, whose
-// sums differ between instruction sets anyway.
-inline Vector multiply_add(float a, Vector b, Vector sum) {
+// sum + a * b, rounded once where the instruction set can do so: for sums that differ between
+// instruction sets anyway.
+inline Vector multiply_add(Vector a, Vector b, Vector sum) {
 #if defined(__AVX512F__)
   return bits_as<Vector>(
-      _mm512_fmadd_ps(_mm512_set1_ps(a), bits_as<__m512>(b), bits_as<__m512>(sum)));
+      _mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(sum)));
 #else
   return sum + a * b;
 #endif
+}
+
+inline Vector multiply_add(float a, Vector b, Vector sum) {
+  return multiply_add(a - Vector{}, b, sum);
 }
 
 template <class V, class T>
