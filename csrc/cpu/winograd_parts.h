@@ -1,5 +1,5 @@
-// What the packed Winograd convolutions of AVX-512 share: how they read inputs and weights, multiply
-// lines of them, and divide their work.
+// What the packed Winograd convolutions of AVX-512 share: how they read inputs and weights,
+// multiply lines of them, and divide their work.
 #pragma once
 
 #include "planes_avx512.h"
