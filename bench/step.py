@@ -2,9 +2,10 @@
 
 ResNet-18 with random weights, 224 px, 1000 classes, batches of 16 + 16. Three steps: `warmup`
 trains the generator; `student` fine-tunes the student on 32 images; `finetuning` is the paper's
-step after the warm-up, the generator's and the student's together. Baseline: reference_step.py. All
-in one process, in turn; medians. The peak of the resident memory, less that after the imports, is
-of a process of its own for each. `taskset -c 0` pins it to one core.
+step after the warm-up, the generator's and the student's together. Baseline: reference_step.py,
+as it is and through torch.compile. All in one process, in turn; medians. The peak of the resident
+memory, less that after the imports, is of a process of its own for each; not of the compiled step,
+where it would be the compiler's. `taskset -c 0` pins it to one core.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from fdda_fast.synthesis import GeneratorTrainer
 
 CLASSES, SHAPE = 1000, (3, 224, 224)
 STEPS = ("warmup", "student", "finetuning")
-PROVIDERS = ("reference", "float32", "bfloat16")
+PLAIN = ("reference", "compiled")
+PROVIDERS = (*PLAIN, "float32", "bfloat16")
 RANGE = 6.0  # of every activation
 
 
@@ -64,11 +66,11 @@ class Bench:
 
     def run(self, step: str, provider: str) -> Run:
         """Calls the step once and again, each with draws of its own."""
-        make = self._reference if provider == "reference" else self._library
+        make = self._reference if provider in PLAIN else self._library
         call, index = make(step, provider), iter(range(1 << 30))
         return lambda: call(next(index))
 
-    def _reference(self, step: str, _: str):
+    def _reference(self, step: str, provider: str):
         student = nn.Linear(1, 1) if step == "warmup" else plain_student(self.teacher, 4, 4)
         for module in student.modules():
             if isinstance(module, PlainActivation):
@@ -81,11 +83,14 @@ class Bench:
         z_a, z_b = torch.randn(2, self.batch, 100)
         real, labels = self.images
         draws = Draws(z_a, labels, z_b, 0, noise)
+        generator_step, student_step = plain.generator_step, plain.student_step
+        if provider == "compiled":
+            generator_step, student_step = map(torch.compile, (generator_step, student_step))
 
         def call(_: int) -> None:
-            synthetic = real if step == "student" else plain.generator_step(draws)[0]
+            synthetic = real if step == "student" else generator_step(draws)[0]
             if step != "warmup":
-                plain.student_step(torch.cat([real, synthetic]), torch.cat([labels, labels]))
+                student_step(torch.cat([real, synthetic]), torch.cat([labels, labels]))
 
         return call
 
@@ -151,8 +156,10 @@ def main() -> None:
         runs = {provider: bench.run(step, provider) for provider in PROVIDERS}
         with FlopCounterMode(display=False) as counter:
             runs["reference"]()
+        for _ in range(2):  # compiles, once more after the optimisers have their state
+            runs["compiled"]()
         runs["float32"](), runs["bfloat16"]()  # with the memory that stays, see resident_memory
-        seconds = interleaved(runs, args.rounds, plain_memory=["reference"])
+        seconds = interleaved(runs, args.rounds, plain_memory=PLAIN)
         for provider, value in seconds.items():
             table.add_row(
                 step,
@@ -160,7 +167,7 @@ def main() -> None:
                 f"{value:.2f}",
                 f"{seconds['reference'] / value:.2f}",
                 f"{counter.get_total_flops() / 2e9 / value:.1f}",
-                f"{memory_peak(step, provider, args.batch):.2f}",
+                "" if provider == "compiled" else f"{memory_peak(step, provider, args.batch):.2f}",
             )
     Console().print(table)
 
