@@ -233,7 +233,7 @@ def norm_tables(
     mean: Tensor, var: Tensor, eps: float, labels: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """What `ops.fixed_bn_lrelu` takes for statistics [C] or [1, C]: float32 [3, N, C]."""
-    scale = weight[labels] * (var + eps).rsqrt()
+    scale = weight[labels] * (var.double() + eps).rsqrt().float()
     return torch.stack([mean.expand_as(scale), scale, bias[labels]])
 
 

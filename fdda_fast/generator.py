@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,6 +52,21 @@ def _tables(
     return norm_tables(norm.running_mean, norm.running_var, norm.eps, labels, weight, bias)
 
 
+@contextmanager
+def _made_again(x: torch.Tensor, make: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """What autograd would keep x for keeps `make`, and the backward pass calls it."""
+    address = x.data_ptr()  # the hooks are kept, too: they must not hold x
+
+    def keep(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
+        return make if saved.data_ptr() == address else saved
+
+    def made(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, made):
+        yield
+
+
 def _normalize(
     x: torch.Tensor,
     norm: nn.BatchNorm2d,
@@ -61,20 +76,25 @@ def _normalize(
     negative_slope: float,
     ranks: Ranks,
     convolution: nn.Conv2d | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
     """Batch norm on the batch's statistics, weight and bias [K, C] by label, LeakyReLU and a
-    convolution."""
+    convolution; and what makes the same again, without the convolution."""
     if ranks.size > 1:
-        y, *moments, images = shared_bn_lrelu(
+        y, mean, var, images = shared_bn_lrelu(
             x, labels, weight, bias, norm.eps, negative_slope, ranks, convolution
         )
-        _move_running(norm, _values_per_channel(x, int(images)), *moments)
-        return y
-    count, after = _values_per_channel(x, len(x)), _parameters(convolution)
-    operator = ops.conditional_bn_lrelu_conv3x3 if after else ops.conditional_bn_lrelu
-    y, *moments = operator(x, labels, weight, bias, [len(x)], norm.eps, negative_slope, *after)
-    _move_running(norm, count, *moments)
-    return y
+    else:
+        images, after = len(x), _parameters(convolution)
+        operator = ops.conditional_bn_lrelu_conv3x3 if after else ops.conditional_bn_lrelu
+        y, mean, var = operator(x, labels, weight, bias, [len(x)], norm.eps, negative_slope, *after)
+    _move_running(norm, _values_per_channel(x, int(images)), mean, var)
+
+    @torch.no_grad()
+    def again() -> torch.Tensor:
+        tables = norm_tables(mean, var, norm.eps, labels, weight, bias)
+        return ops.fixed_bn_lrelu(x, tables, negative_slope)
+
+    return y, again
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -92,18 +112,30 @@ class ConditionalBatchNorm2d(nn.Module):
         """[N, C, H, W], normalised."""
         if not self.training:
             return ops.fixed_bn_lrelu(x, self.tables(labels), 1.0)
+        return self.of_batch(x, labels, ranks)[0]
+
+    def of_batch(
+        self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """Normalised by the batch's statistics, and what makes the same again."""
         return _normalize(x, self.norm, labels, self.weight.weight, self.bias.weight, 1.0, ranks)
 
     def of_upsampled(
         self,
         x: torch.Tensor,
+        make_x: Callable[[], torch.Tensor],
         labels: torch.Tensor,
         upsampling: nn.Conv2d,
         ranks: Ranks,
         convolution: nn.Conv2d | None = None,
-    ) -> torch.Tensor:
-        """x up-sampled by 2, convolved by `upsampling`, normalised, LeakyReLU, `convolution`."""
-        x = ops.upsample_conv3x3(x, *_parameters(upsampling))
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """x up-sampled by 2, convolved by `upsampling`, normalised, LeakyReLU, `convolution`; and
+        what makes the same again, without `convolution`.
+
+        x is as large as all that is kept of the teacher and is made again in one cheap pass.
+        """
+        with _made_again(x, make_x):
+            x = ops.upsample_conv3x3(x, *_parameters(upsampling))
         weight, bias = self.weight.weight, self.bias.weight
         return _normalize(x, self.norm, labels, weight, bias, _SLOPE, ranks, convolution)
 
@@ -167,10 +199,10 @@ class Generator(nn.Module):
 
     def _trained(self, x: torch.Tensor, labels: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         """Images of the first maps [N, 128, *seed_size], by the batch's statistics."""
-        x = self.norm0(x, labels, ranks=ranks)
-        x = self.norm1.of_upsampled(x, labels, self.conv1, ranks)
-        x = torch.tanh(self.norm2.of_upsampled(x, labels, self.conv2, ranks, self.conv3))
-        return _normalize(x, self.norm3, *self._no_affine(labels), 1.0, ranks)
+        x, again = self.norm0.of_batch(x, labels, ranks)
+        x, again = self.norm1.of_upsampled(x, again, labels, self.conv1, ranks)
+        x, _ = self.norm2.of_upsampled(x, again, labels, self.conv2, ranks, self.conv3)
+        return _normalize(torch.tanh(x), self.norm3, *self._no_affine(labels), 1.0, ranks)[0]
 
     @torch.no_grad()
     def _at_work(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

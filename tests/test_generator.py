@@ -2,12 +2,14 @@
 
 import copy
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fdda_fast import ops
 from fdda_fast.checkpoint import load_tensors, save_tensors
 from fdda_fast.generator import ConditionalBatchNorm2d, Generator, latents, sample
 
@@ -309,3 +311,27 @@ def test_conditional_norm_is_per_class():
             bias = module.bias.weight[label, channel].item()
             expected = weight * a[row, channel] + bias
             np.testing.assert_allclose(y[row, channel], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_normalised_maps_are_made_again(monkeypatch):
+    """What the up-sampling convolutions read is not kept for the backward pass."""
+    operator, outputs = ops.conditional_bn_lrelu, []
+
+    def watched(*args):
+        y, *moments = operator(*args)
+        outputs.append((weakref.ref(y), y.detach().clone()))
+        return y, *moments
+
+    again, made = ops.fixed_bn_lrelu, []
+
+    def watched_again(*args):
+        made.append(again(*args))
+        return made[-1]
+
+    monkeypatch.setattr(ops, "conditional_bn_lrelu", watched)
+    monkeypatch.setattr(ops, "fixed_bn_lrelu", watched_again)
+    images = Generator(5, (3, 12, 8)).train()(torch.randn(6, 100), torch.arange(6) % 5)
+    assert [y() is None for y, _ in outputs] == [True, True, False]  # norm3's is in `images`
+    images.sum().backward()
+    for (_, first), second in zip(outputs[:2], reversed(made), strict=True):
+        assert torch.equal(first, second)
