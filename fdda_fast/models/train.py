@@ -1,8 +1,8 @@
 """Trains the shipped teachers: `python -m fdda_fast.models.train MODEL [--out FILE]`.
 
 The same torch release, CPU kind and thread count give the same weights bit for bit; elsewhere the
-accuracy agrees to a few hundredths of a point. `glyphs-resnet20` learns from what
-`python bench/glyphs.py` writes.
+accuracy agrees to some images of the test set. The digits' shipped weights come from two threads.
+`glyphs-resnet20` learns from what `python bench/glyphs.py` writes.
 """
 
 from __future__ import annotations
