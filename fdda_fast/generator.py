@@ -132,7 +132,7 @@ class ConditionalBatchNorm2d(nn.Module):
         """x up-sampled by 2, convolved by `upsampling`, normalised, LeakyReLU, `convolution`; and
         what makes the same again, without `convolution`.
 
-        x is as large as all that is kept of the teacher and is made again in one cheap pass.
+        The weight's gradient needs x, which is not kept until then: one cheap pass makes it again.
         """
         with _made_again(x, make_x):
             x = ops.upsample_conv3x3(x, *_parameters(upsampling))
