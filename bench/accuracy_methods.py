@@ -45,7 +45,8 @@ class Method:
 
 
 _GENERATED = _FAST.replace(refine=_FAST.refine.replace(images=0))
-_BOTH_BATCHES = _FAST.real_batch + _FAST.synthetic_batch
+_ALONE = _FAST.replace(real_batch=_FAST.real_batch + _FAST.synthetic_batch, synthetic_batch=0)
+_ZERO_SHOT = _FDDA.replace(distorted_weight=0.0, centralized_weight=0.0)
 METHODS = {
     "minmax": Method("min-max on the calibration images", _MINMAX),
     "mse": Method(
@@ -53,23 +54,23 @@ METHODS = {
         _MINMAX.replace(ranges="mse", weight_ranges="mse"),
     ),
     "calibrated": Method("... and BatchNorm correction", _FAST.replace(steps=0)),
-    "real": Method(
-        "tuned on the calibration images",
-        _FAST.replace(real_batch=_BOTH_BATCHES, synthetic_batch=0),
-    ),
-    "zero-shot": Method(
-        "... and a generator without L_C, L_D",
-        _GENERATED,
-        synthesis=_FDDA.replace(distorted_weight=0.0, centralized_weight=0.0),
-    ),
+    "real": Method("tuned on the calibration images", _ALONE),
+    "zero-shot": Method("... and a generator without L_C, L_D", _GENERATED, _ZERO_SHOT),
     "fdda-generator": Method("... and FDDA's generator", _GENERATED, synthesis=_FDDA),
     "fdda": Method("... and refined images (`fast`)", refined=True),
     "fdda-bfloat16": Method(
         "... the same, tuned in bfloat16", _FAST.replace(dtype="bfloat16"), refined=True
     ),
     "reconstruct": Method("reconstruction on the calibration images", kind="reconstruct"),
+    "real+reconstruct": Method("... then tuned on them", _ALONE, kind="fdda+reconstruct"),
+    "zero-shot+reconstruct": Method(
+        "... on a generator's without L_C, L_D, too, then tuned",
+        _GENERATED,
+        _ZERO_SHOT,
+        kind="fdda+reconstruct",
+    ),
     "fdda+reconstruct": Method(
-        "reconstruction on refined images, too, then tuned", refined=True, kind="fdda+reconstruct"
+        "... on refined images, too, then tuned", refined=True, kind="fdda+reconstruct"
     ),
     "reconstruct-1024": Method(
         "reconstruction on 1,024 real images", kind="reconstruct", per_class=None
