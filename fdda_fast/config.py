@@ -198,8 +198,12 @@ class QuantizeConfig(Section):
     """How the student is quantised and fine-tuned.
 
     Args:
-        steps: fine-tuning steps; 0 means activation ranges from the calibration images and
-            nothing else.
+        method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
+            ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
+            does that from synthetic images, too, and then fine-tunes from end to end; where it
+            trains a generator, it does so before, in `warmup_steps`.
+        steps: fine-tuning steps. 0: none, and with `fdda` only ranges are taken, from the
+            calibration images or, with a generator, from batches like those of the steps.
         warmup_steps: generator steps before the first fine-tuning step, where a generator is
             trained along the way.
         seed: decides every draw of the fine-tuning.
@@ -250,6 +254,7 @@ class QuantizeConfig(Section):
         reconstruct: for the methods that reconstruct.
     """
 
+    method: str = "fdda+reconstruct"
     steps: int = 1200
     warmup_steps: int = 1200
     seed: int = 0
@@ -322,17 +327,28 @@ class QuantizeConfig(Section):
         self._require(
             "cosine_steps", self.cosine_steps is None or self.cosine_steps >= 1, ">= 1 where given"
         )
+        self._require("method", self.method in METHODS, f"one of {METHODS}")
+        # Reconstruction takes ranges from the images that it learns on.
+        for name in ("ranges", "range_images"):
+            value = getattr(self, name)
+            holds = self.method == "fdda" or value not in ("reference", "real", "synthetic")
+            self._require("method", holds, f"'fdda' with {name} = {value!r}")
+
+    def untuned(self) -> QuantizeConfig:
+        """The same, but nothing is learned: activation ranges and BatchNorm correction alone."""
+        return self.replace(method="fdda", steps=0)
 
     def plain_minmax(self) -> QuantizeConfig:
         """The same without tuning: activation ranges are the calibration images' min and max."""
-        return self.replace(
-            steps=0, ranges="minmax", weight_ranges="minmax", correct_batch_norms=False
+        return self.untuned().replace(
+            ranges="minmax", weight_ranges="minmax", correct_batch_norms=False
         )
 
     @classmethod
     def reference(cls) -> QuantizeConfig:
         """The paper's settings (method and released code), to the letter."""
         return cls(
+            method="fdda",
             steps=350 * _EPOCH,
             warmup_steps=50 * _EPOCH,
             placement="paper",

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import evaluation
 from .checkpoint import save_tensors
-from .config import QuantizeConfig, RefineConfig
+from .config import QuantizeConfig
 from .data import draw, open_source
 from .deploy import load_packed, pack
 from .files import written_whole
@@ -33,15 +33,13 @@ class Recipe:
     Args:
         dataset, model: shipped ones.
         per_class: calibration images.
-        refine: of the synthetic images. steps: of the fine-tuning.
+        config: of images and quantisation; images are mirrored where the data set allows it.
     """
 
     dataset: str
     model: str
     per_class: int
-    refine: RefineConfig = field(default_factory=RefineConfig)
-    steps: int = QuantizeConfig.steps
-    seed: int = 0
+    config: QuantizeConfig = field(default_factory=QuantizeConfig)
 
 
 RECIPES = {
@@ -89,7 +87,8 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
     source = open_source(recipe.dataset, "train")
     test = open_source(recipe.dataset, "test")
     run = RunFolder(out, "demo", {"recipe": recipe, "bits": bits}, overwrite=True)
-    calibration = draw(source, recipe.per_class, recipe.seed)
+    config = recipe.config.replace(flip=source.flip)
+    calibration = draw(source, recipe.per_class, config.seed)
     images, labels = calibration.images, calibration.labels
     centers = collect_centers(teacher, images, labels, source.num_classes)
     run.begin()
@@ -98,15 +97,14 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
 
     with display("images") as progress:
         synthetic = refine(
-            teacher, (images, labels), recipe.refine,
-            seed=recipe.seed, flip=source.flip, progress=progress,
+            teacher, (images, labels), config.refine,
+            seed=config.seed, flip=config.flip, progress=progress,
         )  # fmt: skip
     save_gallery(out / "gallery.png", *synthetic, source.preprocessing, source.class_names)
 
-    config = QuantizeConfig(steps=recipe.steps, flip=source.flip, seed=recipe.seed)
     # With and without this package's own calibration, so that the table does not credit the
     # training with what calibration alone does.
-    calibrated = quantize(teacher, (images, labels), bits, config.replace(steps=0))
+    calibrated = quantize(teacher, (images, labels), bits, config.untuned())
     minmax = quantize(teacher, (images, labels), bits, config.plain_minmax())
     with display("quantize") as progress:
         student = quantize(

@@ -101,7 +101,7 @@ def place(tmp_path_factory):
         "bad": "steps = ", "unknown": "stepps = 3", "type": 'steps = "3"', "range": "lr = -1.0",
         "table": "synthesis = 3", "list": 'keep_float = ["no.such.layer"]', "float": "flip = 1",
         "bits": "[bits]\nweight = 11", "pair": "[bits.overrides]\nconv1 = 4", "dir": 'ranges = "x"',
-        "short": "[refine]\nimages = 4\nsteps = 2",
+        "short": "[refine]\nimages = 4\nsteps = 2\n[reconstruct]\nimages = 32\nsteps = 2",
     }.items():  # fmt: skip
         (place / f"{name}.toml").write_text(text)
     return place
@@ -327,7 +327,8 @@ def test_quantize(results):
     out = results / "quantized"
     student = load_quantized(out)
     assert student(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
-    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 2 + 3
+    # A header, refinement, three units of reconstruction, fine-tuning.
+    assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 2 + 3 * 2 + 3
     assert len((out / "calibration.csv").read_text().splitlines()) == 1 + 6
 
 
@@ -335,7 +336,8 @@ def test_quantize_with_a_finished_generator(results, tmp_path):
     generator = results / "synthetic" / "generator.safetensors"
     options = ["--bits", "W3A3F8L8", *SHORT, "--steps", 2, "--generator", generator]
     succeed("quantize", *OWN, *options, "--out", tmp_path / "run")
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 1 + 2 + 2
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 + 3 * 2 + 2
 
 
 def test_quantize_ranges_only(tmp_path):
@@ -516,10 +518,11 @@ def test_demo(tmp_path, monkeypatch):
     from dataclasses import replace
 
     from fdda_fast import demo
-    from fdda_fast.config import RefineConfig
+    from fdda_fast.config import from_dict, read_toml
 
-    short = replace(demo.RECIPES["digits"], refine=RefineConfig(images=8, steps=2), steps=2)
-    monkeypatch.setitem(demo.RECIPES, "digits", short)
+    recipe = demo.RECIPES["digits"]
+    config = from_dict(recipe.config, read_toml("short.toml")).replace(steps=2)
+    monkeypatch.setitem(demo.RECIPES, "digits", replace(recipe, config=config))
     told = succeed("demo", "--out", tmp_path / "run", "--bits", "W4A4")
     assert "packed integers" in told
     assert str(tmp_path / "run" / "gallery.png") in told
@@ -724,7 +727,8 @@ def test_bugs_keep_their_traceback(monkeypatch, tmp_path):
 
 
 def test_interrupted_and_resumed(tmp_path):
-    options = ["quantize", *OWN, "--bits", "W4A4", "--steps", "60", "--threads", "1"]  # fmt: skip
+    options = ["quantize", *OWN, "--bits", "W4A4", "--method", "fdda"]
+    options += ["--steps", "60", "--threads", "1"]
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "fdda_fast", *options, "--out", str(out)],

@@ -10,17 +10,21 @@ from PIL import Image
 from rich.console import Console
 
 from fdda_fast import demo, evaluation
-from fdda_fast.config import RefineConfig
+from fdda_fast.config import QuantizeConfig, ReconstructConfig, RefineConfig
 from fdda_fast.data import open_source
 from fdda_fast.gallery import save_gallery
 from fdda_fast.quantization.bits import Bits
 
-SHORT = RefineConfig(images=20, steps=2)
+SHORT = QuantizeConfig(
+    steps=2,
+    refine=RefineConfig(images=20, steps=2),
+    reconstruct=ReconstructConfig(steps=2, images=32),
+)
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    recipe = dataclasses.replace(demo.RECIPES["digits"], refine=SHORT, steps=2)
+    recipe = dataclasses.replace(demo.RECIPES["digits"], config=SHORT)
     return demo.run_demo(recipe, tmp_path_factory.mktemp("demo") / "out", Bits(4, 4))
 
 
@@ -56,7 +60,7 @@ def test_table_fits_eighty_columns(result, capsys):
 
 
 def test_a_second_demo_replaces_the_first(result):
-    recipe = dataclasses.replace(result.recipe, steps=1)
+    recipe = dataclasses.replace(result.recipe, config=SHORT.replace(steps=1))
     again = demo.run_demo(recipe, result.folder, Bits(4, 4))
     assert again.lines[0].top1 == result.lines[0].top1
 

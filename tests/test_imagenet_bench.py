@@ -23,6 +23,10 @@ synthetic_batch = 2
 images = 3
 group = 2
 steps = 1
+[reconstruct]
+images = 4
+batch = 2
+steps = 1
 [synthesis]
 steps = 1
 batch_size = 2

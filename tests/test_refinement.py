@@ -20,6 +20,7 @@ from fdda_fast.teacher import FrozenTeacher
 
 CONFIG = RefineConfig(images=20, group=12, steps=30)
 SHORT = QuantizeConfig(
+    method="fdda",
     steps=2, range_steps=1, real_batch=3, synthetic_batch=5, flip=False,
     refine=RefineConfig(images=12, group=8, steps=2),
 )  # fmt: skip

@@ -410,12 +410,13 @@ def quantize(
         typer.Option(help="W4A4; W4A4F8L8: first and last layer 8 bits; or a file of `allocate`."),
     ],
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"{', '.join(METHODS)}: fine-tune on calibration and synthetic images; learn "
-            "rounding and ranges block by block from calibration images alone; both."
+            "rounding and ranges block by block from calibration images alone; both, which is "
+            "what --preset fast does."
         ),
-    ] = METHODS[0],
+    ] = None,
     generator: Annotated[
         Path | None,
         typer.Option(help="Finished generator, of whose images the synthetic ones are made."),
@@ -436,14 +437,16 @@ def quantize(
     Under torchrun the processes share every batch.
     """
     use_threads(to.threads)
-    tuned = method != METHODS[0] or steps is not None or warmup_steps is not None
+    tuned = method is not None or steps is not None or warmup_steps is not None
     if ptq and tuned:
         raise ValueError("--ptq takes no --method, --steps or --warmup-steps")
     if method == "reconstruct" and (steps is not None or warmup_steps is not None):
         raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
     if ptq:
-        config = config.replace(steps=0)
+        config = config.untuned()
+    elif method is not None:
+        config = config.replace(method=method)
     if steps is not None:
         config = config.replace(steps=steps)
     if warmup_steps is not None:
@@ -456,7 +459,7 @@ def quantize(
     with process_group() as ranks:
         inputs = where.open(config.seed)
         config = config.replace(flip=config.flip and inputs.source.flip)
-        record = {**inputs.record, "method": method, "bits": widths, "quantize": config}
+        record = {**inputs.record, "bits": widths, "quantize": config}
         loaded = None
         if generator is not None:
             (loaded,) = fitting_generators([generator], inputs)
@@ -471,7 +474,6 @@ def quantize(
                 widths,
                 config,
                 loaded,
-                method=method,
                 checkpoint=run.checkpoint,
                 resume=to.resume,
                 progress=progress,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from ..config import METHODS, QuantizeConfig
+from ..config import QuantizeConfig
 from ..distributed import Ranks
 from ..fingerprints import fingerprint
 from ..generator import Generator
@@ -37,7 +37,7 @@ def quantize(
     config: QuantizeConfig | None = None,
     generator: Generator | None = None,
     *,
-    method: str = "fdda",
+    method: str | None = None,
     synthetic: Batch | None = None,
     centers: BNSCenters | None = None,
     checkpoint: str | Path | None = None,
@@ -54,14 +54,9 @@ def quantize(
         calibration: images float32 [N, C, H, W], normalised, and labels int64 [N]; classes may
             be missing.
         bits: default Bits(4, 4).
-        config: default the preset `fast`. With steps=0 nothing is fine-tuned; `fdda` then takes
-            only the activation ranges, from the calibration images or, with a generator, from
-            batches like those of the steps.
+        config: default the preset `fast`.
         generator: synthetic images are made of its images; None: see `config.refine`.
-        method: `fdda` fine-tunes the student from end to end. `reconstruct` learns its rounding and
-            ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
-            does that from synthetic images, too, and then fine-tunes from end to end; where it
-            trains a generator, it does so before, in `warmup_steps`.
+        method: instead of `config.method`, see there.
         synthetic: images like the calibration images and their classes, from `refine` or
             elsewhere, which are taken as they are; no others are made.
         centers: of the calibration images, when they are known already.
@@ -77,7 +72,10 @@ def quantize(
         KeyboardInterrupt: interrupted; the checkpoint holds all steps done.
     """
     bits, config = bits or Bits(), config or QuantizeConfig()
-    _check_method(method, config, generator, synthetic)
+    if method is not None:
+        config = config.replace(method=method)
+    method = config.method
+    _check_images(method, generator, synthetic)
     if method == "reconstruct":
         batch = config.real_batch + config.synthetic_batch
         config = config.replace(steps=0, real_batch=batch, synthetic_batch=0)
@@ -138,7 +136,7 @@ def quantize(
         stages.total,
         stages,
         fingerprint=fingerprint(
-            (bits, config, method),
+            (bits, config),
             images,
             labels,
             model,
@@ -156,23 +154,9 @@ def quantize(
     return tuner.finish()
 
 
-def _check_method(
-    method: str, config: QuantizeConfig, generator: Generator | None, synthetic: Batch | None
-) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+def _check_images(method: str, generator: Generator | None, synthetic: Batch | None) -> None:
     if generator is not None and synthetic is not None:
         raise ValueError("generator and synthetic: expected at most one of them, got both")
     if method == "reconstruct" and (generator is not None or synthetic is not None):
         given = "generator" if synthetic is None else "synthetic images"
         raise ValueError(f"method 'reconstruct' takes no {given}, its images are real ones")
-    if method != "fdda" and config.ranges == "reference":
-        raise ValueError(
-            f"QuantizeConfig.ranges must not be 'reference' with method {method!r}, whose ranges "
-            "come from the images that it learns on"
-        )
-    if method != "fdda" and config.range_images != "all":
-        raise ValueError(
-            f"QuantizeConfig.range_images must be 'all' with method {method!r}, "
-            f"got {config.range_images!r}"
-        )

@@ -30,6 +30,7 @@ TWO_PASS = SynthesisConfig.reference().replace(
     steps=5, any_class_steps=2, batch_size=9, images_per_class=7, lr=1e-4
 )
 ALONG = QuantizeConfig(
+    method="fdda",
     steps=4, warmup_steps=2, range_steps=2, real_batch=6, synthetic_batch=7,
     synthesis=GENERATOR.replace(lr=1e-7), refine=RefineConfig(images=0),
 )  # fmt: skip

@@ -57,7 +57,7 @@ def test_two_bits_from_one_image_per_class(teacher, calibration):
     )  # fmt: skip
     assert [t[:2] for t in told] == [(i + 1, UNITS * 60) for i in range(UNITS * 60)]
     assert [t[2]["unit"] for t in told] == [i // 60 for i in range(UNITS * 60)]
-    untuned = quantize(teacher, calibration, Bits(2, 2), config.replace(steps=0))
+    untuned = quantize(teacher, calibration, Bits(2, 2), config.untuned())
     assert accuracy(untuned) < 0.9
     assert accuracy(student) > accuracy(untuned) + 0.03
     assert all(q.observed > 0 and q.log_range == 0 for q in activation_quantizers(student))
@@ -216,8 +216,10 @@ def test_refused(teacher, calibration, generator):
     with pytest.raises(ValueError, match="'reconstruct' takes no generator"):
         quantize(teacher, calibration, generator=generator, method="reconstruct")
     for name, value in {"ranges": "reference", "range_images": "real"}.items():
-        config = CONFIG.replace(**{name: value})
-        with pytest.raises(ValueError, match=rf"QuantizeConfig.{name} must"):
+        with pytest.raises(ValueError, match=f"method must be 'fdda' with {name} = '{value}'"):
+            CONFIG.replace(**{name: value})
+        config = CONFIG.replace(method="fdda", **{name: value})
+        with pytest.raises(ValueError, match="method must be 'fdda' with"):
             quantize(teacher, calibration, config=config, method="reconstruct")
 
 

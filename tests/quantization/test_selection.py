@@ -18,7 +18,7 @@ from fdda_fast.quantization.selection import Selection
 from fdda_fast.quantization.stages import drawn_from
 
 TOO_FAST = QuantizeConfig(
-    steps=60, synthetic_batch=0, flip=False, lr=3e-3, check_every=10, patience=2
+    method="fdda", steps=60, synthetic_batch=0, flip=False, lr=3e-3, check_every=10, patience=2
 )
 
 
@@ -61,7 +61,7 @@ def test_the_least_divergence_stays():
 
 def test_steps_leave_an_eighth_out():
     images, labels = torch.arange(40.0).view(40, 1, 1, 1), torch.arange(40)
-    config = QuantizeConfig(synthetic_batch=16)
+    config = QuantizeConfig(method="fdda", synthetic_batch=16)
     source, held_out = drawn_from(lambda: (images, labels), config)
     learned, looked_at = ({int(v) for i in range(50) for v in s(i)[1]} for s in (source, held_out))
     assert len(looked_at) == 5
