@@ -53,7 +53,7 @@ METHODS = {
         "ranges of least squared error, untrained",
         _MINMAX.replace(ranges="mse", weight_ranges="mse"),
     ),
-    "calibrated": Method("... and BatchNorm correction", _FAST.untuned()),
+    "calibrated": Method("... and BatchNorm correction", _FAST.replace(steps=0)),
     "real": Method("tuned on the calibration images", _ALONE),
     "zero-shot": Method("... and a generator without L_C, L_D", _GENERATED, _ZERO_SHOT),
     "fdda-generator": Method("... and FDDA's generator", _GENERATED, synthesis=_FDDA),

@@ -85,7 +85,7 @@ class Network:
         if method == "fdda":
             synthetic = self._synthetic(config, calibration)
         else:
-            config = config.plain_minmax() if method == "minmax" else config.untuned()
+            config = config.plain_minmax() if method == "minmax" else config.replace(steps=0)
         with display(f"{self.name} {method} {bits}") as progress:
             student = fdda.quantize(
                 self.teacher,

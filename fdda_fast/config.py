@@ -202,8 +202,9 @@ class QuantizeConfig(Section):
             ranges instead, unit by unit, from the calibration images alone. `fdda+reconstruct`
             does that from synthetic images, too, and then fine-tunes from end to end; where it
             trains a generator, it does so before, in `warmup_steps`.
-        steps: fine-tuning steps. 0: none, and with `fdda` only ranges are taken, from the
-            calibration images or, with a generator, from batches like those of the steps.
+        steps: fine-tuning steps; `reconstruct` has none. 0 with another method: nothing is learned,
+            ranges are taken from the calibration images or, with a generator, from batches like
+            those of the steps.
         warmup_steps: generator steps before the first fine-tuning step, where a generator is
             trained along the way.
         seed: decides every draw of the fine-tuning.
@@ -334,15 +335,12 @@ class QuantizeConfig(Section):
             holds = self.method == "fdda" or value not in ("reference", "real", "synthetic")
             self._require("method", holds, f"'fdda' with {name} = {value!r}")
 
-    def untuned(self) -> QuantizeConfig:
-        """The same, but nothing is learned: activation ranges and BatchNorm correction alone."""
-        return self.replace(method="fdda", steps=0)
-
     def plain_minmax(self) -> QuantizeConfig:
         """The same without tuning: activation ranges are the calibration images' min and max."""
-        return self.untuned().replace(
-            ranges="minmax", weight_ranges="minmax", correct_batch_norms=False
-        )
+        return self.replace(
+            method="fdda", steps=0,
+            ranges="minmax", weight_ranges="minmax", correct_batch_norms=False,
+        )  # fmt: skip
 
     @classmethod
     def reference(cls) -> QuantizeConfig:

@@ -104,7 +104,7 @@ def run_demo(recipe: Recipe, out: Path, bits: Bits) -> DemoResult:
 
     # With and without this package's own calibration, so that the table does not credit the
     # training with what calibration alone does.
-    calibrated = quantize(teacher, (images, labels), bits, config.untuned())
+    calibrated = quantize(teacher, (images, labels), bits, config.replace(steps=0))
     minmax = quantize(teacher, (images, labels), bits, config.plain_minmax())
     with display("quantize") as progress:
         student = quantize(

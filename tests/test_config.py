@@ -54,6 +54,7 @@ def test_reference_is_the_paper_to_the_letter():
 
 def test_presets():
     assert preset("fast") == QuantizeConfig()
+    assert (preset("fast").method, preset("reference").method) == ("fdda+reconstruct", "fdda")
     assert preset("fast") != preset("reference")
     assert QuantizeConfig().placement == "full_integer"
     with pytest.raises(ValueError, match=r"preset must be one of .* got 'quick'"):

@@ -444,7 +444,7 @@ def quantize(
         raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
     if ptq:
-        config = config.untuned()
+        config = config.replace(method="fdda", steps=0)
     elif method is not None:
         config = config.replace(method=method)
     if steps is not None:

@@ -109,7 +109,7 @@ def quantize(
         source, held_out = drawn_from(lambda: synthetic, config)
     elif config.synthetic_batch and generator is not None:
         source = held_out = generated(generator, config, ranks)
-    if config.steps == 0 and method == "fdda":
+    if config.steps == 0 and method != "reconstruct":
         if synthetic is not None or generator is not None:
             tuner.calibrate(range_batches(tuner, source))
             return tuner.finish()
@@ -149,7 +149,7 @@ def quantize(
         ended=lambda: tuner.selection.exhausted,
         ranks=ranks,
     )
-    if method != "fdda" and config.steps == 0:
+    if method == "reconstruct":
         tuner.begin()
     return tuner.finish()
 

@@ -101,7 +101,7 @@ def sensitivity(
     figures = _Figures(checkpoint, fingerprint(metric, images, model))
     targets = torch.cat([model(batch) for batch in images.split(_BATCH)])
     calibration = (images, targets.argmax(1))
-    config = QuantizeConfig(correct_batch_norms=False).untuned()
+    config = QuantizeConfig(steps=0, correct_batch_norms=False)
     layers = list(_input_quantizers(prepare(model, Bits())))
     groups = _groups(graph, layers)
     total = len(layers) * len(set(widths)) + sum(

@@ -62,7 +62,7 @@ def generator():
 def test_without_steps(teacher, calibration):
     """Ranges from the calibration images, and corrected batch norms; weights as they were."""
     told = []
-    config = QuantizeConfig().untuned()
+    config = QuantizeConfig(steps=0)
     student = quantize(teacher, calibration, Bits(4, 4), config, progress=lambda *a: told.append(a))
     assert not told
     assert not student.training
@@ -78,7 +78,7 @@ def test_without_steps(teacher, calibration):
 
 
 def test_without_steps_nor_correction(teacher, calibration):
-    config = QuantizeConfig(method="fdda", steps=0, ranges="minmax", correct_batch_norms=False)
+    config = QuantizeConfig(steps=0, ranges="minmax", correct_batch_norms=False)
     student = quantize(teacher, calibration, Bits(4, 4), config)
     image = activation_quantizers(student)[0]
     assert image.x_min.item() == min(calibration[0].min().item(), 0)
@@ -150,7 +150,7 @@ def test_known_centers_give_the_same(teacher, calibration):
 
 def test_fine_tuning_helps(teacher, calibration):
     config = QuantizeConfig(method="fdda", steps=60, synthetic_batch=0, flip=False)
-    untuned = quantize(teacher, calibration, Bits(2, 3), config.untuned())
+    untuned = quantize(teacher, calibration, Bits(2, 3), config.replace(steps=0))
     told = []
     tuned = quantize(
         teacher, calibration, Bits(2, 3), config, progress=lambda i, n, m: told.append(m)
@@ -376,7 +376,7 @@ def test_ranges_of_real_or_synthetic_images(teacher, calibration, generator):
 
 
 def test_percentile_ranges_and_weights(teacher, calibration):
-    config = QuantizeConfig(method="fdda", steps=0, ranges="minmax", correct_batch_norms=False)
+    config = QuantizeConfig(steps=0, ranges="minmax", correct_batch_norms=False)
     plain = quantize(teacher, calibration, Bits(4, 4), config)
     config = config.replace(ranges="percentile", weight_ranges="percentile", percentile=95.0)
     student = quantize(teacher, calibration, Bits(4, 4), config)
@@ -488,7 +488,7 @@ def test_plain_sequential():
     student = quantize(model, (images, labels), Bits(8, 8), ALONG.replace(steps=2))
     with torch.no_grad():
         assert student(images).shape == (8, 4)
-    untuned = quantize(model, (images, labels), Bits(8, 8), QuantizeConfig().untuned())
+    untuned = quantize(model, (images, labels), Bits(8, 8), QuantizeConfig(steps=0))
     with torch.no_grad():
         assert (untuned(images) - model(images)).abs().max() < 0.1
     bare = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 7 * 9, 4))
@@ -497,10 +497,10 @@ def test_plain_sequential():
 
 
 def test_keep_float_and_placement_reach_the_student(teacher, calibration):
-    config = QuantizeConfig(method="fdda", steps=0, keep_float=("fc",))
+    config = QuantizeConfig(steps=0, keep_float=("fc",))
     student = quantize(teacher, calibration, Bits(), config)
     assert type(student.get_submodule("fc")) is nn.Linear
-    paper = quantize(teacher, calibration, Bits(), QuantizeConfig(placement="paper").untuned())
+    paper = quantize(teacher, calibration, Bits(), QuantizeConfig(steps=0, placement="paper"))
     assert not any(q.include_zero for q in activation_quantizers(paper))
 
 
@@ -541,7 +541,7 @@ def test_paper_placement_without_any_relu():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
     calibration = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
-    config = QuantizeConfig(method="fdda", steps=0, placement="paper")
+    config = QuantizeConfig(steps=0, placement="paper")
     assert not activation_quantizers(quantize(model, calibration, Bits(), config))
 
 

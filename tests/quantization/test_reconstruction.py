@@ -57,7 +57,7 @@ def test_two_bits_from_one_image_per_class(teacher, calibration):
     )  # fmt: skip
     assert [t[:2] for t in told] == [(i + 1, UNITS * 60) for i in range(UNITS * 60)]
     assert [t[2]["unit"] for t in told] == [i // 60 for i in range(UNITS * 60)]
-    untuned = quantize(teacher, calibration, Bits(2, 2), config.untuned())
+    untuned = quantize(teacher, calibration, Bits(2, 2), config.replace(steps=0))
     assert accuracy(untuned) < 0.9
     assert accuracy(student) > accuracy(untuned) + 0.03
     assert all(q.observed > 0 and q.log_range == 0 for q in activation_quantizers(student))

@@ -61,7 +61,7 @@ def test_the_least_divergence_stays():
 
 def test_steps_leave_an_eighth_out():
     images, labels = torch.arange(40.0).view(40, 1, 1, 1), torch.arange(40)
-    config = QuantizeConfig(method="fdda", synthetic_batch=16)
+    config = QuantizeConfig(synthetic_batch=16)
     source, held_out = drawn_from(lambda: (images, labels), config)
     learned, looked_at = ({int(v) for i in range(50) for v in s(i)[1]} for s in (source, held_out))
     assert len(looked_at) == 5
