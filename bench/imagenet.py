@@ -3,9 +3,10 @@
 Quantises torchvision's networks from one real image per class, all layers at the named bits or
 the first and last one at 8, and counts the validation images that the packed networks put into
 their classes: min-max quantisation on the calibration images; ranges and BatchNorm correction from
-them (`calibrated`); fine-tuning on them and on refined images (`fdda`). `--weights` is a folder
-with torchvision's files as it downloads them, `resnet18-f37072fd.pth` and so on. Any ImageFolder
-tree with train/ and val/ and networks trained on it will do.
+them (`calibrated`); rounding learned block by block and fine-tuning, both on them and on refined
+images, as the preset `fast` does (`fdda`). `--weights` is a folder with torchvision's files as it
+downloads them, `resnet18-f37072fd.pth` and so on. Any ImageFolder tree with train/ and val/ and
+networks trained on it will do.
 
 Every result is kept as a row of a CSV file per network and not computed again; an interrupted
 training is resumed.
