@@ -57,7 +57,7 @@ METHODS = {
     "real": Method("tuned on the calibration images", _ALONE),
     "zero-shot": Method("... and a generator without L_C, L_D", _GENERATED, _ZERO_SHOT),
     "fdda-generator": Method("... and FDDA's generator", _GENERATED, synthesis=_FDDA),
-    "fdda": Method("... and refined images (`fast`)", refined=True),
+    "fdda": Method("... and refined images", refined=True),
     "fdda-bfloat16": Method(
         "... the same, tuned in bfloat16", _FAST.replace(dtype="bfloat16"), refined=True
     ),
@@ -70,7 +70,7 @@ METHODS = {
         kind="fdda+reconstruct",
     ),
     "fdda+reconstruct": Method(
-        "... on refined images, too, then tuned", refined=True, kind="fdda+reconstruct"
+        "... on refined images, too, then tuned (`fast`)", refined=True, kind="fdda+reconstruct"
     ),
     "reconstruct-1024": Method(
         "reconstruction on 1,024 real images", kind="reconstruct", per_class=None

@@ -2,9 +2,9 @@
 
 The shipped network of scikit-learn's digits (default, 540 test images) or Fashion-MNIST (10,000),
 one real image per class, all layers at the named bits, the paper's placement of quantisers (which
-`reference` asks for) in both. Fake-quantised accuracy on the test
-set, and wall time; that of a resumed run counts from its resumption. The paper's 80,000 generator
-and 70,000 fine-tuning steps take half an hour on digits, five hours on Fashion-MNIST, on one core.
+`reference` asks for) in both. Fake-quantised accuracy on the test set, and wall time; that of a
+resumed run counts from its resumption. The paper's 80,000 generator and 70,000 fine-tuning steps
+take half an hour on digits, five hours on Fashion-MNIST, on one core.
 
 Rows already in the CSV file are not computed again, and an interrupted run is resumed.
 """
