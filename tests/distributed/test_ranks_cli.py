@@ -199,7 +199,7 @@ def test_a_rank_killed_and_started_again(two, tmp_path):
 
 
 def test_quantize_by_two_ranks(one, tmp_path):
-    (tmp_path / "short.toml").write_text("[refine]\nimages = 0\n")
+    (tmp_path / "short.toml").write_text('method = "fdda"\n[refine]\nimages = 0\n')
     options = ["quantize", *DIGITS, "--bits", "W4A4", "--steps", 2,
                "--config", tmp_path / "short.toml",
                "--generator", one / "generator.safetensors", "--out"]  # fmt: skip
