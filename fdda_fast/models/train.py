@@ -1,7 +1,8 @@
 """Trains the shipped teachers: `python -m fdda_fast.models.train MODEL [--out FILE]`.
 
 The same torch release, CPU kind and thread count give the same weights bit for bit; elsewhere the
-accuracy agrees to some images of the test set. The digits' shipped weights come from two threads.
+accuracy agrees to some images of the test set. The digits' shipped weights come from two threads;
+Fashion-MNIST's ResNet-20 had 94.53 % where it was trained with one, the shipped one has 94.67.
 `glyphs-resnet20` learns from what `python bench/glyphs.py` writes.
 """
 
