@@ -110,8 +110,7 @@ class Experiment:
         start = time.monotonic()
         config = method.config.replace(seed=self.seed, flip=self.network.train.flip)
         calibration = self._calibration(method)
-        teacher, kind = self.network.teacher, method.kind
-        student = fdda.quantize(teacher, calibration, bits, config, method=kind, **synthetic)
+        student = fdda.quantize(self.network.teacher, calibration, bits, config, **synthetic)
         return student, time.monotonic() - start + seconds
 
     def _calibration(self, method: Method) -> tuple[torch.Tensor, torch.Tensor]:

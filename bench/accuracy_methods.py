@@ -17,11 +17,10 @@ class Method:
 
     Args:
         title: what the table calls it.
-        config: settings of the quantisation.
+        config: settings of the quantisation, the method included.
         synthesis: settings of the generator, whose images are taken as they are.
         refined: whether there are refined calibration images; where there is no generator
             either, real images are all there is.
-        kind: `method` of `fdda.quantize`.
         per_class: real images of every class; None: as near to 1,024 of all as the same number
             of each comes.
         centers: share of the classes, drawn by the seed, that the generator is given centers of.
@@ -31,7 +30,6 @@ class Method:
     config: fdda.QuantizeConfig = _FAST
     synthesis: fdda.SynthesisConfig | None = None
     refined: bool = False
-    kind: str = "fdda"
     per_class: int | None = 1
     centers: float = 1.0
 
@@ -44,7 +42,10 @@ class Method:
         return self.synthesis, self.refined, self.per_class, self.centers
 
 
-_GENERATED = _FAST.replace(refine=_FAST.refine.replace(images=0))
+_TUNED = _FAST.replace(method="fdda")
+_RECONSTRUCTED = _FAST.replace(method="reconstruct")
+_AS_GENERATED = _FAST.refine.replace(images=0)
+_GENERATED = _TUNED.replace(refine=_AS_GENERATED)
 _ALONE = _FAST.replace(real_batch=_FAST.real_batch + _FAST.synthetic_batch, synthetic_batch=0)
 _ZERO_SHOT = _FDDA.replace(distorted_weight=0.0, centralized_weight=0.0)
 METHODS = {
@@ -53,27 +54,24 @@ METHODS = {
         "ranges of least squared error, untrained",
         _MINMAX.replace(ranges="mse", weight_ranges="mse"),
     ),
-    "calibrated": Method("... and BatchNorm correction", _FAST.replace(steps=0)),
-    "real": Method("tuned on the calibration images", _ALONE),
+    "calibrated": Method("... and BatchNorm correction", _TUNED.replace(steps=0)),
+    "real": Method("tuned on the calibration images", _ALONE.replace(method="fdda")),
     "zero-shot": Method("... and a generator without L_C, L_D", _GENERATED, _ZERO_SHOT),
     "fdda-generator": Method("... and FDDA's generator", _GENERATED, synthesis=_FDDA),
-    "fdda": Method("... and refined images", refined=True),
+    "fdda": Method("... and refined images", _TUNED, refined=True),
     "fdda-bfloat16": Method(
-        "... the same, tuned in bfloat16", _FAST.replace(dtype="bfloat16"), refined=True
+        "... the same, tuned in bfloat16", _TUNED.replace(dtype="bfloat16"), refined=True
     ),
-    "reconstruct": Method("reconstruction on the calibration images", kind="reconstruct"),
-    "real+reconstruct": Method("... then tuned on them", _ALONE, kind="fdda+reconstruct"),
+    "reconstruct": Method("reconstruction on the calibration images", _RECONSTRUCTED),
+    "real+reconstruct": Method("... then tuned on them", _ALONE),
     "zero-shot+reconstruct": Method(
         "... on a generator's without L_C, L_D, too, then tuned",
-        _GENERATED,
+        _FAST.replace(refine=_AS_GENERATED),
         _ZERO_SHOT,
-        kind="fdda+reconstruct",
     ),
-    "fdda+reconstruct": Method(
-        "... on refined images, too, then tuned (`fast`)", refined=True, kind="fdda+reconstruct"
-    ),
+    "fdda+reconstruct": Method("... on refined images, too, then tuned (`fast`)", refined=True),
     "reconstruct-1024": Method(
-        "reconstruction on 1,024 real images", kind="reconstruct", per_class=None
+        "reconstruction on 1,024 real images", _RECONSTRUCTED, per_class=None
     ),
 }
 ABLATIONS = {
@@ -99,7 +97,9 @@ ABLATIONS = {
         for weight in weights
     },
     **{
-        f"fdda-{count}": Method(f"refined images, {count} per class", refined=True, per_class=count)
+        f"fdda-{count}": Method(
+            f"refined images, {count} per class", _TUNED, refined=True, per_class=count
+        )
         for count in (4, 16)
     },
 }

@@ -330,10 +330,10 @@ class QuantizeConfig(Section):
         )
         self._require("method", self.method in METHODS, f"one of {METHODS}")
         # Reconstruction takes ranges from the images that it learns on.
-        for name in ("ranges", "range_images"):
-            value = getattr(self, name)
-            holds = self.method == "fdda" or value not in ("reference", "real", "synthetic")
-            self._require("method", holds, f"'fdda' with {name} = {value!r}")
+        fits = {"ranges": self.ranges != "reference", "range_images": self.range_images == "all"}
+        for name, holds in fits.items():
+            expected = f"'fdda' with {name} = {getattr(self, name)!r}"
+            self._require("method", holds or self.method == "fdda", expected)
 
     def plain_minmax(self) -> QuantizeConfig:
         """The same without tuning: activation ranges are the calibration images' min and max."""

@@ -44,8 +44,8 @@ def calls(monkeypatch):
         refined.append(("refined", seed, flip, len(calibration[0])))
         return refined[-1]
 
-    def quantize(model, calibration, bits, config, *, method, generator=None, synthetic=None):
-        students.append((len(calibration[0]), bits, config, generator or synthetic, method))
+    def quantize(model, calibration, bits, config, *, generator=None, synthetic=None):
+        students.append((len(calibration[0]), bits, config, generator or synthetic, config.method))
         return model
 
     monkeypatch.setattr(fdda, "train_generator", train_generator)
@@ -116,6 +116,10 @@ def test_what_each_method_is_given(calls, tmp_path):
     assert configs["mse"].ranges == configs["mse"].weight_ranges == "mse"
     assert configs["real"].real_batch == 32
     assert kinds["reconstruct-1024"] == kinds["reconstruct"] == "reconstruct"
+    both = {name for name, kind in kinds.items() if kind == "fdda+reconstruct"}
+    assert both == {"real+reconstruct", "zero-shot+reconstruct", "fdda+reconstruct"}
+    assert made["zero-shot+reconstruct"] is made["zero-shot"]
+    assert configs["real+reconstruct"] == configs["real"].replace(method="fdda+reconstruct")
     weights = {
         name: (m.config.distorted_weight, m.config.centralized_weight)
         for name, m in made.items()

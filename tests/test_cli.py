@@ -101,6 +101,7 @@ def place(tmp_path_factory):
         "bad": "steps = ", "unknown": "stepps = 3", "type": 'steps = "3"', "range": "lr = -1.0",
         "table": "synthesis = 3", "list": 'keep_float = ["no.such.layer"]', "float": "flip = 1",
         "bits": "[bits]\nweight = 11", "pair": "[bits.overrides]\nconv1 = 4", "dir": 'ranges = "x"',
+        "blocks": 'method = "reconstruct"',
         "short": "[refine]\nimages = 4\nsteps = 2\n[reconstruct]\nimages = 32\nsteps = 2",
     }.items():  # fmt: skip
         (place / f"{name}.toml").write_text(text)
@@ -620,6 +621,7 @@ def refused(place, *arguments):
         (["--ptq"], "--ptq takes no"),
         (["--method", "brecq"], "method must be one of"),
         (["--method", "reconstruct"], "--method reconstruct takes no"),
+        (["--config", "blocks.toml"], "--method reconstruct takes no"),
         (["--bits", "W9A4"], "2..8"),
         (["--bits", "W4A1"], "2..8"),
         (["--bits", "four"], "must look like"),

@@ -440,13 +440,14 @@ def quantize(
     tuned = method is not None or steps is not None or warmup_steps is not None
     if ptq and tuned:
         raise ValueError("--ptq takes no --method, --steps or --warmup-steps")
-    if method == "reconstruct" and (steps is not None or warmup_steps is not None):
-        raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     config, widths = settings.load(to.seed, parse_bits(bits))
     if ptq:
         config = config.replace(method="fdda", steps=0)
     elif method is not None:
         config = config.replace(method=method)
+    # Of a settings file, too.
+    if config.method == "reconstruct" and (steps is not None or warmup_steps is not None):
+        raise ValueError("--method reconstruct takes no --steps or --warmup-steps")
     if steps is not None:
         config = config.replace(steps=steps)
     if warmup_steps is not None:
