@@ -104,7 +104,7 @@ class _Ties:
                 continue
             kind = node_kind(traced, node)
             module = traced.get_submodule(node.target) if node.op == "call_module" else None
-            if module is not None and calls[node.target] > 1:
+            if calls[node.target] > 1 and kind not in _HOMOGENEOUS:  # one factor for all its calls
                 self._fix([node, *node.all_input_nodes])
             elif kind is nn.BatchNorm2d and module.affine:
                 self._fix(node.all_input_nodes)

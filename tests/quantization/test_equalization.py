@@ -18,7 +18,10 @@ LABELS = torch.arange(20) % 5
 
 
 class Net(nn.Module):
-    """A residual addition, a depthwise layer, ReLU6, a shuffle of groups, pooling, flattening."""
+    """A residual addition, a depthwise layer, ReLU6, a shuffle of groups, pooling, flattening.
+
+    One ReLU is called several times, as in torchvision's ResNets.
+    """
 
     def __init__(self):
         super().__init__()
@@ -32,11 +35,12 @@ class Net(nn.Module):
         self.conv7, self.bn7 = nn.Conv2d(4, 6, 1, groups=2, bias=False), nn.BatchNorm2d(6)
         self.conv8 = nn.Conv2d(4, 6, 1, bias=False)
         self.fc = nn.Linear(6 * 36, 5)
+        self.relu = nn.ReLU()
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x))))) + x)
-        x = F.relu(self.bn4(self.depthwise(x)))
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn3(self.conv3(self.relu(self.bn2(self.conv2(x))))) + x)
+        x = self.relu(self.bn4(self.depthwise(x)))
         x = F.relu6(self.bn5(self.conv5(x)))
         x = self.bn6(self.conv6(x))
         shuffled = x.view(x.size(0), 2, 2, 12, 12).transpose(1, 2).flatten(1, 2)
@@ -60,6 +64,16 @@ class Plain(nn.Module):
         return self.fc(torch.flatten(self.pool(F.relu(self.bn2(self.conv2(x)))), 1))
 
 
+class Repeated(Plain):
+    """A layer and a norm that are called twice, and so would need one factor for both."""
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for _ in range(2):
+            x = F.relu(self.bn2(self.conv2(x)))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
 def made(cls):
     torch.manual_seed(0)
     model = cls().eval().requires_grad_(False)
@@ -67,7 +81,7 @@ def made(cls):
     return model
 
 
-@pytest.mark.parametrize("cls", [Net, Plain])
+@pytest.mark.parametrize("cls", [Net, Plain, Repeated])
 def test_the_float_network_computes_the_same(cls):
     model = made(cls)
     equalized = copy.deepcopy(model)
