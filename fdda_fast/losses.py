@@ -70,14 +70,19 @@ def distillation(
     """T^2 * KL(softmax(teacher/T) || softmax(student/T)).
 
     Args:
-        student_logits, teacher_logits: [N, K].
+        student_logits, teacher_logits: [N, K], see `of_two_classes`.
 
     Returns:
         Scalar, summed over classes and averaged over the batch.
     """
     divergence = F.kl_div(
-        F.log_softmax(student_logits / temperature, 1),
-        F.softmax(teacher_logits / temperature, 1),
+        F.log_softmax(of_two_classes(student_logits) / temperature, 1),
+        F.softmax(of_two_classes(teacher_logits) / temperature, 1),
         reduction="batchmean",
     )
     return temperature**2 * divergence
+
+
+def of_two_classes(logits: torch.Tensor) -> torch.Tensor:
+    """[N, K] as they are, but a single logit [N, 1] as [N, 2], whose softmax is its sigmoid."""
+    return F.pad(logits, (0, 1)) if logits.shape[1] == 1 else logits

@@ -122,3 +122,10 @@ def test_distillation(temperature):
     single = distillation(student.float(), teacher.float(), temperature)
     assert single.item() == pytest.approx(expected, rel=1e-3)
     assert distillation(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_distillation_of_one_logit_is_that_of_its_sigmoid():
+    student, teacher = torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.0], [-1.5]])
+    p, q = (1 / (1 + np.exp(-x.double().numpy() / 2)) for x in (teacher, student))
+    expected = 4 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
+    assert distillation(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)

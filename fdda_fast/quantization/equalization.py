@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..tracing import RELUS, addends, node_kind, note_shapes, trace
+from .modules import own_parameters
 from .prepare import VALUE_PRESERVING, is_global_average_pool
 
 # Half of the way (in the logarithm) to channels of one size: all of it leaves weights so unlike
@@ -25,22 +27,22 @@ _HOMOGENEOUS = (
 
 
 @torch.no_grad()
-def equalize_channels(student: nn.Module, model: nn.Module, images: torch.Tensor) -> None:
-    """Moves scale from activation channels into the weights that read them.
+def equalized(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """A copy of a network with scale moved from activation channels into weights that read them.
 
     A BatchNorm's output channel is multiplied by a positive factor, and the weights of the layers
     that read it, through ReLUs, pooling and additions, are divided by it, so the float network
-    computes the same. Where additions tie the outputs of several norms, all get the same factors.
+    computes the same, and every BatchNorm reads the same. Where additions tie the outputs of several norms, all get the same factors.
     Tensors that anything else makes or reads (ReLU6, concatenation, the image, a convolution
     without a norm) stay as they are. Nagel et al., ICCV 2019, section 4.1, with ranges of the
     activations in the place of weights', since weights have a range for every output channel.
 
     Args:
-        student: from `prepare`, not yet fine-tuned; its BatchNorm2d and layers change.
-        model: that it was prepared from.
+        model: a CNN that torch.fx can trace; not changed.
         images: float32 [N, C, H, W], from which channels' ranges are taken.
     """
-    traced = trace(model)
+    result, traced = copy.deepcopy(model), trace(model)
+    own_parameters(result)
     note_shapes(traced, tuple(images.shape[1:]))
     ties = _Ties(traced)
     seen = _ChannelMaxima(traced, {layer.args[0] for layer in ties.layers})
@@ -55,11 +57,12 @@ def equalize_channels(student: nn.Module, model: nn.Module, images: torch.Tensor
         factor = share.clamp(min=_SMALLEST) ** -_STRENGTH
         factor /= factor.log().mean().exp()
         for norm in norms:
-            module = student.get_submodule(norm.target)
+            module = result.get_submodule(norm.target)
             module.weight *= factor
             module.bias *= factor
         for layer in layers:
-            _divide_inputs(student.get_submodule(layer.target), factor)
+            _divide_inputs(result.get_submodule(layer.target), factor)
+    return result
 
 
 def _divide_inputs(layer: nn.Conv2d | nn.Linear, factor: torch.Tensor) -> None:
@@ -100,7 +103,9 @@ class _Ties:
         self.layers: list[fx.Node] = []
         calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module")
         for node in traced.graph.nodes:
-            if node.meta["shape"] is None:  # a size, not a tensor
+            if node.meta["shape"] is None:  # a size, or several tensors
+                if "tensor_meta" in node.meta:
+                    self._fix(node.all_input_nodes)
                 continue
             kind = node_kind(traced, node)
             module = traced.get_submodule(node.target) if node.op == "call_module" else None

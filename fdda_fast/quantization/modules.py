@@ -55,6 +55,13 @@ def quantized_layer(layer: nn.Conv2d | nn.Linear, bits: int) -> QuantConv2d | Qu
     return quantized
 
 
+def own_parameters(model: nn.Module) -> None:
+    """Gives each module parameters of its own, to be learned, however shared or frozen they are."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+
+
 class ActivationQuantizer(nn.Module):
     """Per-tensor fake quantisation of an activation.
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..tracing import ADDS, RELU6S, RELUS, node_kind, trace
 from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
-from .modules import ActivationQuantizer, quantized_layer
+from .modules import ActivationQuantizer, own_parameters, quantized_layer
 
 PLACEMENTS = ("full_integer", "paper")
 
@@ -64,6 +64,7 @@ def prepare(
     if placement not in PLACEMENTS:
         raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
     graph_module = trace(model)
+    own_parameters(graph_module)
     layers = _quantizable_layers(graph_module, set(keep_float))
     if not layers:
         raise ValueError("the model has no Conv2d or Linear layer to quantise")
@@ -201,12 +202,12 @@ def _activation_bits(
         for spot in (produced, readers[-1].producer):
             if spot in widths:
                 widths[spot] = bits.first_last
-    wanted: dict[fx.Node, int] = {}
+    wanted: dict[fx.Node, list[int]] = {}
     for reader in readers:
-        name, spot = reader.layer.target, reader.producer
-        if name in bits.overrides and spot in widths:
-            wanted[spot] = max(wanted.get(spot, 0), bits.overrides[name][1])
-    widths.update(wanted)
+        width = widths.get(reader.producer, bits.activation)
+        override = bits.overrides.get(reader.layer.target, (0, width))
+        wanted.setdefault(reader.producer, []).append(override[1])
+    widths.update((spot, max(wanted[spot])) for spot in spots if spot in wanted)
     for spot in spots:
         if spot.op == "placeholder":
             widths[spot] = IMAGE_BITS

@@ -16,7 +16,7 @@ from ..synthesis import GeneratorTrainer
 from ..training import Progress, run_steps
 from .bits import Bits
 from .clipping import clip_weights
-from .equalization import equalize_channels
+from .equalization import equalized
 from .finetune import CORRECTION_IMAGES, Batch, Finetuner
 from .prepare import prepare
 from .stages import (
@@ -90,19 +90,18 @@ def quantize(
                 f"synthetic images must be like the calibration images, {list(images.shape[1:])}, "
                 f"got {list(synthetic[0].shape[1:])}"
             )
+    exact = equalized(model, images) if config.equalize else model
     student = prepare(
-        model,
+        exact,
         bits,
         placement=config.placement,
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
     )
-    if config.equalize:
-        equalize_channels(student, model, images)
     if config.weight_ranges != "auto" or config.ranges == "mse":
         clip_weights(student, config.weight_ranges, config.percentile)
     ranks = Ranks.world()
-    tuner = Finetuner(student, model, (images, labels), config, ranks)
+    tuner = Finetuner(student, exact, (images, labels), config, ranks)
     source: Source = no_images
     held_out: Source = no_images
     if config.synthetic_batch and synthetic is not None:

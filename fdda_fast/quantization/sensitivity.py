@@ -15,6 +15,7 @@ from torch import fx, nn
 from ..config import QuantizeConfig
 from ..files import written_whole
 from ..fingerprints import fingerprint
+from ..losses import of_two_classes
 from ..tracing import trace
 from ..training import Progress
 from .allocation import Widths
@@ -97,9 +98,9 @@ def sensitivity(
             raise ValueError(f"{label} must name one width at least")
         for bits in given:
             check_bits(label, bits)
-    graph, model = trace(model), model.eval()
+    graph = trace(model)
     figures = _Figures(checkpoint, fingerprint(metric, images, model))
-    targets = torch.cat([model(batch) for batch in images.split(_BATCH)])
+    targets = torch.cat([graph(batch) for batch in images.split(_BATCH)])
     calibration = (images, targets.argmax(1))
     config = QuantizeConfig(steps=0, correct_batch_norms=False)
     layers = list(_input_quantizers(prepare(model, Bits())))
@@ -165,7 +166,7 @@ class _Figures:
 def _distance(logits: torch.Tensor, targets: torch.Tensor, metric: str) -> float:
     if metric == "mse":
         return float(F.mse_loss(logits, targets))
-    a, b = (x.double().log_softmax(1) for x in (logits, targets))
+    a, b = (of_two_classes(x).double().log_softmax(1) for x in (logits, targets))
     return float(F.kl_div(a, b, reduction="batchmean", log_target=True).clamp(min=0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 from torch import fx
@@ -55,13 +56,16 @@ def find_units(graph_module: fx.GraphModule, student: fx.GraphModule) -> list[Un
     units: list[Unit] = []
     entry, known = image.name, set[str]()
     for at in [*bounds, len(nodes) - 1]:
-        own = [n.target for i, n in layers.items() if i < at and n.target not in known]
+        own = [n.target for i, n in layers.items() if i <= at and n.target not in known]
         last = at == len(nodes) - 1
         if last or (own and max(layers) > at):
             end = nodes[at].args[0] if last else nodes[at]
             units.append(Unit(entry, end.name, tuple(dict.fromkeys(own))))
             known.update(own)
             entry = end.name
+    if not units[-1].layers:  # all of them used before, nothing of its own to learn
+        last = units.pop()
+        units[-1] = units[-1]._replace(exit=last.exit)
     return units
 
 
@@ -82,11 +86,15 @@ def part_of(graph_module: fx.GraphModule, entry: str, exit: str) -> fx.GraphModu
         node = found.pop()
         if node.name != entry and node not in needed:
             needed.add(node)
-            found += node.all_input_nodes
+            if not _is_batch_size(node):
+                found += node.all_input_nodes
     graph = fx.Graph()
-    copies = {named[entry]: graph.placeholder("x")}
+    x = graph.placeholder("x")
+    copies = {named[entry]: x}
     for node in graph_module.graph.nodes:
-        if node in needed:
+        if node in needed and _is_batch_size(node):
+            copies[node] = graph.call_method("size", (x, 0))
+        elif node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[named[exit]])
     return fx.GraphModule(graph_module, graph).eval()
@@ -97,9 +105,28 @@ def _alone_alive(nodes: list[fx.Node]) -> list[int]:
     order = {node: i for i, node in enumerate(nodes)}
     alone, last_read = [], 0
     for at, node in enumerate(nodes):
-        if node.op == "get_attr":  # a constant
+        if node.op == "get_attr" or _is_batch_size(node):  # the same wherever it is read
             continue
         if last_read <= at and node.meta["shape"] is not None:
             alone.append(at)
-        last_read = max([last_read, *(order[user] for user in node.users)])
+        readers = (user for user in node.users if not _tells_batch_size(user))
+        last_read = max([last_read, *(order[user] for user in readers)])
     return alone
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """Whether it is x.size(0) or x.shape[0] of a tensor, as in x.view(x.size(0), -1)."""
+    if node.target == "size":
+        return node.args[1:] == (0,) or node.kwargs == {"dim": 0}
+    return node.target is operator.getitem and node.args[1] == 0 and _is_shape(node.args[0])
+
+
+def _tells_batch_size(node: fx.Node) -> bool:
+    return _is_batch_size(node) or (_is_shape(node) and all(map(_is_batch_size, node.users)))
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether it is x.size() or x.shape."""
+    if node.target == "size":
+        return len(node.args) == 1 and not node.kwargs
+    return node.target is getattr and node.args[1] == "shape"

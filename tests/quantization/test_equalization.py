@@ -11,7 +11,7 @@ from torch import nn
 
 import fdda_fast as fdda
 from fdda_fast.quantization.bits import Bits
-from fdda_fast.quantization.equalization import equalize_channels
+from fdda_fast.quantization.equalization import equalized
 
 IMAGES = torch.randn(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20) % 5
@@ -74,6 +74,29 @@ class Repeated(Plain):
         return self.fc(torch.flatten(self.pool(x), 1))
 
 
+class Split(Plain):
+    """What a node with several results reads stays as it is: so do the channels of one half."""
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        low, high = x.chunk(2, 1)
+        x = F.relu(self.bn2(self.conv2(x))) + torch.cat([low * high, high], 1)
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+class Shared(Plain):
+    """Two layers, one of which alone can take factors up, with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+        self.before.weight = self.conv2.weight
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.before(self.conv1(x))))
+        return self.fc(torch.flatten(self.pool(F.relu(self.bn2(self.conv2(x)))), 1))
+
+
 def made(cls):
     torch.manual_seed(0)
     model = cls().eval().requires_grad_(False)
@@ -81,21 +104,19 @@ def made(cls):
     return model
 
 
-@pytest.mark.parametrize("cls", [Net, Plain, Repeated])
+@pytest.mark.parametrize("cls", [Net, Plain, Repeated, Split, Shared])
 def test_the_float_network_computes_the_same(cls):
     model = made(cls)
-    equalized = copy.deepcopy(model)
-    equalize_channels(equalized, model, IMAGES)
-    torch.testing.assert_close(equalized(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+    scaled = equalized(model, IMAGES)
+    torch.testing.assert_close(scaled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_what_can_be_scaled_is():
     model = made(Net)
-    equalized = copy.deepcopy(model)
-    equalize_channels(equalized, model, IMAGES)
+    scaled = equalized(model, IMAGES)
     factors = {
         name: module.weight / model.get_submodule(name).weight
-        for name, module in equalized.named_modules()
+        for name, module in scaled.named_modules()
         if isinstance(module, nn.BatchNorm2d)
     }
     changed = {name for name, factor in factors.items() if not torch.equal(factor, factor * 0 + 1)}
@@ -104,7 +125,7 @@ def test_what_can_be_scaled_is():
     torch.testing.assert_close(factors["bn1"], factors["bn3"])
     same = {"conv1", "conv6", "conv7", "conv8", "fc"}
     for name in same:
-        assert torch.equal(equalized.get_submodule(name).weight, model.get_submodule(name).weight)
+        assert torch.equal(scaled.get_submodule(name).weight, model.get_submodule(name).weight)
 
 
 def channel_maxima(model, layer):
@@ -112,25 +133,23 @@ def channel_maxima(model, layer):
     hook = model.get_submodule(layer).register_forward_pre_hook(lambda _, args: found.append(*args))
     model(IMAGES)
     hook.remove()
-    return found[0].view(len(IMAGES), 16, -1).abs().amax((0, 2)).double().numpy()
+    return found[0].detach().view(len(IMAGES), 16, -1).abs().amax((0, 2)).double().numpy()
 
 
 def test_channels_move_half_of_the_way_to_one_size():
     model = made(Plain)
     model.bn2.bias += 1  # no channel is always zero
-    equalized = copy.deepcopy(model)
-    equalize_channels(equalized, model, IMAGES)
+    scaled = equalized(model, IMAGES)
     for layer in ("conv2", "fc"):
-        before, after = (np.log(channel_maxima(m, layer)) for m in (model, equalized))
+        before, after = (np.log(channel_maxima(m, layer)) for m in (model, scaled))
         np.testing.assert_allclose(after - after.mean(), (before - before.mean()) / 2, atol=1e-4)
 
 
 def test_a_channel_that_is_always_zero_stays_finite():
     model = made(Plain)
     model.bn1.weight[3], model.bn1.bias[3] = 0, -1
-    equalized = copy.deepcopy(model)
-    equalize_channels(equalized, model, IMAGES)
-    assert all(tensor.isfinite().all() for tensor in equalized.state_dict().values())
+    scaled = equalized(model, IMAGES)
+    assert all(tensor.isfinite().all() for tensor in scaled.state_dict().values())
 
 
 def unlike_channels(model):
@@ -145,12 +164,16 @@ def unlike_channels(model):
     return result
 
 
-def test_quantize_serves_unlike_channels_better():
+@pytest.mark.parametrize("method", ["fdda", "reconstruct"])
+def test_quantize_serves_unlike_channels_better(method):
     model = unlike_channels(made(Plain))
     logits = model(IMAGES)
 
     def error(equalize):
-        config = fdda.QuantizeConfig(steps=0, flip=False, equalize=equalize)
+        config = fdda.QuantizeConfig(
+            steps=0, flip=False, blend=0, max_shift=0, equalize=equalize, method=method,
+            reconstruct=fdda.ReconstructConfig(steps=40, images=32, batch=16),
+        )  # fmt: skip
         student = fdda.quantize(model, (IMAGES, LABELS), Bits(4, 4), config)
         return (student(IMAGES) - logits).square().mean()
 

@@ -292,6 +292,10 @@ def test_overrides():
     assert widths("block1.down.0") == (3, 6)
     assert widths("block1.conv2.0") == (4, 4)
     assert widths("fc") == (5, 3)  # wins over first_last
+    student = prepare(build("resnet"), Bits(4, 5, overrides={"block1.conv1.0": (2, 2)}))
+    layers = {n.target: n for n in layers_of(student)}
+    assert widths("block1.conv1.0") == (2, 5)  # the other layer that reads it has 5
+    assert widths("block1.down.0") == (4, 5)
 
 
 def test_the_image_keeps_its_bits():
@@ -305,6 +309,17 @@ def test_from_zero_reaches_the_quantisers():
     for from_zero in (False, True):
         student = prepare(build("vgg"), Bits(), placement="paper", from_zero=from_zero)
         assert {q.from_zero for q in activation_quantizers(student)} == {from_zero}
+
+
+def test_every_layer_learns_weights_of_its_own():
+    """Whatever the teacher shares and freezes."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    model[3].weight = model[0].weight
+    student = prepare(model.requires_grad_(False), Bits())
+    assert student.get_parameter("0.weight") is not student.get_parameter("3.weight")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert all(student.get_parameter(name).requires_grad for name in names)
+    assert all(torch.equal(student.get_parameter(n), model.get_parameter(n)) for n in names)
 
 
 def test_the_model_is_not_touched():

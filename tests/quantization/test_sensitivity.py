@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fdda_fast.data import draw, open_source
 from fdda_fast.models import load_teacher
@@ -71,6 +72,18 @@ def test_own_widths_for_inputs_and_figures_that_are_kept(measured, tmp_path, mon
     assert stage.sensitivity(model, images, (2, 4), **options) == first
     with pytest.raises(ValueError, match="measured on another model, images or metric"):
         stage.sensitivity(model, images[1:], (2, 4), **options)
+
+
+@pytest.mark.parametrize("metric", stage.METRICS)
+def test_one_logit(metric):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1)
+    )
+    modes = [module.training for module in model.eval()[0].train().modules()]
+    found = stage.sensitivity(model, torch.randn(10, 1, 8, 8), (2, 8), metric)
+    assert all(losses[2, a] > losses[8, a] > 0 for losses in found.loss.values() for _, a in losses)
+    assert [module.training for module in model[0].modules()] == modes
 
 
 def test_refuses(measured):

@@ -49,14 +49,40 @@ def head():
 
 
 class Reshaped(nn.Module):
-    """The image's size is read at the very end."""
+    """The image's size is read at the very end, or before all else."""
+
+    def __init__(self, batch_size, early):
+        super().__init__()
+        self.stem, self.conv, self.fc = stem(), nn.Conv2d(4, 2, 3), nn.Linear(2 * 144, 5)
+        self.batch_size, self.early = batch_size, early
+
+    def forward(self, x):
+        count = self.batch_size(x) if self.early else None
+        y = self.conv(self.stem(x))
+        return self.fc(y.view(count if self.early else self.batch_size(x), -1))
+
+
+class Heights(Reshaped):
+    """Other sizes are of the tensor that they were read from."""
+
+    def __init__(self):
+        super().__init__(None, None)
+
+    def forward(self, x):
+        y = self.conv(self.stem(x))
+        return self.fc(y.view(-1, 2 * (x.size(2) - 4) * (x.shape[3] - 4)))
+
+
+class ThriceAtTheEnd(nn.Module):
+    """The last unit has no layer of its own."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.conv, self.fc = stem(), nn.Conv2d(4, 2, 3), nn.Linear(2 * 144, 5)
+        self.stem, self.conv = stem(), nn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x):
-        return self.fc(self.conv(self.stem(x)).view(x.size(0), -1))
+        x = F.relu(self.conv(F.relu(self.conv(self.stem(x)))))
+        return self.conv(x).mean([2, 3])
 
 
 def blocks(prefix, count, *layers):
@@ -69,7 +95,21 @@ NETWORKS = {
         [("0.0",), ("1.conv1", "1.conv2"), ("2.conv1", "2.conv2"), ("3.2",)],
     ),
     "twice": (lambda: nn.Sequential(stem(), Twice(), head()), [("0.0",), ("1.conv",), ("2.2",)]),
-    "reshaped": (lambda: Reshaped(), [("stem.0", "conv", "fc")]),
+    **{
+        f"reshaped-{name}-{early}": (
+            lambda read=read, early=early: Reshaped(read, early),
+            [("stem.0",), ("conv",), ("fc",)],
+        )
+        for early in (False, True)
+        for name, read in {
+            "size(0)": lambda x: x.size(0),
+            "size(dim=0)": lambda x: x.size(dim=0),
+            "size()[0]": lambda x: x.size()[0],
+            "shape[0]": lambda x: x.shape[0],
+        }.items()
+    },
+    "heights": (Heights, [("stem.0", "conv", "fc")]),
+    "thrice": (ThriceAtTheEnd, [("stem.0",), ("conv",)]),
     "resnet18": (
         lambda: torchvision.models.resnet18(num_classes=5),
         [
