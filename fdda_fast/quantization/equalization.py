@@ -32,10 +32,11 @@ def equalized(model: nn.Module, images: torch.Tensor) -> nn.Module:
 
     A BatchNorm's output channel is multiplied by a positive factor, and the weights of the layers
     that read it, through ReLUs, pooling and additions, are divided by it, so the float network
-    computes the same, and every BatchNorm reads the same. Where additions tie the outputs of several norms, all get the same factors.
-    Tensors that anything else makes or reads (ReLU6, concatenation, the image, a convolution
-    without a norm) stay as they are. Nagel et al., ICCV 2019, section 4.1, with ranges of the
-    activations in the place of weights', since weights have a range for every output channel.
+    computes the same, and its BatchNorms read the same. Where additions tie the outputs of several
+    norms, all get the same factors. Tensors that anything else makes or reads (ReLU6,
+    concatenation, the image, a convolution without a norm) stay as they are. Nagel et al., ICCV
+    2019, section 4.1, with ranges of the activations in the place of weights', since weights have
+    a range for every output channel.
 
     Args:
         model: a CNN that torch.fx can trace; not changed.
