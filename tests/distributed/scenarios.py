@@ -34,6 +34,12 @@ ALONG = QuantizeConfig(
     steps=4, warmup_steps=2, range_steps=2, real_batch=6, synthetic_batch=7,
     synthesis=GENERATOR.replace(lr=1e-7), refine=RefineConfig(images=0),
 )  # fmt: skip
+# Of the preset `fast`: refinement, reconstruction, fine-tuning that looks at images held out.
+STAGES = QuantizeConfig(
+    steps=3, range_steps=2, real_batch=6, synthetic_batch=7, check_every=2,
+    refine=RefineConfig(images=14, group=9, steps=3, lr=1e-3),
+    reconstruct=ReconstructConfig(steps=3, images=26, batch=9, lr=1e-4, affine_lr=1e-6),
+)  # fmt: skip
 PAPER = QuantizeConfig.reference().replace(
     steps=3, warmup_steps=2, range_steps=3, real_batch=6, synthetic_batch=5, synthesis=TWO_PASS
 )
@@ -221,6 +227,7 @@ SCENARIOS = {
     "along": functools.partial(tune, config=ALONG),
     "paper": functools.partial(tune, config=PAPER),
     "frozen": frozen,
+    "stages": functools.partial(tune, config=STAGES),
     "refined": refined,
     "reconstruct": reconstruct,
     "stream": stream,

@@ -62,6 +62,7 @@ TOLERANCES = {
     "along": (1e-3, 1e-4),
     "paper": (1e-5, 1e-5),
     "frozen": (1e-3, 1e-4),
+    "stages": (1e-4, 1e-5),
     "refined": (1e-4, 1e-4),
     "reconstruct": (1e-5, 1e-4),
     "stream": (0.0, 1e-6),
