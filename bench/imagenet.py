@@ -68,6 +68,10 @@ class Network:
                     start = time.monotonic()
                     packed = self._packed(seed, method, bits, (few.images, few.labels))
                     self._note(seed, method, bits, packed, start)
+                    self._checkpoint(seed, bits).unlink(missing_ok=True)
+
+    def _checkpoint(self, seed: int, bits: str) -> Path:
+        return self.args.out / f"{self.name}-{seed}-{bits}.checkpoint"
 
     def _missing(self, seed: int, method: str, bits: str) -> bool:
         return (seed, method, bits) not in read_results(self.results)
@@ -94,7 +98,7 @@ class Network:
                 parse_bits(bits),
                 config,
                 synthetic=synthetic,
-                checkpoint=self.args.out / f"{self.name}-{seed}-{bits}.checkpoint",
+                checkpoint=self._checkpoint(seed, bits),
                 resume=True,
                 progress=progress,
             )
@@ -104,6 +108,7 @@ class Network:
         """The same for all bits."""
         file = self.args.out / f"{self.name}-{config.seed}.images.safetensors"
         if not file.is_file():
+            checkpoint = file.with_suffix(".checkpoint")
             with display(f"{self.name} images") as progress:
                 images, labels = fdda.refine(
                     self.teacher,
@@ -111,11 +116,12 @@ class Network:
                     config.refine,
                     seed=config.seed,
                     flip=config.flip,
-                    checkpoint=file.with_suffix(".checkpoint"),
+                    checkpoint=checkpoint,
                     resume=True,
                     progress=progress,
                 )
             save_tensors(file, {"images": images, "labels": labels}, {})
+            checkpoint.unlink(missing_ok=True)
         tensors, _ = load_tensors(file)
         return tensors["images"], tensors["labels"]
 

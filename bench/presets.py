@@ -76,6 +76,7 @@ def main() -> None:
                     file = results.with_suffix(f".{seed}-{name}-{text}.unfinished")
                     top1, seconds = run(args.dataset, seed, name, COLUMNS[text], file)
                     append_result(results, row, Result(top1, seconds))
+                    file.unlink(missing_ok=True)
                 top1, seconds = read_results(results)[row]
                 table.add_row(str(seed), text, name, f"{100 * top1:.2f}", f"{seconds:.0f}")
     Console().print(table)

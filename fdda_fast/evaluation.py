@@ -78,14 +78,14 @@ def evaluate(
         limit: as in `rows`.
 
     Raises:
-        ValueError: limit < 1, or an empty source.
+        ValueError: limit < 1, an empty source, or a network that returns something else.
     """
     chosen = rows(source, limit)
     ranked: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
     for start in range(0, len(chosen), batch_size):
         images = source.images(chosen[start : start + batch_size])
         for name, network in networks.items():
-            logits = network(images)
+            logits = _logits(network, images, name)
             best = logits.topk(min(_TOP, logits.shape[1])).indices
             # Of equal logits arg-max takes the first, as `predictions` does; top-k any.
             first = logits.argmax(1, keepdim=True)
@@ -107,6 +107,13 @@ def evaluate(
             agreement={n: share(classes[:, 0] == other[:, 0]) for n, other in whole.items()},
         )
     return scores
+
+
+def _logits(network: Network, images: torch.Tensor, name: str = "network") -> torch.Tensor:
+    logits = network(images)
+    if logits.ndim != 2:
+        raise ValueError(f"{name}: expected logits [N, K], got {list(logits.shape)}")
+    return logits
 
 
 def rows(source: ImageSource, limit: int | None = None) -> list[int]:
@@ -133,10 +140,13 @@ def predictions(
 
     Args:
         network: float32 [N, C, H, W] -> [N, K]; a Module must be in eval mode.
+
+    Raises:
+        ValueError: as `evaluate`.
     """
     chosen = rows(source, limit)
     batches = (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
-    return torch.cat([network(source.images(batch)).argmax(1) for batch in batches])
+    return torch.cat([_logits(network, source.images(batch)).argmax(1) for batch in batches])
 
 
 def accuracy(

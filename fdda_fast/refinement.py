@@ -169,7 +169,8 @@ def refine(
             are missing, images begin as those of others.
         generator: of the images to begin with; None: the calibration images.
         seed: decides every draw. flip: mirror half of the calibration images.
-        checkpoint: file to keep unfinished work in. resume: go on from it.
+        checkpoint: file to keep work in, finished work, too, until whoever has the result
+            safe removes it. resume: go on from it.
         progress: called as progress(steps done, total, metrics), on the first rank.
         ranks: which processes share every group; default all.
 

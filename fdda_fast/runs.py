@@ -5,7 +5,8 @@ A folder holds:
     config.toml             every setting; on resume they must be the same
     environment.toml        versions, instruction set, threads
     metrics.csv             one row per training step (metrics-I.csv: of generator I of several)
-    checkpoint.safetensors  only while training is unfinished (likewise)
+    checkpoint.safetensors  until the result of training is written (likewise)
+    calibration.csv         which real images were drawn
     ...                     results; the one in RESULTS is written last and marks the end
 """
 
@@ -15,7 +16,7 @@ import csv
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class RunFolder:
         path: the folder.
         command: a key of RESULTS.
         settings: everything that decides the results.
+        records: files that `begin` writes besides, by name, and what writes them to a path.
         resume: go on with what the folder holds.
         overwrite: replace the results of the same command.
 
@@ -82,6 +84,7 @@ class RunFolder:
         path: Path,
         command: str,
         settings: Mapping[str, Any],
+        records: Mapping[str, Callable[[Path], None]] | None = None,
         *,
         resume: bool = False,
         overwrite: bool = False,
@@ -91,6 +94,7 @@ class RunFolder:
         self.settings = to_dict({"format": _FORMAT, "command": command, **given})
         self.result = path / RESULTS[command]
         self.checkpoint = path / "checkpoint.safetensors"
+        self._records = records or {}
         self._resume = resume
         self._begun = False
         if path.exists() and not path.is_dir():
@@ -134,6 +138,8 @@ class RunFolder:
                 print(f"warning: last bits may differ, {changes}", file=sys.stderr)
         else:
             write_toml(environment_file, environment())
+        for name, write in self._records.items():
+            write(self.path / name)
         self._begun = True
 
     @contextmanager

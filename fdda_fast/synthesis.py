@@ -251,7 +251,8 @@ def train_generator(
     Args:
         model: teacher with BatchNorm2d layers that torch.fx can trace; not changed.
         centers: from `collect_centers`, perhaps `between` two classes.
-        checkpoint: file to keep unfinished training in. resume: go on from it.
+        checkpoint: file to keep training in, finished training, too, until whoever has the result
+            safe removes it. resume: go on from it.
         progress: called as progress(steps done, total, metrics), on the first rank.
         ranks: which processes train it; default all.
 

@@ -99,7 +99,8 @@ def run_steps(
         step: does step i and returns figures to show.
         state: what step changes.
         fingerprint: names the settings; a checkpoint made under others is refused.
-        checkpoint: file written every minute and on interruption, removed when all is done.
+        checkpoint: file written every minute, on interruption and when all is done. Whoever has
+            the result safe removes it; until then, resuming gives the same result at once.
         resume: go on from `checkpoint` where it exists.
         progress: told (steps done, total, metrics) after every step.
         ended: whether no more steps are needed, asked after each; the same on all ranks.
@@ -139,8 +140,8 @@ def run_steps(
             if stopping:
                 ranks.wait()  # whoever leaves first may have the others ended while they save
                 raise KeyboardInterrupt
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+        if checkpoint is not None and start < total:
+            _save(checkpoint, state, fingerprint, total)  # none is left, also after an early end
 
 
 def _save(path: Path, state: Stateful, fingerprint: str, done: int) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fdda_fast.cli import app
-from fdda_fast.cli.options import parse_bits
+from fdda_fast.cli.options import SettingsOptions, parse_bits
 from fdda_fast.deploy import PackedModel, load_packed
 from fdda_fast.deploy.graph import Node
 from fdda_fast.deploy.integer import Reshape
@@ -295,6 +295,7 @@ def test_synthesize_refuses(results, tmp_path):
         (["--no-logits"], "--logits needs --shards"),
         (["--verify"], "--verify needs --shards"),
         (2 * generator, "several --generator need --shards"),
+        ([*generator, "--steps", 7], "--generator takes no --steps"),
         (["--shards", "--shard-size", 65], "multiple of 64"),
         (["--shards", "--format", "jpg"], "image_format must be one of"),
         (["--shards", "--distribution", "even"], "'balanced' or a file"),
@@ -374,6 +375,22 @@ def test_settings_file(tmp_path):
     assert "lr = 0.01" in written
     assert written.count("seed = 5") == 3
     assert load_quantized(tmp_path / "run").conv1.weight_bits == 8
+
+
+def test_bits_of_options_and_of_the_settings_file(tmp_path):
+    """Single layers' widths add up; an option wins over the file."""
+    (tmp_path / "bits.toml").write_text(
+        "[bits]\nactivation = 5\n[bits.overrides]\nconv1 = [2, 8]\nfc = [3, 4]\n"
+    )
+    (tmp_path / "settings.toml").write_text(
+        "[bits]\nweight = 2\nfirst_last = 8\n[bits.overrides]\nconv1 = [8, 8]\n"
+    )
+    settings = SettingsOptions(config=tmp_path / "settings.toml")
+    for bits, expected in [
+        ("W3A4", Bits(3, 4, None, {"conv1": (8, 8)})),
+        (str(tmp_path / "bits.toml"), Bits(4, 5, None, {"conv1": (8, 8), "fc": (3, 4)})),
+    ]:
+        assert settings.load(None, parse_bits(bits))[1] == expected
 
 
 def test_pack(results, tmp_path):
@@ -471,6 +488,16 @@ def test_evaluate_a_packed_file(results):
     assert "5 test images" in succeed("evaluate", model, "--data", "tree", "--limit", 5)
 
 
+def test_evaluate_refuses_a_packed_file_that_reads_other_images(results, tmp_path):
+    packed, file = load_packed(results / "quantized" / "model.fdda"), tmp_path / "other.fdda"
+    other = dataclasses.replace(packed.preprocessing, mean=(0.1,) * 3)
+    PackedModel(packed.graph, packed.tensors, other).save(file)
+    told = refused(results, "evaluate", "quantized", "--packed", file)
+    assert f"{file}: reads images as Preprocessing(" in told
+    PackedModel(packed.graph, packed.tensors).save(file)  # which does not say how
+    succeed("evaluate", "quantized", "--packed", file)
+
+
 def test_run(results):
     model = results / "quantized" / "model.fdda"
     told = succeed("run", model, "tree/test/red", "tree/test/blue/5.png", "--top", 9)
@@ -504,6 +531,15 @@ def test_run_profile(results):
     told = succeed("run", "quantized/model.fdda", "tree/test/red", "--profile")
     assert "GMAC/s" in told
     assert all(f" {kernel} " in told for kernel in ("quantize", "linear_s32"))
+
+
+def test_times_need_the_compiled_operators(results, monkeypatch):
+    monkeypatch.setattr("fdda_fast.cli.options.backend_info", lambda: {"isa": None})
+    for option, arguments in {
+        "--profile": ["run", "quantized/model.fdda", "tree/test/red", "--profile"],
+        "--latency-ms": ["allocate", *OWN, "--latency-ms", 9, "--out", "new"],
+    }.items():
+        assert f"{option}: expected the compiled operators" in refused(results, *arguments)
 
 
 def test_info_version_help():
@@ -653,6 +689,8 @@ def test_generator_of_another_teacher(results):
         (["synthesize", *OWN, "--out", "quantized", "--resume"], "holds a 'quantize' run"),
         (["quantize", *OWN, *TRAIN, "--out", "quantized"], "finished run"),
         (["quantize", *OWN, *TRAIN, "--out", "quantized", "--resume"], "per_class was 2, now 1"),
+        (["centers", *DIGITS, "--image-size", 9, "--out", "new"], "image_size: expected 8, as"),
+        (["centers", *DIGITS, "--mean", "0.5", "--out", "new"], "mean: expected (0.3053,), as"),
         (["pack", "nothing"], "no such run folder"),
         (["pack", "tree"], "not a run folder"),
         (["pack", "tiny.safetensors"], "no such run folder"),
@@ -665,7 +703,7 @@ def test_generator_of_another_teacher(results):
         (["evaluate", "text.fdda", "--data", "digits"], "not a valid safetensors"),
         (["evaluate", "tree"], "not a run folder"),
         (["evaluate", "synthetic"], "not a 'quantize' run"),
-        (["evaluate", "quantized", "--data", "digits"], "the network wants"),
+        (["evaluate", "quantized", "--data", "digits"], "expected 8, as digits has it, got 16"),
         (["evaluate", "quantized", "--data", "nothing"], "existing folder"),
         (["evaluate", "quantized", "--limit", 0], "limit must be >= 1"),
         (["evaluate", "quantized", "--packed", "text.fdda"], "not a valid safetensors"),
@@ -769,6 +807,49 @@ def test_interrupted_and_resumed(tmp_path):
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "undisturbed").iterdir()}
     for name in ("quantized.safetensors", "metrics.csv", "calibration.csv", "config.toml"):
         assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "writer", "result"),
+    [
+        (["quantize", *TRAIN], "fdda_fast.cli.train.save_quantized", "quantized"),
+        (["train-generator", "--steps", 2], "fdda_fast.generator.Generator.save", "generator"),
+        (["synthesize", "--steps", 2], "fdda_fast.generator.Generator.save", "generator"),
+    ],
+)
+def test_training_survives_that_its_result_cannot_be_written(tmp_path, command, writer, result):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "run"
+    command = [*command, *OWN, "--out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, full)
+        told = run(*command, out)
+    assert (told.exit_code, "No space left" in told.stderr) == (2, True)
+    for name in ("calibration.csv", "checkpoint.safetensors"):
+        assert (out / name).is_file()
+    steps = (out / "metrics.csv").stat().st_mtime_ns
+    succeed(*command, out, "--resume")
+    assert (out / "metrics.csv").stat().st_mtime_ns == steps  # not one more
+    succeed(*command, tmp_path / "undisturbed")
+    assert tree_of(out).keys() == tree_of(tmp_path / "undisturbed").keys()
+    for name in ("calibration.csv", "metrics.csv", f"{result}.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_names_of_files_need_not_be_utf8(results, tmp_path):
+    name = b"\xe9t\xe9.png"  # Latin-1
+    for colour in COLOURS:
+        file = tmp_path / "tree" / colour / os.fsdecode(name)
+        file.parent.mkdir(parents=True)
+        shutil.copy(results / "tree" / "train" / colour / "0.png", file)
+    command = ["quantize", *own(data=tmp_path / "tree"), "--bits", "W4A4", "--ptq", "--out"]
+    succeed(*command, tmp_path / "run")
+    assert b"red/" + name in (tmp_path / "run" / "calibration.csv").read_bytes()
+    told = CliRunner().invoke(app, ["run", "quantized/model.fdda", str(file)])
+    assert told.exit_code == 0
+    assert name in told.stdout_bytes
 
 
 def test_interrupted_before_anything_is_written(tmp_path, monkeypatch):

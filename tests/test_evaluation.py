@@ -49,6 +49,14 @@ def test_limit_and_few_classes(source):
         evaluate({"two": network}, source, limit=0)
 
 
+def test_other_outputs_than_logits_are_refused(source):
+    network = answering(torch.zeros(10, CLASSES, 1, 1))
+    with pytest.raises(ValueError, match=r"mine: expected logits \[N, K\], got \[10, 7, 1, 1\]"):
+        evaluate({"mine": network}, source)
+    with pytest.raises(ValueError, match=r"network: expected logits \[N, K\], got \[10, 7, 1"):
+        predictions(network, source)
+
+
 def test_equal_logits_count_as_in_predictions(source):
     network = answering(torch.zeros(10, CLASSES))
     top1 = evaluate({"flat": network}, source)["flat"].top1

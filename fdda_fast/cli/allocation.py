@@ -22,6 +22,7 @@ from .app import app, print_table
 from .options import (
     InputOptions,
     RunOptions,
+    check_compiled,
     file_record,
     fitting_generators,
     grouped,
@@ -56,7 +57,7 @@ class BudgetOptions:
     ] = None
 
     def cost_and_limit(self) -> tuple[str, float]:
-        """Raises ValueError unless one option is given."""
+        """Raises ValueError unless one option is given, which can be measured."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         given = {name: limit for name, limit in given.items() if limit is not None}
         if len(given) != 1:
@@ -64,6 +65,8 @@ class BudgetOptions:
             raise ValueError(f"expected one budget of {names}, got {len(given)}")
         ((name, limit),) = given.items()
         kind, unit = _KINDS[name]
+        if kind == "seconds":
+            check_compiled("--latency-ms")
         return kind, limit * unit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -68,6 +69,8 @@ def _root(
 ) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for module:factory; an installed script does not look there
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     if version:
         print(f"fdda-fast {environment()['fdda_fast']}")
         raise typer.Exit

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -17,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from .. import demo as demo_stage
 from .. import evaluation, gpu_report
 from ..data import ImageSource, Preprocessing, open_source
+from ..data.preprocessing import read_image
 from ..deploy import PackedModel, load_packed, pack
 from ..deploy.fidelity import Fidelity, layer_fidelity
 from ..files import written_whole
@@ -24,7 +24,7 @@ from ..ops import backend_info
 from ..ops._library import peak_macs_per_second
 from ..runs import environment, load_quantized, load_recorded_teacher, read_config
 from .app import app, print_table
-from .options import Threads, parse_bits, use_threads
+from .options import Threads, check_compiled, parse_bits, use_threads
 
 _BATCH = 32
 _LAYER_IMAGES = 256
@@ -110,7 +110,11 @@ def evaluate(
         default = target / "model.fdda"
         packed = packed or (default if default.is_file() else None)
         if packed is not None:
-            networks["packed"] = load_packed(packed)
+            model = networks["packed"] = load_packed(packed)
+            if model.preprocessing not in (None, preprocessing):
+                raise ValueError(
+                    f"{packed}: reads images as {model.preprocessing}, {target} as {preprocessing}"
+                )
     else:
         if packed is not None or data is None:
             raise ValueError("with a packed file, name the data set (--data) and nothing else")
@@ -210,10 +214,6 @@ def _test_source(
         mean=preprocessing.mean,
         std=preprocessing.std,
     )
-    if source.preprocessing != preprocessing:
-        raise ValueError(
-            f"{data} makes inputs as {source.preprocessing}, the network wants {preprocessing}"
-        )
     if class_names is not None and tuple(class_names) != source.class_names:
         raise ValueError(f"{data} does not have the classes that the network was made for")
     return source
@@ -231,13 +231,15 @@ def run(
 ) -> None:
     """Classify images: path, then class and probability, separated by tabs."""
     use_threads(threads)
+    if profile:
+        check_compiled("--profile")
     packed = load_packed(model)
     if packed.preprocessing is None:
         raise ValueError(f"{model}: does not say how images are to be prepared")
     files = [file for path in paths for file in _image_files(path)]
     for start in range(0, len(files), _BATCH):
         batch = files[start : start + _BATCH]
-        images = torch.stack([_read_image(file, packed.preprocessing) for file in batch])
+        images = torch.stack([read_image(file, packed.preprocessing) for file in batch])
         logits, names = packed(images), packed.class_names
         if logits.ndim != 2 or (names and len(names) != logits.shape[1]):
             known = f"{len(names)} class names" if names else "classes"
@@ -296,14 +298,6 @@ def _image_files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{path}: no image files in it")
     return sorted(files)
-
-
-def _read_image(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
-    try:
-        with Image.open(path) as image:
-            return preprocessing(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all three
-        raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
 @app.command()

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -18,15 +18,20 @@ from torch import nn
 from ..config import PRESETS, QuantizeConfig, from_dict, preset, read_toml
 from ..data import Calibration, ImageSource, draw, every, open_source
 from ..data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from ..data.sources import FASHION_MNIST_MEAN, FASHION_MNIST_STD
 from ..fingerprints import check_teacher, fingerprint
 from ..generator import Generator
 from ..models import SHIPPED
+from ..ops import backend_info
 from ..quantization.bits import Bits
 from ..runs import file_record, load_recorded_teacher, teacher_record
 from ..shards.plan import IMAGE_FORMATS, ShardConfig
 from ..statistics import BNSCenters, collect_centers, teacher_with_norms
 
-_MEAN, _STD = (",".join(map(str, values)) for values in (IMAGENET_MEAN, IMAGENET_STD))
+_MEAN, _STD, _IDX_MEAN, _IDX_STD = (
+    ",".join(map(str, values))
+    for values in (IMAGENET_MEAN, IMAGENET_STD, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
+)
 
 CentersFile = Annotated[
     Path | None, typer.Option(help="Finished centers, in place of those of drawn images.")
@@ -132,15 +137,29 @@ class InputOptions:
         int | None,
         typer.Option(min=1, help="Passed to the teacher's factory.", show_default=False),
     ] = None
-    image_size: Annotated[int, typer.Option(help="For folders: side of the network's input.")] = 224
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="For image files: side of the network's input; default 224."),
+    ] = None
     resize: Annotated[
         int | None,
-        typer.Option(help="For folders: shorter side before the crop; default 8/7 of image size."),
+        typer.Option(
+            help="For image files: shorter side before the crop; default 8/7 of image size."
+        ),
     ] = None
     mean: Annotated[
-        str, typer.Option(help="For folders: mean per channel; one value reads images as grey.")
-    ] = _MEAN
-    std: Annotated[str, typer.Option(help="For folders: standard deviation per channel.")] = _STD
+        str | None,
+        typer.Option(
+            help="For folders: mean per channel; one value reads images as grey. Default "
+            f"{_MEAN} (ImageNet) for image files, {_IDX_MEAN} (Fashion-MNIST) for IDX files."
+        ),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(
+            help=f"For folders: standard deviation per channel; default {_STD} or {_IDX_STD}."
+        ),
+    ] = None
     per_class: Annotated[int, typer.Option(help="Calibration images per class.")] = 1
 
     def open(self, seed: int, *, whole: bool = False, centers: Path | None = None) -> Inputs:
@@ -211,7 +230,9 @@ def _described(
     )
 
 
-def _numbers(option: str, text: str) -> tuple[float, ...]:
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -244,16 +265,18 @@ class SettingsOptions:
         Path | None,
         typer.Option(
             help="TOML file with the settings of QuantizeConfig that differ from the preset's; "
-            "table synthesis: the generator's, table bits: per-layer widths.",
+            "table synthesis: the generator's, table bits.overrides: per-layer widths, which win "
+            "over those of --bits.",
         ),
     ] = None
 
     def load(self, seed: int | None, bits: Bits | None = None) -> tuple[QuantizeConfig, Bits]:
-        """Preset, then the file, then the seed."""
+        """Preset, then the file, then the options."""
         settings, bits = preset(self.preset), bits or Bits()
         if self.config is not None:
             values = read_toml(self.config)
-            bits = from_dict(bits, values.pop("bits", {}), "bits")
+            single = from_dict(Bits(), values.pop("bits", {}), "bits").overrides
+            bits = replace(bits, overrides={**bits.overrides, **single})
             settings = from_dict(settings, values, str(self.config))
         if seed is not None:
             settings = settings.replace(seed=seed, synthesis=settings.synthesis.replace(seed=seed))
@@ -337,6 +360,12 @@ def parse_bits(text: str) -> Bits:
 def use_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def check_compiled(option: str) -> None:
+    """Raises ValueError where the compiled operators, whose time the option asks for, are not."""
+    if backend_info()["isa"] is None:
+        raise ValueError(f"{option}: expected the compiled operators, which are not loaded")
 
 
 def fitting_generators(files: Sequence[Path], inputs: Inputs) -> list[Generator]:

@@ -63,22 +63,17 @@ def _interruptible(run: RunFolder) -> Iterator[None]:
 
 
 def _open_run(
-    to: RunOptions, stage: str, record: dict[str, Any], *, ends: bool = True
+    to: RunOptions, stage: str, record: dict[str, Any], inputs: Inputs, *, ends: bool = True
 ) -> RunFolder:
     """The folder of the run; `ends` the command where it is finished already."""
-    run = RunFolder(to.out, stage, record, resume=to.resume)
+    drawn = inputs.centers_file is None
+    records = {"calibration.csv": inputs.calibration.save_record} if drawn else {}
+    run = RunFolder(to.out, stage, record, records, resume=to.resume)
     if run.finished and ends:
         if _rank()[0] == 0:
             print(f"{run.path} is finished already")
         raise typer.Exit
     return run
-
-
-def _begin(run: RunFolder, inputs: Inputs) -> None:
-    """Makes the run folder, with what any command puts there first."""
-    run.begin()
-    if inputs.centers_file is None:
-        inputs.calibration.save_record(run.path / "calibration.csv")
 
 
 @app.command()
@@ -99,14 +94,14 @@ def centers(
     inputs = where.open(to.seed or 0, whole=whole)
     parts = CenterParts(inputs.teacher, inputs.calibration, inputs.num_classes)
     record = {**inputs.record, "fingerprint": parts.fingerprint}
-    run = _open_run(dataclasses.replace(to, resume=True), "centers", record, ends=False)
+    run = _open_run(dataclasses.replace(to, resume=True), "centers", record, inputs, ends=False)
     if run.finished:  # perhaps by the others, before this one has looked
         result = BNSCenters.load(run.result)
         if _rank()[0] == 0:
             print(f"{run.path} is finished already")
     else:
         with _interruptible(run), _shown("images") as progress:
-            _begin(run, inputs)
+            run.begin()
             result = parts.collect(run.result, progress)
     if _rank()[0] == 0:
         print(
@@ -142,6 +137,8 @@ def synthesize(
     if steps is not None:
         config = config.replace(steps=steps)
     files = generator or []
+    if files and steps is not None:
+        raise ValueError("--generator takes no --steps: it is trained already")
     into.check(len(files))
     if _rank()[1] > 1 and not into.shards:
         raise ValueError("several processes need --shards")
@@ -154,7 +151,7 @@ def synthesize(
         record["shards"] = into.config(num_images, config.seed, inputs.num_classes)
         to = dataclasses.replace(to, resume=True)
     # Shards that are lost are made again, even those of a finished run.
-    run = _open_run(to, "synthesize", record, ends=not into.shards)
+    run = _open_run(to, "synthesize", record, inputs, ends=not into.shards)
     if into.verify and not run.finished:
         raise ValueError(f"{run.path}: no finished set to verify")
     preprocessing = inputs.source.preprocessing
@@ -164,7 +161,7 @@ def synthesize(
         if into.verify:
             _verify_shards(run, inputs, into, generators)
             return
-        _begin(run, inputs)
+        run.begin()
         if into.shards:
             images = _write_shards(run, inputs, into, generators, record["shards"])
         else:
@@ -211,7 +208,7 @@ def train_generators(
         inputs = where.open(config.seed, centers=centers)
         groups = _class_groups(inputs.num_classes, class_groups)
         record = {**inputs.record, "class_groups": class_groups, "synthesis": config}
-        run = _open_run(to, "train-generator", record)
+        run = _open_run(to, "train-generator", record, inputs)
         collected = inputs.centers
         for first, stop in groups:
             if not bool(collected.reliable[first:stop].any()):
@@ -221,7 +218,7 @@ def train_generators(
                 )
         ranks.wait()  # all have looked at the folder as it was
         if ranks.first:
-            _begin(run, inputs)
+            run.begin()
         ranks.wait()
         team, numbers = ranks.teams(class_groups)
         with _interruptible(run):
@@ -256,18 +253,20 @@ def _train_one(
     if file.is_file():
         return
     suffix = file.stem.removeprefix("generator")
+    checkpoint = run.checkpoint.with_stem(f"checkpoint{suffix}")
     with run.following(f"generator{suffix}", f"metrics{suffix}.csv", shown=number == 0) as progress:
         generator = train_generator(
             inputs.teacher,
             collected.between(*groups[number]),
             config.replace(seed=config.seed + number),
-            checkpoint=run.checkpoint.with_stem(f"checkpoint{suffix}"),
+            checkpoint=checkpoint,
             resume=True,
             progress=progress,
             ranks=team,
         )
     if team.first:
         generator.save(file)
+        checkpoint.unlink(missing_ok=True)
 
 
 def _write_generators(path: Path, files: Sequence[Path], groups: Sequence[tuple[int, int]]) -> None:
@@ -379,8 +378,9 @@ def _train_own(
             ranks=ranks,
         )
     if ranks.first:
-        _begin(run, inputs)
+        run.begin()
         generator.save(_generator_file(run))
+        run.checkpoint.unlink(missing_ok=True)
     return generator
 
 
@@ -465,7 +465,7 @@ def quantize(
         if generator is not None:
             (loaded,) = fitting_generators([generator], inputs)
             record["generator"] = file_record(generator)
-        run = _open_run(to, "quantize", record)
+        run = _open_run(to, "quantize", record, inputs)
         ranks.wait()  # all have looked at the folder as it was
         following = run.following("quantize", shown=ranks.first)
         with _interruptible(run), following as progress:
@@ -480,6 +480,7 @@ def quantize(
                 progress=progress,
             )
             if ranks.first:
-                _begin(run, inputs)
+                run.begin()
                 save_quantized(run, student)
+                run.checkpoint.unlink(missing_ok=True)
                 print(run.result)

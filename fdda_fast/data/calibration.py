@@ -14,6 +14,7 @@ from ..seeding import stream
 from .sources import ImageSource
 
 _DRAW_STREAM = 20
+_ERRORS = "surrogateescape"  # names of files need not be UTF-8
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Calibration:
         """Writes label, index and file of every image as CSV."""
         with (
             written_whole(path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
+            temporary.open("w", newline="", encoding="utf-8", errors=_ERRORS) as file,
         ):
             rows = csv.writer(file)
             rows.writerow(["label", "index", "file"])
@@ -101,7 +102,7 @@ def from_record(source: ImageSource, path: str | Path) -> Calibration:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors=_ERRORS) as file:
         try:
             rows = [(int(r["label"]), int(r["index"]), r["file"]) for r in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
@@ -13,6 +15,10 @@ from torchvision.transforms.v2 import functional as tvf
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_SIDE = 1 << 14  # of an image, in pixels: more would ask for gigabytes
+_MAX_RATIO = 64  # of an image's sides: beyond it, most of what resizing makes would be cut off
+_DEEPEST = 65_535  # the white of 16 bits
+# PIL raises all of them.
+_UNREADABLE = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,10 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """A PIL image -> float32 [C, image_size, image_size]."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = _in_8_bits(image).convert("L" if self.channels == 1 else "RGB")
+        longest = _MAX_RATIO * min(image.size)
+        if max(image.size) > longest:
+            image = tvf.center_crop(image, [min(side, longest) for side in reversed(image.size)])
         if min(image.size) != self.resize:
             image = tvf.resize(image, [self.resize], interpolation=InterpolationMode.BILINEAR)
         image = tvf.center_crop(image, [self.image_size, self.image_size])
@@ -85,3 +94,30 @@ class Preprocessing:
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a preprocessing record: {values!r} ({error})") from error
+
+
+def read_image(path: str | Path, preprocessing: Preprocessing) -> torch.Tensor:
+    """An image file -> float32 [C, image_size, image_size].
+
+    Raises:
+        ValueError: damaged, no image, too large, or of pixels that have no 8-bit counterpart.
+    """
+    try:
+        with Image.open(path) as image:
+            return preprocessing(image)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits scaled to 8, which PIL's `convert` would clip; others as they are."""
+    if image.mode == "F":
+        raise ValueError("expected pixels of 8 or 16 bits, got floating-point ones (mode F)")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    if not 0 <= pixels.min() <= pixels.max() <= _DEEPEST:
+        raise ValueError(
+            f"expected pixels of 8 or 16 bits, got values {pixels.min()}..{pixels.max()}"
+        )
+    return Image.fromarray(np.rint(pixels / (_DEEPEST / 255)).astype(np.uint8))

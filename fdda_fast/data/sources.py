@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torchvision.datasets import ImageFolder
 
 from .idx import read_idx
-from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_image
 
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 _IDX_STEMS = {"train": "train", "test": "t10k"}
 _FOLDER_NAMES = {"train": ("train",), "test": ("val", "test")}
 
@@ -118,11 +120,8 @@ class FolderSource(ImageSource):
         size = self.preprocessing.image_size
         out = torch.empty(len(indices), self.preprocessing.channels, size, size)
         for row, index in enumerate(indices):
-            path = self._folder.samples[int(index)][0]
-            try:
-                out[row] = self.preprocessing(self._folder.loader(path))
-            except OSError as error:
-                raise ValueError(f"{path}: not a readable image ({error})") from error
+            # Not the folder's loader, which makes RGB of everything.
+            out[row] = read_image(self._folder.samples[int(index)][0], self.preprocessing)
         return out
 
     def file_of(self, index: int) -> str:
@@ -133,10 +132,10 @@ def open_source(
     spec: str,
     split: str,
     *,
-    image_size: int = 224,
+    image_size: int | None = None,
     resize: int | None = None,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> ImageSource:
     """Opens a data set by name or path.
 
@@ -146,29 +145,46 @@ def open_source(
             an ImageFolder tree with or without `train/` and `val/` (or `test/`) below it.
         split: `train` or `test`. Digits: 70 % / 30 %, stratified. A tree without split folders
             serves as either.
-        image_size, resize, mean, std: for ImageFolder trees only; resize defaults to
-            image_size * 256 / 224, as is usual for ImageNet.
+        image_size, resize: of ImageFolder trees; by default 224, and image_size * 256 / 224, as is
+            usual for ImageNet. The other sets' images are taken as they are.
+        mean, std: of folders; by default ImageNet's of trees, Fashion-MNIST's of IDX files. Those
+            of `digits` and `fashion-mnist` are fixed.
 
     Raises:
-        ValueError: unknown spec or split, or damaged data.
+        ValueError: unknown spec or split, damaged data, or an option that the set does not follow.
     """
     if split not in _IDX_STEMS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    given = {"image_size": image_size, "resize": resize, "mean": mean, "std": std}
     if spec == "digits":
-        return _digits(split)
+        return _as_given(_digits(split), given)
     if spec == "fashion-mnist":
-        return _idx_folder("fashion-mnist", FASHION_MNIST_DIR, split)
+        return _as_given(_idx_folder("fashion-mnist", FASHION_MNIST_DIR, split), given)
     root = Path(spec)
     if not root.is_dir():
         raise ValueError(
             f"data set {spec!r} is neither 'digits', 'fashion-mnist' nor an existing folder"
         )
     if _idx_file(root, split, "images") is not None:
-        return _idx_folder(root.name, root, split)
+        mean = mean if mean is not None else FASHION_MNIST_MEAN
+        std = std if std is not None else FASHION_MNIST_STD
+        return _as_given(_idx_folder(root.name, root, split, mean, std), given)
     root = _split_folder(root, split)
+    image_size = image_size if image_size is not None else 224
     resize = resize if resize is not None else round(image_size * 256 / 224)
+    mean = mean if mean is not None else IMAGENET_MEAN
+    std = std if std is not None else IMAGENET_STD
     preprocessing = Preprocessing(image_size, resize, tuple(mean), tuple(std))
     return FolderSource(Path(spec).name, root, preprocessing)
+
+
+def _as_given(source: ArraySource, given: Mapping[str, Any]) -> ArraySource:
+    """The source; ValueError where it is not what was asked for, since it cannot be changed."""
+    for name, own in source.preprocessing.to_dict().items():
+        value = given[name]
+        if value is not None and (tuple(value) if isinstance(own, tuple) else value) != own:
+            raise ValueError(f"{name}: expected {own}, as {source.name} has it, got {value}")
+    return source
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -221,7 +237,13 @@ def _idx_file(root: Path, split: str, kind: str) -> Path | None:
     return next((p for p in (root / stem, root / f"{stem}.gz") if p.is_file()), None)
 
 
-def _idx_folder(name: str, root: Path, split: str) -> ArraySource:
+def _idx_folder(
+    name: str,
+    root: Path,
+    split: str,
+    mean: Sequence[float] = FASHION_MNIST_MEAN,
+    std: Sequence[float] = FASHION_MNIST_STD,
+) -> ArraySource:
     images_file, labels_file = (_idx_file(root, split, kind) for kind in ("images", "labels"))
     if images_file is None or labels_file is None:
         hint = (
@@ -242,7 +264,7 @@ def _idx_folder(name: str, root: Path, split: str) -> ArraySource:
         torch.from_numpy(pixels.copy())[:, None],
         labels,
         names,
-        Preprocessing(size, size, mean=(0.2860,), std=(0.3530,)),
+        Preprocessing(size, size, tuple(mean), tuple(std)),
         str(images_file),
         flip=is_fashion,
     )

@@ -15,6 +15,7 @@ from ..checkpoint import load_tensors
 from .small import mobilenetv2, regnetx, resnet8, resnet20
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
+_WRAPPER = "module."
 SHIPPED = {
     "fashion-mnist-resnet20": (resnet20, "fashion_mnist_resnet20.safetensors"),
     "fashion-mnist-mobilenetv2": (mobilenetv2, "fashion_mnist_mobilenetv2.safetensors"),
@@ -92,10 +93,18 @@ def _with_weights(model: nn.Module, path: Path) -> nn.Module:
         raise FileNotFoundError(f"{path}: no such weights file")
     state = load_tensors(path)[0] if path.suffix == ".safetensors" else _read_state_dict(path)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_unwrapped(state, model))
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit the model: {error}") from error
     return model
+
+
+def _unwrapped(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Without what DataParallel puts before every name, unless the model's own begin so."""
+    wrapped = all(name.startswith(_WRAPPER) for name in state)
+    if not wrapped or all(name.startswith(_WRAPPER) for name in model.state_dict()):
+        return state
+    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()}
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -109,4 +118,4 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise ValueError(f"{path}: does not hold a state dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state

@@ -60,7 +60,8 @@ def quantize(
         synthetic: images like the calibration images and their classes, from `refine` or
             elsewhere, which are taken as they are; no others are made.
         centers: of the calibration images, when they are known already.
-        checkpoint: file to keep unfinished training in. resume: go on from it.
+        checkpoint: file to keep training in, finished training, too, until whoever has the result
+            safe removes it. resume: go on from it.
         progress: called as progress(steps done, total, metrics), on the first rank.
 
     Returns:

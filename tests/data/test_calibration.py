@@ -1,5 +1,6 @@
 """The calibration draw and its record."""
 
+import copy
 import csv
 
 import numpy as np
@@ -69,11 +70,13 @@ def test_rows_that_are_not_there(source, row):
 
 
 def test_record_round_trip(source, tmp_path):
+    source = copy.copy(source)
+    source.file_of = "{}-\udce9.png".format  # a name that is not UTF-8
     drawn = draw(source, 2, seed=4)
     path = tmp_path / "calibration.csv"
     drawn.save_record(path)
     assert [p.name for p in tmp_path.iterdir()] == ["calibration.csv"]
-    with path.open() as file:
+    with path.open(errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["label"]) for r in rows] == drawn.labels.tolist()
     assert [int(r["index"]) for r in rows] == list(drawn.indices)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fdda_fast.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from fdda_fast.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, read_image
 
 IMAGENET = Preprocessing(6, 8, IMAGENET_MEAN, IMAGENET_STD)
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
@@ -46,6 +46,43 @@ def test_channels_are_converted():
     assert one.shape == (1, 6, 6)
     luma = PIXELS[1:7, 3:9].astype(float) @ [0.299, 0.587, 0.114]
     np.testing.assert_allclose((one[0] * 0.5 + 0.5) * 255, luma, atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16B", ">u2"), ("I", "=i4")])
+def test_grey_images_of_16_bits(mode, dtype, channels):
+    preprocessing = Preprocessing(8, 8, IMAGENET_MEAN[:channels], IMAGENET_STD[:channels])
+    shallow = PIXELS[:, :8, 0]
+    deep = np.clip(shallow * 257.0 + [-128, 0, 0, 127] * 2, 0, 65_535).astype(dtype)
+    result = preprocessing(Image.frombytes(mode, (8, 8), deep.tobytes()))
+    assert torch.equal(result, preprocessing(Image.fromarray(shallow)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.ones((8, 8), np.float32), r"got floating-point ones \(mode F\)"),
+        (np.full((8, 8), 65_536, np.int32), "pixels of 8 or 16 bits, got values 65536..65536"),
+        (np.full((8, 8), -1, np.int32), "pixels of 8 or 16 bits, got values -1..-1"),
+    ],
+)
+def test_pixels_without_an_8_bit_counterpart(tmp_path, pixels, message):
+    image = Image.fromarray(pixels)
+    with pytest.raises(ValueError, match=message):
+        IMAGENET(image)
+    image.save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match=rf"deep\.tiff: not a readable image.*{message}"):
+        read_image(tmp_path / "deep.tiff", IMAGENET)
+
+
+def test_narrow_images_are_cropped_before_they_are_enlarged():
+    """Resized as a whole, this one would take gigabytes."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 30_000, 3), dtype=np.uint8)
+    preprocessing = Preprocessing(224, 256, IMAGENET_MEAN, IMAGENET_STD)
+    for image in (Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2).copy())):
+        middle = [slice(s // 2 - min(s, 64) // 2, s // 2 + min(s, 64) // 2) for s in image.size]
+        expected = preprocessing(Image.fromarray(np.asarray(image)[middle[1], middle[0]]))
+        torch.testing.assert_close(preprocessing(image), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -90,6 +90,32 @@ def test_idx_folder(tmp_path):
     assert test.file_of(0).endswith("t10k-images-idx3-ubyte.gz")
 
 
+def test_idx_folder_with_its_own_mean_and_std(tmp_path):
+    root = str(write_idx(tmp_path / "mine"))
+    images = open_source(root, "train", mean=(0.5,), std=[0.25]).images([3])
+    np.testing.assert_allclose(images, (PIXELS[[3], None] / 255 - 0.5) / 0.25, rtol=1e-5, atol=1e-6)
+    images = open_source(root, "train", mean=(0.5, 0.0, 0.0), std=(0.25, 1, 1)).images([3, 1])
+    assert images.shape == (2, 3, 9, 9)  # for a network that reads colours
+    np.testing.assert_allclose(images[:, 2], PIXELS[[3, 1]] / 255, rtol=1e-5, atol=1e-6)
+
+
+def test_options_that_a_set_does_not_follow_are_refused(tmp_path):
+    mine, digits = str(write_idx(tmp_path / "mine")), (0.3053,)
+    open_source(mine, "train", image_size=9, resize=9)
+    open_source("digits", "train", image_size=8, resize=8, mean=list(digits), std=(0.3763,))
+    for spec, options, message in [
+        (mine, {"image_size": 8}, "image_size: expected 9, as mine has it, got 8"),
+        (mine, {"resize": 10}, "resize: expected 9, as mine has it, got 10"),
+        (mine, {"mean": (0.5,) * 3}, "mean and std need 1 or 3 values each, got 3 and 1"),
+        ("digits", {"image_size": 16}, "image_size: expected 8, as digits has it, got 16"),
+        ("digits", {"resize": 9}, "resize: expected 8"),
+        ("digits", {"mean": (0.5,)}, r"mean: expected \(0\.3053,\), as digits has it, got \(0\.5,"),
+        ("digits", {"std": (0.5,)}, "std: expected"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_source(spec, "train", **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,6 +207,13 @@ def test_grey_files_and_grey_networks(tmp_path):
     torch.testing.assert_close(grey.images([1])[0], torch.full((1, 6, 6), 78 / 255))
 
 
+def test_grey_files_of_16_bits(tmp_path):
+    write_tree(tmp_path, names=("a",), count=1, mode="L", start=77)
+    Image.fromarray(np.full((10, 12), 77 * 257, np.uint16)).save(tmp_path / "a" / "deep.png")
+    images = open_source(str(tmp_path), "train", **OPTIONS).images([0, 1])
+    assert torch.equal(images[0], images[1])
+
+
 def test_resize_defaults_to_the_usual_ratio(tmp_path):
     write_tree(tmp_path)
     assert open_source(str(tmp_path), "train").preprocessing.resize == 256
@@ -188,13 +221,24 @@ def test_resize_defaults_to_the_usual_ratio(tmp_path):
     assert open_source(str(tmp_path), "train", image_size=8, resize=8).preprocessing.resize == 8
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"not an image"])
-def test_unreadable_image(tmp_path, damage):
+DAMAGES = {
+    "half": lambda d: d[: len(d) // 2],
+    "text": lambda d: b"not an image",
+    "header": lambda d: d[:11] + b"\0" + d[12:],  # shorter than it must be
+    "chunk": lambda d: d[:35] + b"\0" + d[36:],
+    "bomb": lambda d: d,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_unreadable_image(tmp_path, monkeypatch, damage):
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 // 2 - 1)
     write_tree(tmp_path)
     path = tmp_path / "dog" / "1.png"
     noise = RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
     source = open_source(str(tmp_path), "train", **OPTIONS)
     with pytest.raises(ValueError, match=r"1\.png: not a readable image"):
         source.images([0, 3])

@@ -1,5 +1,6 @@
 """Teachers: shipped, torchvision's, a user's own; and what is refused."""
 
+import importlib
 import os
 import pickle
 import sys
@@ -54,10 +55,15 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def parallel(state):
+    """As DataParallel names it."""
+    return {f"module.{n}": t for n, t in state.items()}
+
+
 @pytest.mark.parametrize("wrap", [
     lambda state: state,
     lambda state: {"state_dict": state, "epoch": 3},
-    lambda state: {f"module.{n}": t for n, t in state.items()},
+    parallel,
 ])  # fmt: skip
 def test_torchvision_with_pytorch_weights(mobile, tmp_path, wrap):
     torch.save(wrap(mobile.state_dict()), tmp_path / "weights.pth")
@@ -67,8 +73,9 @@ def test_torchvision_with_pytorch_weights(mobile, tmp_path, wrap):
     assert equal(model, mobile)
 
 
-def test_torchvision_with_safetensors(mobile, tmp_path):
-    save_file(mobile.state_dict(), tmp_path / "weights.safetensors")
+@pytest.mark.parametrize("wrap", [dict, parallel])
+def test_torchvision_with_safetensors(mobile, tmp_path, wrap):
+    save_file(wrap(mobile.state_dict()), tmp_path / "weights.safetensors")
     path = str(tmp_path / "weights.safetensors")
     assert equal(load_teacher("shufflenet_v2_x0_5", path, num_classes=7), mobile)
 
@@ -98,6 +105,14 @@ def fixed():
 
 def broken():
     raise RuntimeError("inside the factory")
+
+
+def wrapper():
+    return torch.nn.ModuleDict({"module": build(2)})
+
+
+def half_wrapper():
+    return torch.nn.ModuleDict({"module": build(2), "other": build(2)})
 
 
 def text():
@@ -130,6 +145,17 @@ def test_users_factory(user_module, tmp_path):
         loaded = load_teacher(f"{user_module}:{spec}", path, **arguments)
         assert equal(loaded, model)
         assert not loaded.training
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("spec", "wrap"), [("wrapper", dict), ("half_wrapper", dict), ("half_wrapper", parallel)]
+)
+def test_modules_that_are_called_module(user_module, tmp_path, spec, wrap, ending):
+    model = getattr(importlib.import_module(user_module), spec)()
+    path = tmp_path / f"weights.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(wrap(model.state_dict()), path)
+    assert equal(load_teacher(f"{user_module}:{spec}", path), model)
 
 
 @pytest.mark.parametrize(

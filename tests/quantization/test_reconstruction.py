@@ -128,6 +128,10 @@ def test_resuming_is_bit_identical(teacher, calibration, tmp_path, images, stop)
     resumed = run(resume=True, progress=lambda i, n, m: done.append(i))
     assert done == list(range(stop + 1, total + 1))
     assert equal(state(straight), state(resumed))
+    again = run(resume=True, progress=lambda i, n, m: done.append(i))
+    assert done[-1] == total  # no step is left
+    assert len(done) == total - stop
+    assert equal(state(straight), state(again))
 
 
 def reconstruction(teacher, images, config, **options):
