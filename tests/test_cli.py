@@ -483,6 +483,15 @@ def test_evaluate_writes_a_row_per_layer(results, tmp_path):
     assert all(float(sqnr) > 5 and float(cosine) > 0.8 for *_, sqnr, cosine in cells)
 
 
+def test_layers_of_an_equalised_network_are_compared_in_its_own_scale(tmp_path):
+    (tmp_path / "s.toml").write_text("equalize = true")
+    options = ["--bits", "W8A8", "--ptq", "--config", tmp_path / "s.toml"]
+    succeed("quantize", *DIGITS, *options, "--out", tmp_path / "run")
+    succeed("evaluate", tmp_path / "run", "--limit", 20, "--per-layer", tmp_path / "l.csv")
+    _, *rows = (tmp_path / "l.csv").read_text().splitlines()
+    assert all(float(row.split(",")[2]) > 25 for row in rows)
+
+
 def test_evaluate_a_packed_file(results):
     model = results / "quantized" / "model.fdda"
     assert "5 test images" in succeed("evaluate", model, "--data", "tree", "--limit", 5)

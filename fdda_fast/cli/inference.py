@@ -16,12 +16,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from .. import demo as demo_stage
 from .. import evaluation, gpu_report
 from ..data import ImageSource, Preprocessing, open_source
+from ..data.calibration import from_record
 from ..data.preprocessing import read_image
 from ..deploy import PackedModel, load_packed, pack
 from ..deploy.fidelity import Fidelity, layer_fidelity
 from ..files import written_whole
 from ..ops import backend_info
 from ..ops._library import peak_macs_per_second
+from ..quantization.equalization import equalized
 from ..runs import environment, load_quantized, load_recorded_teacher, read_config
 from .app import app, print_table
 from .options import Threads, check_compiled, parse_bits, use_threads
@@ -122,7 +124,7 @@ def evaluate(
             raise ValueError("--per-layer needs a run folder: it compares with the FP32 teacher")
         model = networks["packed"] = load_packed(target)
         preprocessing, names = model.preprocessing, model.class_names
-    source = _test_source(data, preprocessing, names)
+    source = _source(data, "test", preprocessing, names)
     scores = evaluation.evaluate(networks, source, limit)
     total = next(iter(scores.values())).top1.total
     others = [name for name in networks if name != "packed"]
@@ -145,8 +147,12 @@ def evaluate(
         print(per_class)
     if per_layer is not None:
         rows = evaluation.rows(source, min(limit or _LAYER_IMAGES, _LAYER_IMAGES))
+        exact = networks["FP32"]
+        if config["quantize"]["equalize"]:  # the student's channels are those of a scaled one
+            drawn_from = _source(config["data"]["source"], "train", preprocessing, names)
+            exact = equalized(exact, from_record(drawn_from, target / "calibration.csv").images)
         found = layer_fidelity(
-            networks["FP32"],
+            exact,
             networks["fake-quantised"],
             source.images(rows),
             networks.get("packed"),
@@ -200,15 +206,15 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def _test_source(
-    data: str, preprocessing: Preprocessing | None, class_names: Sequence[str] | None
+def _source(
+    data: str, split: str, preprocessing: Preprocessing | None, class_names: Sequence[str] | None
 ) -> ImageSource:
-    """The test split, prepared as the network wants it."""
+    """A split, prepared as the network wants it."""
     if preprocessing is None:
         raise ValueError("the packed model does not say how images are to be prepared")
     source = open_source(
         data,
-        "test",
+        split,
         image_size=preprocessing.image_size,
         resize=preprocessing.resize,
         mean=preprocessing.mean,
