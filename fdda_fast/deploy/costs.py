@@ -101,8 +101,10 @@ def _bit_operations(networks: _Networks, layers: _Layers, images: torch.Tensor) 
     measured = {}
     for pair, packed in networks.items():
         macs = {row.name: row.macs for row in packed.summary()}
-        bits = packed.bits
-        measured[pair] = {n: float(macs[n] * bits[n][0] * bits[n][1]) for n in layers}, 0.0
+        types = packed.graph.types()
+        nodes = [node for node in packed.graph.nodes if node.name in layers]
+        bits = {n.name: n.op.weight_bits * types[n.inputs[0]].bits for n in nodes}
+        measured[pair] = {n: float(macs[n] * bits[n]) for n in layers}, 0.0
     return measured
 
 

@@ -113,7 +113,7 @@ def layer_fidelity(
     signals: dict[str, torch.Tensor] = {}
 
     def keep(layer: str, x: torch.Tensor) -> None:
-        signals[layer] = x.clone()  # what follows may work in place
+        signals[layer] = x
 
     def compare(network: str, layer: str, y: torch.Tensor) -> None:
         x, sums = signals[layer], found[layer]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from ..tracing import addends, clip_of, node_kind
+from .graph import unique_name
 from .shapes import annotate
 from .translate import remove_bypassed
 
@@ -59,19 +60,25 @@ def layer_groups(student: fx.GraphModule, image: torch.Tensor) -> dict[str, tupl
         image: float32 [1, C, H, W].
 
     Returns:
-        Name, with a number behind it from the second call of a module on -> its last node, its
-        group; nodes of a copy, with the names that they have in `student`.
+        Name, see `layer_names` -> its last node, its group; nodes of a copy, with the names that
+        they have in `student`.
     """
     student = copy.deepcopy(student)
     annotate(student, image)
     remove_bypassed(student)
-    groups, found, calls = find_groups(student), {}, Counter()
-    for last in student.graph.nodes:
+    groups = find_groups(student)
+    return {name: (last, groups[last]) for last, name in layer_names(student, groups).items()}
+
+
+def layer_names(
+    graph_module: fx.GraphModule, groups: Mapping[fx.Node, Group]
+) -> dict[fx.Node, str]:
+    """Last nodes, in forward order -> names: of the module, from its second call on as `name:1`."""
+    names: dict[fx.Node, str] = {}
+    for last in graph_module.graph.nodes:
         if last in groups:
-            name = groups[last].layer.target
-            found[f"{name}_{calls[name]}" if calls[name] else name] = last, groups[last]
-            calls[name] += 1
-    return found
+            names[last] = unique_name(groups[last].layer.target, names.values())
+    return names
 
 
 def _match(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,22 @@ from . import glue, integer  # noqa: F401  (they fill the table of records)
 from .schema import MAX_EXTENT, Op, TensorSpec, ValueType, make_record
 
 _NAME = re.compile(r"[!-~]{1,400}")
+
+
+def unique_name(name: str, used: Container[str]) -> str:
+    """`name`, or with the first number behind it with which it is not in `used`.
+
+    No attribute of a module has a colon in its name.
+    """
+    unique, i = name, 1
+    while unique in used:
+        unique, i = f"{name}:{i}", i + 1
+    return unique
+
+
+def name_of_module(name: str) -> str:
+    """That of which `unique_name` made `name`."""
+    return name.partition(":")[0]
 
 
 @dataclass(frozen=True)

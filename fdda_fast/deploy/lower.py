@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ from .. import ops
 from ..data.preprocessing import Preprocessing
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from ..quantization.prepare import is_global_average_pool
-from ..tracing import node_kind
+from ..tracing import describe, node_kind
 from . import fold
 from .fold import Codes
-from .fuse import Group, find_groups
-from .graph import Graph, Node
+from .fuse import find_groups, layer_names
+from .graph import Graph, Node, unique_name
 from .integer import (
     Dequantize,
     DequantizeSums,
@@ -33,8 +34,6 @@ from .shapes import annotate
 from .translate import (
     MAX_POOLS,
     RESHAPES,
-    check_in_place,
-    describe,
     geometry,
     remove_bypassed,
     translate,
@@ -61,8 +60,9 @@ def pack(
         PackedModel.summary for what does.
 
     Raises:
-        ValueError: not a prepared network, another placement, ranges that were never observed, a
-            node that cannot be packed, or sums that could overflow.
+        ValueError: not a prepared network, another placement, ranges that were never observed, an
+            example_input that the network cannot take, a node that cannot be packed, or sums that
+            could overflow.
     """
     if not isinstance(qmodel, fx.GraphModule) or not any(
         isinstance(m, QuantConv2d | QuantLinear) for m in qmodel.modules()
@@ -94,8 +94,9 @@ class _Lowering:
         self.fixed_size = annotate(graph_module, example)
         self.example = example
         remove_bypassed(graph_module)
-        check_in_place(graph_module)
         self.groups = find_groups(graph_module)
+        self.names = layer_names(graph_module, self.groups)
+        self.used = set(self.names.values())
         self.nodes: list[Node] = []
         self.tensors: dict[str, torch.Tensor] = {}
         self.values: dict[fx.Node, _Value] = {}
@@ -109,7 +110,7 @@ class _Lowering:
         for node in self.graph_module.graph.nodes:
             if node.op == "output":
                 if not isinstance(node.args[0], fx.Node) or "shape" not in node.args[0].meta:
-                    raise ValueError("the network must return one tensor")
+                    raise ValueError(f"the network must return one tensor, got {node.args[0]}")
                 output = self._float(node.args[0])
                 count = node.args[0].meta["shape"][-1]
             elif node not in inner and "constant" not in node.meta:
@@ -131,7 +132,7 @@ class _Lowering:
         if node.op == "placeholder":
             return _Value(0, "float")
         if node in self.groups:
-            return self._layer(self.groups[node])
+            return self._layer(node)
         kind = node_kind(self.graph_module, node)
         if kind is ActivationQuantizer:
             return self._quantize(node)
@@ -161,8 +162,12 @@ class _Lowering:
             return source._replace(index=index)
         if source.kind == "codes" and is_global_average_pool(self.graph_module, node):
             return _Value(self._emit(name, SumPool(), [source.index]), "sums", source.codes)
-        if source.kind == "sums" and kind in RESHAPES and len(node.meta["shape"]) == 2:
-            return source
+        if source.kind == "sums" and (
+            kind in RESHAPES or is_global_average_pool(self.graph_module, node)
+        ):
+            # Sums are [N, C] or [N, C, 1, 1], see `_float`; of the latter, a pool is the same.
+            shape = node.meta["shape"]
+            return source if len(shape) in (2, 4) and math.prod(shape[2:]) == 1 else None
         return None
 
     def _glue(self, node: fx.Node) -> _Value:
@@ -170,14 +175,17 @@ class _Lowering:
         index = self._emit(_name(node), op, [self._float(n) for n in inputs], tensors)
         return _Value(index, op.makes)
 
-    def _layer(self, group: Group) -> _Value:
+    def _layer(self, last: fx.Node) -> _Value:
+        group = self.groups[last]
         layer = self.graph_module.get_submodule(group.layer.target)
         name = group.layer.target
         source = self.values[group.layer.args[0]]
         if source.codes is None:
+            read = describe(self.graph_module, group.layer.args[0])
             raise ValueError(
-                f"{describe(self.graph_module, group.layer)}: its input is not quantised; pack "
-                "needs a model prepared with placement='full_integer'"
+                f"{describe(self.graph_module, group.layer)}: its input, of {read}, is not "
+                "quantised; pack needs a model prepared with placement='full_integer', and between "
+                "quantiser and layer what has a form on codes"
             )
         made = self.codes[group.quantizer.target] if group.quantizer else None
         inputs, residual, residual_scale = [source.index], None, None
@@ -204,8 +212,8 @@ class _Lowering:
             "output_range": made.code_range(group.clip) if made else None,
         }
         make = self._conv if isinstance(layer, QuantConv2d) else self._linear
-        op = make(layer, epilogue)
-        return _Value(self._emit(name, op, inputs, tensors), "codes" if made else "float", made)
+        index = self._append(self.names[last], make(layer, epilogue), inputs, tensors)
+        return _Value(index, "codes" if made else "float", made)
 
     @staticmethod
     def _conv(layer: QuantConv2d, epilogue: dict) -> PackedConv2d:
@@ -241,14 +249,17 @@ class _Lowering:
         inputs: Sequence[int],
         tensors: dict[str, torch.Tensor] | None = None,
     ) -> int:
-        """Appends a node; returns the index of its value."""
-        used = {node.name for node in self.nodes}
-        unique, i = name, 1
-        while unique in used:  # a module that is called twice
-            unique, i = f"{name}_{i}", i + 1
-        self.nodes.append(Node(unique, op, tuple(inputs)))
-        for role, tensor in (tensors or {}).items():
-            self.tensors[f"{unique}.{role}"] = tensor.detach().contiguous()
+        """Appends a node of this name, or another where it is taken; returns its value's index."""
+        unique = unique_name(name, self.used)
+        self.used.add(unique)
+        return self._append(unique, op, inputs, tensors or {})
+
+    def _append(
+        self, name: str, op: Op, inputs: Sequence[int], tensors: dict[str, torch.Tensor]
+    ) -> int:
+        self.nodes.append(Node(name, op, tuple(inputs)))
+        for role, tensor in tensors.items():
+            self.tensors[f"{name}.{role}"] = tensor.detach().contiguous()
         return len(self.nodes)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.preprocessing import Preprocessing
 from ..ops._library import active_isa, has_cuda_kernels
-from .graph import Graph, Node
+from .graph import Graph, Node, name_of_module
 from .integer import PackedConv2d, PackedLinear, domain, weight_bits
 from .program import Program, Step, logical_shape
 from .reordered import reordered_runners
@@ -225,13 +225,17 @@ class PackedModel(nn.Module):
 
     @property
     def bits(self) -> dict[str, tuple[int, int]]:
-        """Layer name -> (weight bits, input bits), in the form of `Bits.overrides`."""
-        types = self.graph.types()
-        return {
-            node.name: (node.op.weight_bits, types[node.inputs[0]].bits)
-            for node in self.graph.nodes
-            if isinstance(node.op, PackedConv2d | PackedLinear)
-        }
+        """Layer name -> (weight bits, input bits), in the form of `Bits.overrides`.
+
+        Of a module that is called several times, the narrowest input: the image always has 8 bits,
+        and what another layer reads with more has them from there.
+        """
+        types, found = self.graph.types(), dict[str, tuple[int, int]]()
+        for node in self.graph.nodes:
+            if isinstance(node.op, PackedConv2d | PackedLinear):
+                name, bits = name_of_module(node.name), types[node.inputs[0]].bits
+                found[name] = node.op.weight_bits, min(bits, found.get(name, (0, bits))[1])
+        return found
 
     def summary(self) -> list[Row]:
         """One row per node, in execution order; runs one blank image to see the shapes."""

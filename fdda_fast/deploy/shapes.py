@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..tracing import node_kind
-from .translate import RESHAPES, Unsupported, describe
+from ..tracing import describe, node_kind
+from .translate import RESHAPES, Unsupported
 
 
 class _Recorder(fx.Interpreter):
@@ -30,7 +30,11 @@ class _Recorder(fx.Interpreter):
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) for v in value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_tensors(v) for v in value)
+    return isinstance(value, torch.Tensor)
 
 
 @torch.no_grad()
@@ -44,12 +48,19 @@ def annotate(graph_module: fx.GraphModule, example: torch.Tensor) -> bool:
         Whether the image's size is written into the graph somewhere.
 
     Raises:
+        ValueError: the network cannot run on such images.
         Unsupported: a tensor whose first dimension is not the batch.
     """
     runs = []
     for batch in (2, 3):
         recorder = _Recorder(graph_module)
-        recorder.run(example.repeat(batch, 1, 1, 1))
+        try:
+            recorder.run(example.repeat(batch, 1, 1, 1))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = str(error).partition("\n")[0]  # where in the graph comes behind
+            raise ValueError(
+                f"the network cannot run on images of shape {tuple(example.shape[1:])}: {reason}"
+            ) from error
         runs.append(recorder)
     first, second = runs
     for node, shape in first.shapes.items():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..tracing import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, node_kind
+from ..tracing import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, describe, node_kind
 from . import glue
 from .integer import MaxPool2d, Reshape
 from .schema import Op
@@ -52,12 +52,6 @@ def translate(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
         raise Unsupported(f"{describe(graph_module, node)} has no packed form: {error}") from error
 
 
-def describe(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    kind = node_kind(graph_module, node)
-    name = node.target if node.op == "call_module" else node.name
-    return f"node {name!r} ({getattr(kind, '__name__', kind)})"
-
-
 def bypassed(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node returns its first input. Raises Unsupported for dropout that is active."""
     kind = node_kind(graph_module, node)
@@ -68,7 +62,8 @@ def bypassed(graph_module: fx.GraphModule, node: fx.Node) -> bool:
             raise Unsupported(f"{describe(graph_module, node)} is active in eval mode")
         return True
     if getattr(kind, "__name__", "") == "stochastic_depth":
-        return not _arguments(graph_module, node, "input", "p", "mode", "training")["training"]
+        arguments = _arguments(graph_module, node, "input", "p", "mode", "training")
+        return not arguments.get("training", True)
     return kind in IDENTITIES
 
 
@@ -78,34 +73,6 @@ def remove_bypassed(graph_module: fx.GraphModule) -> None:
         if bypassed(graph_module, node):
             node.replace_all_uses_with(node.args[0])
             graph_module.graph.erase_node(node)
-
-
-def check_in_place(graph_module: fx.GraphModule) -> None:
-    """Raises Unsupported where a tensor is read after another node has overwritten it.
-
-    Packed nodes never overwrite what they read.
-    """
-    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    for node in order:
-        if not _overwrites(graph_module, node):
-            continue
-        later = [user for user in node.args[0].users if order[user] > order[node]]
-        if later:
-            raise Unsupported(
-                f"{describe(graph_module, node)} works in place on a tensor that "
-                f"{describe(graph_module, later[0])} reads afterwards"
-            )
-
-
-def _overwrites(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.op == "call_module":
-        return bool(getattr(graph_module.get_submodule(node.target), "inplace", False))
-    name = getattr(node.target, "__name__", node.target)
-    named = name.endswith("_") and not name.startswith("_")
-    augmented = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    return bool(named or augmented or node.kwargs.get("inplace", False))
 
 
 def geometry(layer: nn.Conv2d) -> dict[str, Any]:
@@ -125,12 +92,21 @@ def geometry(layer: nn.Conv2d) -> dict[str, Any]:
 
 
 def _arguments(graph_module: fx.GraphModule, node: fx.Node, *names: str) -> dict[str, Any]:
-    """A node's arguments by name, whether it is a module, a function or a method."""
+    """A node's arguments by name, whether it is a module, a function or a method.
+
+    Raises:
+        ValueError: it has others than `names`.
+    """
     if node.op == "call_module":
         module = graph_module.get_submodule(node.target)
         found = {name: getattr(module, name) for name in names if hasattr(module, name)}
         return {**found, names[0]: node.args[0]}
     found = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if found.get("dtype") in (None, torch.float32):  # what it is anyway
+        found.pop("dtype", None)
+    unknown = [*sorted(found.keys() - set(names)), *node.args[len(names) :]]
+    if unknown:
+        raise ValueError(f"expected {', '.join(names)} alone, got {unknown}, too")
     return {name: _constant(value) for name, value in found.items()}
 
 
@@ -153,7 +129,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _unary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
     def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-        values = _arguments(graph_module, node, "input")
+        values = _arguments(graph_module, node, "input", "inplace")
         return Translation(glue.Unary(function=function), (values["input"],), {})
 
     return make
@@ -178,13 +154,13 @@ def _leaky_relu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
 
 
 def _softmax(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    values = _arguments(graph_module, node, "input", "dim")
+    values = _arguments(graph_module, node, "input", "dim", "_stacklevel")
     return Translation(glue.Softmax(dim=values["dim"]), (values["input"],), {})
 
 
 def _binary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
     def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-        values = _arguments(graph_module, node, "input", "other", "alpha")
+        values = _arguments(graph_module, node, "input", "other", "alpha", "rounding_mode")
         if values.get("alpha", 1) != 1 or values.get("rounding_mode") is not None:
             raise ValueError("alpha and rounding_mode are not known")
         x, y = values["input"], values["other"]
@@ -290,7 +266,7 @@ def _transpose(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
 
 
 def _permute(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    first, *dims = node.args
+    first, *dims = *node.args, *node.kwargs.values()
     dims = dims[0] if dims and isinstance(dims[0], list | tuple) else dims
     return Translation(glue.Permute(dims=tuple(dims)), (first,), {})
 
@@ -332,11 +308,9 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _leaky_relu),
     **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), _softmax),
     **dict.fromkeys(ADDS, _binary("add")),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _binary("sub")),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _binary("mul")),
-    **dict.fromkeys(
-        (operator.truediv, operator.itruediv, torch.div, "div", "div_"), _binary("div")
-    ),
+    **dict.fromkeys((operator.sub, torch.sub, "sub"), _binary("sub")),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), _binary("mul")),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), _binary("div")),
     **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d), _batch_norm),
     **dict.fromkeys(MAX_POOLS, _max_pool),
     **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d), _avg_pool),

@@ -115,7 +115,7 @@ class _Ties:
             elif kind is nn.BatchNorm2d and module.affine:
                 self._fix(node.all_input_nodes)
                 self._norms.append(node)
-            elif kind in (nn.Conv2d, nn.Linear) and node.args:
+            elif kind in (nn.Conv2d, nn.Linear):
                 self._fix([node])
                 self.layers.append(node)
             elif self._homogeneous(traced, node):

@@ -123,8 +123,6 @@ def _quantizable_layers(graph_module: fx.GraphModule, keep_float: set[str]) -> l
             module = graph_module.get_submodule(node.target)
             if kind is nn.Conv2d and module.padding_mode != "zeros":
                 problems.append(f"{name} (Conv2d with padding_mode={module.padding_mode!r})")
-            if not node.args:  # called as layer(input=x)
-                node.args, node.kwargs = (node.kwargs["input"],), {}
             layers.append(node)
         elif kind in _UNQUANTIZABLE or (
             isinstance(kind, type) and issubclass(kind, nn.Conv2d | nn.Linear)

@@ -321,8 +321,7 @@ def _outputs(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """network(x) in batches, where possible in channels_last."""
     made = None
     for start in range(0, len(x), _BATCH):
-        # A copy: the network may work in place.
-        y = network(x[start : start + _BATCH].clone())
+        y = network(x[start : start + _BATCH])
         if made is None:
             layout = torch.channels_last if y.dim() == 4 else torch.contiguous_format
             made = torch.empty(len(x), *y.shape[1:], memory_format=layout).to(y)

@@ -46,9 +46,6 @@ def find_units(graph_module: fx.GraphModule, student: fx.GraphModule) -> list[Un
         for at, node in enumerate(nodes)
         if node.op == "call_module" and isinstance(modules[node.target], QuantConv2d | QuantLinear)
     }
-    for layer in layers.values():
-        if not layer.args:  # called as layer(input=x)
-            layer.args, layer.kwargs = (layer.kwargs["input"],), {}
     alone = _alone_alive(nodes)
     made = [nodes.index(reader_of(graph_module, n).producer) for n in layers.values()]
     bounds = sorted({max(at for at in alone if at <= producer) for producer in made})

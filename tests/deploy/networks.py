@@ -149,6 +149,39 @@ class Normalised(nn.Module):
         return self.fc(F.dropout(x.mean([2, 3]), training=self.training))
 
 
+class Habits(nn.Module):
+    """Layers that overwrite what others read, arguments by keyword or by numpy's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.conv, self.relu = nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(inplace=True)
+        self.last, self.drop, self.fc = nn.Conv2d(8, 8, 1), nn.Dropout(), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        y = self.norm(input=self.stem(input=x))
+        y = self.conv(self.relu(input=y)) + y
+        z = F.hardtanh_(self.last(F.relu(input=y, inplace=True)), 0.0, 2.0)
+        y += z
+        y = torch.cat([self.drop(input=y), z.softmax(axis=1)], axis=1)
+        y = torch.mul(F.relu6(input=y), F.softmax(y.mean(axis=(2, 3), keepdims=True), 1))
+        y = F.adaptive_avg_pool2d(input=y, output_size=1)
+        return self.fc(torch.flatten(input=y, start_dim=1))
+
+
+class Repooled(nn.Module):
+    """Pooled features that are pooled again and reshaped."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = conv_bn(3, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.conv(x).mean((2, 3), keepdim=True), 1)
+        x = x.flatten(1).view(-1, 16, 1, 1)
+        return self.fc(x.mean((2, 3))) - self.fc(x.sigmoid().squeeze(3).squeeze(2))
+
+
 def head(channels):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
 
@@ -191,6 +224,8 @@ NETWORKS = {
     "excite": lambda: nn.Sequential(conv_bn(3, 16, activation=nn.Hardswish), Excite(16), head(16)),
     "shuffle": lambda: nn.Sequential(conv_bn(3, 16), Shuffle(16), Shuffle(16), head(16)),
     "normalised": Normalised,
+    "habits": Habits,
+    "repooled": Repooled,
     "linear": lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 40), nn.BatchNorm1d(40), nn.ReLU(),
         nn.Linear(40, CLASSES)

@@ -13,8 +13,7 @@ PAIRS = [(2, 4), (4, 4), (4, 8), (2, 8)]
 
 def model_and_widths(name):
     model = randomize(NETWORKS[name]())
-    found = pack(quantized(model), images(1)).bits
-    layers = {n: pair for n, pair in found.items() if not n.endswith("_1")}
+    layers = pack(quantized(model), images(1)).bits
     widths = {n: [(w, 8) for w in (2, 4)] if a == 8 else PAIRS for n, (_, a) in layers.items()}
     return model, widths
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import (
     NETWORKS,
+    SIZE,
     agreement,
     compare_forced,
     conv_bn,
@@ -16,6 +18,8 @@ from networks import (
 from torch import nn
 
 from fdda_fast.deploy import pack
+from fdda_fast.deploy.fuse import layer_groups
+from fdda_fast.deploy.integer import _Packed
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.modules import quantizer_mode
 from fdda_fast.quantization.prepare import prepare
@@ -114,19 +118,32 @@ def test_grey_images_and_one_channel():
     assert compare_forced(qmodel, packed, images(16, channels=1)) < 1e-3
 
 
+class Shared(nn.Module):
+    """A layer that is called twice, one named as if it were its second call, one as an addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.shared, self.head = conv_bn(3, 8), nn.Conv2d(8, 8, 3, 1, 1), head(8)
+        self.shared_1, self.add = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.shared(self.conv(x)))
+        x = torch.sigmoid(torch.relu(self.shared(x)) + x + 0.5)
+        return self.head(self.add(self.shared_1(x)))
+
+
 def test_shared_layer():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.shared, self.head = conv_bn(3, 8), nn.Conv2d(8, 8, 3, 1, 1), head(8)
-
-        def forward(self, x):
-            x = torch.relu(self.shared(self.conv(x)))
-            return self.head(torch.relu(self.shared(x)) + x + 0.5)
-
-    qmodel = quantized(randomize(Twice()))
+    model = randomize(Shared())
+    qmodel = quantized(model, Bits(4, 4, overrides={"shared": (3, 5)}))
     packed = pack(qmodel, images(1))
     assert compare_forced(qmodel, packed, images(16)) < 1e-3
+    names = ["conv.0", "shared", "shared:1", "shared_1", "add", "head.2"]
+    assert list(layer_groups(qmodel, images(1))) == names
+    assert [n.name for n in packed.graph.nodes if isinstance(n.op, _Packed)] == names
+    assert list(packed.bits) == [name for name in names if name != "shared:1"]
+    assert packed.bits["shared"] == (3, 5)
+    again = pack(quantized(model, Bits(2, 2, overrides=packed.bits)), images(1))
+    assert again.bits == packed.bits
 
 
 def test_dead_and_tiny_ranges():
@@ -211,37 +228,49 @@ def test_refuses_active_dropout():
         pack(quantized(Drops().eval()), images(1))
 
 
-def test_in_place_operations():
-    class InPlace(nn.Module):
-        def __init__(self, late):
-            super().__init__()
-            self.conv, self.head, self.late = nn.Conv2d(3, 4, 1), head(4), late
+class Calls(nn.Module):
+    """A convolution, and a function of it and of its output."""
 
-        def forward(self, x):
-            y = self.conv(x)
-            z = nn.functional.relu(y, inplace=True)
-            if self.late:
-                z = z + y
-            z += 1
-            return self.head(z)
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.fc, self.function = nn.Conv2d(3, SIZE, 1), nn.Linear(SIZE, 5), function
 
-    qmodel = quantized(InPlace(late=False).eval())
-    compare_forced(qmodel, pack(qmodel, images(1)), images(4))
-    with pytest.raises(ValueError, match="works in place on a tensor that node 'add' "):
-        pack(quantized(InPlace(late=True).eval()), images(1))
+    def forward(self, x):
+        return self.function(self, self.conv(x))
 
 
-def test_refuses_several_outputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
+def test_numpy_names_of_arguments():
+    """Where the wrong dimensions would fit, too: one image, of as many channels as columns."""
+    qmodel = quantized(randomize(Calls(lambda net, y: y - y.mean(axis=(1,), keepdims=True))))
+    compare_forced(qmodel, pack(qmodel, images(1)), images(1))
 
-        def forward(self, x):
-            return self.conv(x), x
 
-    with pytest.raises(ValueError, match="must return one tensor"):
-        pack(quantized(Two()), images(1))
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda net, y: (y, y), r"must return one tensor, got \(conv, conv\)"),
+        (lambda net, y: {"o": y}, r"must return one tensor, got \{'o': conv\}"),
+        (lambda net, y: [{"o": (y, y.shape)}], "must return one tensor, got"),
+        (lambda net, y: y.shape[0], "must return one tensor, got getitem"),
+        (
+            lambda net, y: y.softmax(1, dtype=torch.float64).float(),
+            r"'softmax' .* expected input, dim, _stacklevel alone, got \['dtype'\], too",
+        ),
+        (
+            lambda net, y: F.hardsigmoid(y) + torch.add(y, y, out=torch.empty(0)),
+            r"'add' .* expected input, other, alpha, rounding_mode alone, got \['out'\], too",
+        ),
+        (lambda net, y: y - F.softmax(y), r"'softmax' .* Softmax\.dim: expected .*, got None"),
+        (
+            lambda net, y: net.fc(F.max_pool2d(F.adaptive_avg_pool2d(y, 1), 1).flatten(1)),
+            r"'fc' \(QuantLinear\): its input, of node 'flatten' .* what has a form on codes",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice", "ignore:An output with one")
+def test_refuses_what_a_network_does(function, message):
+    with pytest.raises(ValueError, match=message):
+        pack(quantized(Calls(function).eval()), images(1))
 
 
 def test_refuses_what_is_not_prepared_or_calibrated():
@@ -252,6 +281,13 @@ def test_refuses_what_is_not_prepared_or_calibrated():
         pack(prepare(model, Bits()), images(1))
     with pytest.raises(ValueError, match="example_input must be"):
         pack(quantized(model), images(1)[0])
+    with pytest.raises(
+        ValueError, match=r"cannot run on images of shape \(1, 16, 16\): .*channels"
+    ):
+        pack(quantized(model), images(1, channels=1))
+    model = NETWORKS["linear"]().eval()
+    with pytest.raises(ValueError, match=r"cannot run on images of shape \(3, 8, 8\): "):
+        pack(quantized(model), images(1, 8))
 
 
 def test_refuses_weights_that_are_not_finite():

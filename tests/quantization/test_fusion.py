@@ -113,7 +113,7 @@ def test_what_is_fused():
 
 
 def test_additions_in_place():
-    """Fused unless they write to what others read."""
+    """Fused, whichever operand is overwritten."""
 
     class InPlace(nn.Module):
         def __init__(self, swap):
@@ -128,7 +128,7 @@ def test_additions_in_place():
 
     for swap in (False, True):
         student, fused, images = students(InPlace(swap), 8)
-        assert len(fused_modules(fused)) == (0 if swap else 1)
+        assert len(fused_modules(fused)) == 1
         with torch.no_grad():
             assert fused(images).shape == student(images).shape
 
