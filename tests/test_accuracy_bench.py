@@ -106,7 +106,7 @@ def test_what_each_method_is_given(calls, tmp_path):
     )
     assert len(generators) == len(ABLATIONS) - 2 + 2
     given = {name for name, m in made.items() if isinstance(m, tuple)}
-    assert given == {"fdda", "fdda-bfloat16", "fdda+reconstruct", "fdda-4", "fdda-16"}
+    assert given == {"fdda", "fdda-bfloat16", "fdda+reconstruct", "equalized", "fdda-4", "fdda-16"}
     assert all(made[name] == ("refined", 1, False, images[name]) for name in given)
     few = {name: count for name, count in images.items() if count != 10}
     assert few == {"reconstruct-1024": 1020, "fdda-4": 40, "fdda-16": 160}
@@ -117,7 +117,8 @@ def test_what_each_method_is_given(calls, tmp_path):
     assert configs["real"].real_batch == 32
     assert kinds["reconstruct-1024"] == kinds["reconstruct"] == "reconstruct"
     both = {name for name, kind in kinds.items() if kind == "fdda+reconstruct"}
-    assert both == {"real+reconstruct", "zero-shot+reconstruct", "fdda+reconstruct"}
+    assert both == {"real+reconstruct", "zero-shot+reconstruct", "fdda+reconstruct", "equalized"}
+    assert {name for name, config in configs.items() if config.equalize} == {"equalized"}
     assert made["zero-shot+reconstruct"] is made["zero-shot"]
     assert configs["real+reconstruct"] == configs["real"].replace(method="fdda+reconstruct")
     weights = {

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..tracing import RELUS, addends, node_kind, note_shapes, trace
+from ..tracing import RELU6S, RELUS, addends, node_kind, note_shapes, trace
 from .modules import own_parameters
 from .prepare import VALUE_PRESERVING, is_global_average_pool
 
-# Half of the way (in the logarithm) to channels of one size: all of it leaves weights so unlike
-# each other that their rounding costs more than the activations' gains.
-_STRENGTH = 0.5
+# A quarter of the way (in the logarithm) to channels of one size: more of it leaves weights so
+# unlike each other that their rounding costs more than the activations' gains.
+_STRENGTH = 0.25
 _SMALLEST = 1e-3  # of a tensor's largest channel; a smaller one hardly matters
 # Ops through which a channel's positive factor passes.
 _HOMOGENEOUS = (
     VALUE_PRESERVING
     | RELUS
+    | RELU6S  # not by themselves: see `equalized`
     | {nn.AvgPool2d, F.avg_pool2d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 )
 
@@ -33,10 +34,11 @@ def equalized(model: nn.Module, images: torch.Tensor) -> nn.Module:
     A BatchNorm's output channel is multiplied by a positive factor, and the weights of the layers
     that read it, through ReLUs, pooling and additions, are divided by it, so the float network
     computes the same, and its BatchNorms read the same. Where additions tie the outputs of several
-    norms, all get the same factors. Tensors that anything else makes or reads (ReLU6,
-    concatenation, the image, a convolution without a norm) stay as they are. Nagel et al., ICCV
-    2019, section 4.1, with ranges of the activations in the place of weights', since weights have
-    a range for every output channel.
+    norms, all get the same factors. Tensors that anything else makes or reads (concatenation, the
+    image, a convolution without a norm) stay as they are. Factors are 1 for a tensor's largest
+    channel and more for others, so that no value of `images` passes a ReLU6's bound that did not
+    before; larger values may. Nagel et al., ICCV 2019, section 4.1, with ranges of the activations
+    in the place of weights', since weights have a range for every output channel.
 
     Args:
         model: a CNN that torch.fx can trace; not changed.
@@ -56,7 +58,7 @@ def equalized(model: nn.Module, images: torch.Tensor) -> nn.Module:
             largest = seen.maxima[layer.args[0]].view(channels, -1).amax(1)
             share = torch.maximum(share, largest / largest.max().clamp(min=1e-30))
         factor = share.clamp(min=_SMALLEST) ** -_STRENGTH
-        factor /= factor.log().mean().exp()
+        factor /= factor.min()
         for norm in norms:
             module = result.get_submodule(norm.target)
             module.weight *= factor
