@@ -7,10 +7,10 @@ generator trained without L_C and L_D (zero-shot data), of FDDA's generator, and
 the preset `fast` makes them, these also with `dtype = "bfloat16"`; block-wise reconstruction on the
 calibration images alone; reconstruction and then fine-tuning, from the calibration images alone,
 from zero-shot images, too, and from refined ones, which is what the preset `fast` does, without and
-with channels equalised beforehand; and reconstruction on 1,024 real images, for what more images would bring. The same number of
-fine-tuning steps and images per step for all that are fine-tuned. `--ablations` adds generators
-without one of the losses, with other weights of them and with centers for some classes only, and
-refinement with more real images.
+with channels equalised beforehand; and reconstruction on 1,024 real images, for what more images
+would bring. The same number of fine-tuning steps and images per step for all that are fine-tuned.
+`--ablations` adds generators without one of the losses, with other weights of them and with centers
+for some classes only, and refinement with more real images.
 
 Networks: the three shipped ones of Fashion-MNIST, and the ResNet-20 of 128 classes of glyphs
 (bench/glyphs.py, which is run where need be). The settings were chosen on Fashion-MNIST's ResNet-20

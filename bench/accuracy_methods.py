@@ -70,7 +70,9 @@ METHODS = {
         _ZERO_SHOT,
     ),
     "fdda+reconstruct": Method("... on refined images, too, then tuned (`fast`)", refined=True),
-    "equalized": Method("... channels equalised before", _FAST.replace(equalize=True), refined=True),
+    "equalized": Method(
+        "... channels equalised before", _FAST.replace(equalize=True), refined=True
+    ),
     "reconstruct-1024": Method(
         "reconstruction on 1,024 real images", _RECONSTRUCTED, per_class=None
     ),
