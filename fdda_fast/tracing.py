@@ -58,7 +58,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
     No node works in place: what `model` reads after it was overwritten, the graph reads from the
     node that overwrote it. `input` is a node's first argument, also where it came as a keyword;
-    `axis` and `keepdims` are `dim` and `keepdim`.
+    `axis` and `keepdims` are `dim` and `keepdim`. `view` is `reshape`, for tensors of any layout.
 
     Raises:
         ValueError: torch.fx cannot trace the model, it takes more than one input, or it reads a
@@ -81,6 +81,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
     for node in graph_module.graph.nodes:
         _use_plain_arguments(node)
     _take_out_of_place(graph_module)
+    for node in graph_module.graph.nodes:
+        given = (*node.args[1:], *node.kwargs.values())
+        is_view = node.op == "call_method" and node.target == "view"
+        if is_view and not isinstance(given[0], torch.dtype):
+            node.target = "reshape"  # also of channels_last
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module

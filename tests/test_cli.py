@@ -436,7 +436,9 @@ def test_allocate_then_quantize_then_pack(tmp_path):
 def test_allocate_on_images_of_a_generator(results, tmp_path):
     command = ["allocate", *OWN, "--average-bits", 4, "--out", tmp_path / "widths"]
     generator = results / "synthetic" / "generator.safetensors"
-    succeed(*command, "--weight-bits", "2,4", "--generator", generator, "--num-images", 5)
+    more = ["--generator", generator, "--num-images", 5, "--keep-float", "8"]
+    succeed(*command, "--weight-bits", "2,4", *more)
+    assert list(parse_bits(str(tmp_path / "widths" / "bits.toml")).overrides) == ["0", "3"]
     config = (tmp_path / "widths" / "config.toml").read_text()
     assert "num_images = 5" in config
     assert "weight_bits = [\n    2,\n    4,\n]" in config
@@ -451,6 +453,7 @@ def test_allocate_on_images_of_a_generator(results, tmp_path):
         (["--size-bytes", 9, "--weight-bits", "2,9"], "--weight-bits: expected widths of 2 to 8"),
         (["--size-bytes", 9, "--input-bits", "x"], "--input-bits: expected widths of 2 to 8 bits"),
         (["--size-bytes", 9, "--generator", "nothing.safetensors"], "no such file"),
+        (["--size-bytes", 9, "--keep-float", "9"], "keep_float names nothing in the model: ['9']"),
     ],
 )
 def test_bad_input_of_allocate(place, options, message):

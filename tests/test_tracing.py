@@ -215,3 +215,14 @@ def filled(net, x):
 def test_refuses(forward, message):
     with pytest.raises(ValueError, match=message):
         trace(Net(forward))
+
+
+def test_views_of_channels_last():
+    """As training has them, where the model was written for the other layout."""
+    net = Net(lambda net, x: net.a(x).view(x.shape[0], -1)).eval()
+    x = torch.randn(2, 3, 4, 5)
+    traced = trace(net)
+    y = traced(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, net(x))
+    kept = Net(lambda net, x: net.a(x).view(torch.int32).view(dtype=torch.float32))
+    assert torch.equal(trace(kept)(x), net.a(x) * 0 + kept.eval()(x))

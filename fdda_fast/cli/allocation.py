@@ -15,7 +15,8 @@ from ..config import to_dict, write_toml
 from ..deploy.costs import packed_costs
 from ..generator import sample
 from ..quantization.allocation import allocate
-from ..quantization.bits import check_bits
+from ..quantization.bits import Bits, check_bits
+from ..quantization.prepare import prepare
 from ..quantization.sensitivity import sensitivity
 from ..runs import RunFolder, display
 from .app import app, print_table
@@ -80,6 +81,10 @@ def allocate_command(
     input_bits: Annotated[
         str | None, typer.Option(help="Widths that inputs may have; default those of weights.")
     ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer that stays in float, as `keep_float` in a settings file has it."),
+    ] = None,
     generator: Annotated[
         Path | None, typer.Option(help="Finished generator: measure on images of it as well.")
     ] = None,
@@ -99,7 +104,11 @@ def allocate_command(
     inputs = where.open(to.seed or 0)
     images = inputs.calibration.images
     # The budget is not part of it: losses do not depend on it.
-    record = {**inputs.record, "weight_bits": weights, "input_bits": activations}
+    kept = keep_float or []
+    prepare(inputs.teacher, Bits(), keep_float=tuple(kept))  # refused before there is a folder
+    record = {
+        **inputs.record, "weight_bits": weights, "input_bits": activations, "keep_float": kept
+    }  # fmt: skip
     if generator is not None:
         (loaded,) = fitting_generators([generator], inputs)
         labels = torch.arange(num_images) % inputs.num_classes
@@ -113,11 +122,12 @@ def allocate_command(
             images,
             weights,
             input_widths=activations,
+            keep_float=kept,
             checkpoint=run.path / "losses.json",
             progress=progress,
         )
     with display("costs") as progress:
-        cost = packed_costs(inputs.teacher, images[:1], found.loss, kind, progress)
+        cost = packed_costs(inputs.teacher, images[:1], found.loss, kind, progress, keep_float=kept)
     chosen = allocate(found.loss, cost, limit, found.groups).overrides
     write_toml(run.result, {"bits": {"overrides": to_dict(chosen)}})
     table = Table()

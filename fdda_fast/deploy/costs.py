@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,8 @@ def packed_costs(
     widths: Mapping[str, Collection[Widths]],
     kind: str,
     progress: Progress | None = None,
+    *,
+    keep_float: Sequence[str] = (),
 ) -> dict[str, dict[Widths, float]]:
     """Costs for `allocate`, of networks that have one pair of widths throughout.
 
@@ -47,6 +49,7 @@ def packed_costs(
             al., UNIQ, 2018); `average_bits`, of the weights; `seconds`, the medians that
             `PackedModel.profile` measures on this machine, with the threads in use.
         progress: called as progress(networks packed, total, {}).
+        keep_float: as in `QuantizeConfig`; these layers' costs count at the first one, too.
 
     Raises:
         ValueError: an unknown kind, layers that are not those of the network, or as `pack`.
@@ -57,7 +60,7 @@ def packed_costs(
     pairs = sorted({pair for given in widths.values() for pair in given})
     networks: dict[Widths, PackedModel] = {}
     for pair in pairs:
-        student = prepare(model, Bits(*pair))
+        student = prepare(model, Bits(*pair), keep_float=tuple(keep_float))
         with quantizer_mode(student, "observe"), torch.no_grad():
             student(images)
         networks[pair] = pack(student, images[:1])

@@ -166,8 +166,10 @@ class _Lowering:
             kind in RESHAPES or is_global_average_pool(self.graph_module, node)
         ):
             # Sums are [N, C] or [N, C, 1, 1], see `_float`; of the latter, a pool is the same.
-            shape = node.meta["shape"]
-            return source if len(shape) in (2, 4) and math.prod(shape[2:]) == 1 else None
+            shape, users = node.meta["shape"], node.users
+            moved = all(node_kind(self.graph_module, user) in RESHAPES for user in users)
+            known = len(shape) in (2, 4) or (len(shape) == 3 and moved)
+            return source if known and math.prod(shape[2:]) == 1 else None
         return None
 
     def _glue(self, node: fx.Node) -> _Value:

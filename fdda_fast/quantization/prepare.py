@@ -20,7 +20,7 @@ PLACEMENTS = ("full_integer", "paper")
 VALUE_PRESERVING = {
     nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten,
     F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
-    "flatten", "view", "reshape", "contiguous",
+    torch.squeeze, "flatten", "view", "reshape", "squeeze", "contiguous",
 }  # fmt: skip
 # Arithmetic on activations against weights or other activations for which there is no low-bit form.
 _UNQUANTIZABLE = {
@@ -231,7 +231,9 @@ def _insert_after(
     module: nn.Module,
     users: Sequence[fx.Node],
 ) -> fx.Node:
-    """Puts `module` between `node` and some of its users."""
+    """Puts `module` between `node` and some of its users, under a name that is not taken."""
+    while hasattr(graph_module, name):
+        name = f"{name}_"
     graph_module.add_submodule(name, module)
     with graph_module.graph.inserting_after(node):
         new = graph_module.graph.call_module(name, (node,))

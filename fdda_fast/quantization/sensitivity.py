@@ -72,6 +72,7 @@ def sensitivity(
     metric: str = "kl",
     *,
     input_widths: Sequence[int] | None = None,
+    keep_float: Sequence[str] = (),
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -83,6 +84,7 @@ def sensitivity(
         widths: bits to try for weights, and for inputs where `input_widths` names no others.
         metric: `kl`, mean Kullback-Leibler divergence from the FP32 classes' probabilities, or
             `mse`, mean squared difference of the logits.
+        keep_float: as in `QuantizeConfig`; these layers have no widths.
         checkpoint: JSON file in which every figure is kept; one that is there is not measured.
         progress: called as progress(figures known, total, {}).
 
@@ -99,11 +101,12 @@ def sensitivity(
         for bits in given:
             check_bits(label, bits)
     graph = trace(model)
-    figures = _Figures(checkpoint, fingerprint(metric, images, model))
+    figures = _Figures(checkpoint, fingerprint((metric, *keep_float), images, model))
     targets = torch.cat([graph(batch) for batch in images.split(_BATCH)])
     calibration = (images, targets.argmax(1))
-    config = QuantizeConfig(steps=0, correct_batch_norms=False)
-    layers = list(_input_quantizers(prepare(model, Bits())))
+    kept = tuple(keep_float)
+    config = QuantizeConfig(steps=0, correct_batch_norms=False, keep_float=kept)
+    layers = list(_input_quantizers(prepare(model, Bits(), keep_float=kept)))
     groups = _groups(graph, layers)
     total = len(layers) * len(set(widths)) + sum(
         1 if reads_image else len(set(input_widths)) for reads_image in groups.values()

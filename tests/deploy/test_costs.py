@@ -41,6 +41,17 @@ def test_bytes_of_the_file(resnet, tmp_path):
     assert inner[4, 4] - inner[2, 4] == 32 * 16 * 9 * 2 // 8  # rows padded to 32
 
 
+def test_layers_that_stay_in_float_are_paid_for(resnet, tmp_path):
+    model, widths = resnet
+    kept = list(widths)[-1]
+    rest = {name: pairs for name, pairs in widths.items() if name != kept}
+    costs = packed_costs(model, images(2), rest, "bytes", keep_float=[kept])
+    packed = pack(quantized(model, Bits(4, 4), keep_float=(kept,)), images(1))
+    packed.save(tmp_path / "model.fdda")
+    size = (tmp_path / "model.fdda").stat().st_size
+    assert size <= total(costs, (4, 4)) <= 1.1 * size + 1000
+
+
 def test_bit_operations_and_average(resnet):
     model, widths = resnet
     costs = packed_costs(model, images(1), widths, "bit_operations")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
+from fdda_fast.deploy import pack
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.modules import (
     ActivationQuantizer,
@@ -244,6 +245,43 @@ def test_pooled_features_are_sums_of_codes():
     sums = x.double() * scale * positions
     assert (sums - sums.round()).abs().max() < 1e-3
     assert sums.abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    "squeezed",
+    [lambda x: x.squeeze(-1).squeeze(-1), lambda x: torch.squeeze(torch.squeeze(x, 3), 2)],
+)
+def test_pooled_features_that_are_squeezed(squeezed):
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.fc(squeezed(F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1)))
+
+    torch.manual_seed(0)
+    student = prepared(Squeezed().eval())
+    assert list(dict(student.named_modules())) == [
+        "",
+        "conv",
+        "fc",
+        "x_quantizer",
+        "relu_quantizer",
+    ]
+    packed = pack(student, IMAGES[:1])
+    assert [row.op for row in packed.summary()][-2:] == ["SumPool", "PackedLinear"]
+    torch.testing.assert_close(packed(IMAGES), student(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+def test_a_module_that_is_called_like_a_quantiser_stays():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval()
+    named = nn.Sequential()
+    for name, layer in zip(("conv", "relu", "relu_quantizer"), model, strict=True):
+        named.add_module(name, layer)
+    student = prepared(named)
+    assert isinstance(student.get_submodule("relu_quantizer"), QuantConv2d)
+    assert len(activation_quantizers(student)) == 2
 
 
 def test_resnet18_in_full():

@@ -74,6 +74,17 @@ def test_own_widths_for_inputs_and_figures_that_are_kept(measured, tmp_path, mon
         stage.sensitivity(model, images[1:], (2, 4), **options)
 
 
+def test_layers_that_stay_in_float_have_no_widths(measured):
+    model, images, found = measured
+    kept = stage.sensitivity(model, images, (4,), keep_float=("conv1", "fc"))
+    assert list(kept.loss) == [name for name in found.loss if name not in ("conv1", "fc")]
+    name = "stage3.0.conv2"
+    # Ranges are taken behind the other layers, which lose less.
+    assert kept.loss[name][4, 4] == pytest.approx(found.loss[name][4, 4], rel=0.5)
+    with pytest.raises(ValueError, match="keep_float names nothing"):
+        stage.sensitivity(model, images, (4,), keep_float=("conv9",))
+
+
 @pytest.mark.parametrize("metric", stage.METRICS)
 def test_one_logit(metric):
     torch.manual_seed(0)
