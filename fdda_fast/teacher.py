@@ -10,9 +10,10 @@ from torch import fx, nn
 
 from . import ops
 from .fingerprints import fingerprint
+from .graphs import fuse, norm_chains, note_shapes
 from .layers import LAYERS, use_layers
 from .stem import FrozenStem
-from .tracing import fuse, norm_chains, note_shapes, trace
+from .tracing import trace
 
 
 class Moments(NamedTuple):

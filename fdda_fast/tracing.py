@@ -1,4 +1,4 @@
-"""Traced networks: torch.fx graphs and what their nodes compute."""
+"""Tracing: from a network to a torch.fx graph in which nothing works in place."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import copy
 import inspect
 import operator
 from functools import partialmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
-RELUS = {nn.ReLU, F.relu, torch.relu, "relu"}
-RELU6S = {nn.ReLU6, F.relu6}
-HARDTANHS = {nn.Hardtanh, F.hardtanh}
-ADDS = {operator.add, torch.add, "add"}
+from .graphs import describe, node_kind
 
 # What returns its input itself in eval mode, and, by name, what may return some of its memory.
 _SAME = {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}
@@ -210,123 +206,3 @@ def _name(graph_module: fx.GraphModule, node: fx.Node) -> str:
         return node.args[1]
     kind: Any = node_kind(graph_module, node)
     return getattr(kind, "__name__", str(kind))
-
-
-def describe(graph_module: fx.GraphModule, node: fx.Node) -> str:
-    """A node's name and kind, for messages."""
-    kind = node_kind(graph_module, node)
-    name = node.target if node.op == "call_module" else node.name
-    return f"node {name!r} ({getattr(kind, '__name__', kind)})"
-
-
-def node_kind(graph_module: fx.GraphModule, node: fx.Node) -> object:
-    """What a node computes: a module's class, a function, or a method's name."""
-    if node.op == "call_module":
-        return type(graph_module.get_submodule(node.target))
-    return node.target if node.op in ("call_function", "call_method") else node.op
-
-
-def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """(low, high) of a node that only clips, else None."""
-    kind = node_kind(graph_module, node)
-    if kind in RELUS:
-        return 0.0, float("inf")
-    if kind in RELU6S:
-        return 0.0, 6.0
-    if kind in HARDTANHS:
-        given = (
-            vars(graph_module.get_submodule(node.target))
-            if node.op == "call_module"
-            else dict(zip(("min_val", "max_val"), node.args[1:], strict=False)) | node.kwargs
-        )
-        return float(given.get("min_val", -1)), float(given.get("max_val", 1))
-    return None
-
-
-def addends(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors of one shape that a node adds, else None.
-
-    The nodes must carry their shapes as `meta["shape"]`, see `note_shapes`.
-    """
-    if node_kind(graph_module, node) not in ADDS or len(node.args) != 2 or node.kwargs:
-        return None
-    a, b = node.args
-    nodes = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b
-    if not nodes or a.meta.get("shape") != b.meta.get("shape"):
-        return None
-    return a, b
-
-
-@torch.no_grad()
-def note_shapes(graph_module: fx.GraphModule, image_shape: tuple[int, int, int]) -> None:
-    """Runs the network on one blank image and notes every tensor's shape as `meta["shape"]`."""
-    ShapeProp(graph_module).propagate(torch.zeros(1, *image_shape))
-    for node in graph_module.graph.nodes:
-        node.meta["shape"] = getattr(node.meta.get("tensor_meta"), "shape", None)
-
-
-class NormChain(NamedTuple):
-    """BatchNorm2d -> [addition] -> [clip to 0 .. relu], where nobody else reads what is between.
-
-    relu: True: to 0 and above; a number: to 0 .. that number; False: no clipping.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    addition: fx.Node | None
-    relu: bool | float
-
-    @property
-    def norm(self) -> fx.Node:
-        return self.nodes[0]
-
-    @property
-    def last(self) -> fx.Node:
-        return self.nodes[-1]
-
-
-def norm_chains(graph_module: fx.GraphModule) -> list[NormChain]:
-    """The chain of every BatchNorm2d, in forward order. The nodes must carry their shapes.
-
-    Of two that an addition joins the later one has it: the other's output exists by then.
-    """
-    nodes = list(graph_module.graph.nodes)
-    order = {node: i for i, node in enumerate(nodes)}
-    norms = [n for n in nodes if node_kind(graph_module, n) is nn.BatchNorm2d]
-    chains = []
-    for norm in norms:
-        chain, addition, relu = [norm], None, False
-        user = only_user(norm)
-        operands = addends(graph_module, user) if user is not None else None
-        if operands is not None:
-            other = operands[operands[0] is norm]
-            later = other in norms and only_user(other) and order[other] > order[norm]
-            if not later:
-                chain.append(user)
-                addition, user = user, only_user(user)
-        clip = clip_of(graph_module, user) if user is not None else None
-        if clip is not None and clip[0] == 0:
-            chain.append(user)
-            relu = True if clip[1] == float("inf") else clip[1]
-        chains.append(NormChain(tuple(chain), addition, relu))
-    return chains
-
-
-def only_user(node: fx.Node) -> fx.Node | None:
-    """Who alone reads a node, or None."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def fuse(graph_module: fx.GraphModule, chain: NormChain, name: str, module: nn.Module) -> None:
-    """Puts `module`, called with the norm's input and the residual, in the place of a chain.
-
-    Every residual comes before the chain's last node, where the module is called.
-    """
-    inputs = [chain.norm.args[0]]
-    if chain.addition is not None:
-        inputs += [a for a in chain.addition.args if a is not chain.norm]
-    graph_module.add_submodule(name, module)
-    with graph_module.graph.inserting_after(chain.last):
-        new = graph_module.graph.call_module(name, tuple(inputs))
-    chain.last.replace_all_uses_with(new)
-    for node in reversed(chain.nodes):
-        graph_module.graph.erase_node(node)

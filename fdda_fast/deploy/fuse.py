@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ..graphs import addends, clip_of, node_kind
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
-from ..tracing import addends, clip_of, node_kind
 from .graph import unique_name
 from .shapes import annotate
 from .translate import remove_bypassed

@@ -12,9 +12,9 @@ from torch import fx
 
 from .. import ops
 from ..data.preprocessing import Preprocessing
+from ..graphs import describe, node_kind
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from ..quantization.prepare import is_global_average_pool
-from ..tracing import describe, node_kind
 from . import fold
 from .fold import Codes
 from .fuse import find_groups, layer_names

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..tracing import describe, node_kind
+from ..graphs import describe, node_kind
 from .translate import RESHAPES, Unsupported
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..tracing import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, describe, node_kind
+from ..graphs import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, describe, node_kind
 from . import glue
 from .integer import MaxPool2d, Reshape
 from .schema import Op

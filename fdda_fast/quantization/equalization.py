@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..tracing import RELU6S, RELUS, addends, node_kind, note_shapes, trace
+from ..graphs import RELU6S, RELUS, addends, node_kind, note_shapes
+from ..tracing import trace
 from .modules import own_parameters
 from .prepare import VALUE_PRESERVING, is_global_average_pool
 

@@ -6,8 +6,8 @@ import torch
 from torch import fx, nn
 
 from .. import ops
+from ..graphs import fuse, node_kind, norm_chains, note_shapes, only_user
 from ..layers import Conv3x3
-from ..tracing import fuse, node_kind, norm_chains, note_shapes, only_user
 from .modules import ActivationQuantizer, QuantConv2d
 
 

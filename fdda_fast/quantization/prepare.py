@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..tracing import ADDS, RELU6S, RELUS, node_kind, trace
+from ..graphs import ADDS, RELU6S, RELUS, node_kind
+from ..tracing import trace
 from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
 from .modules import ActivationQuantizer, own_parameters, quantized_layer
 

@@ -12,9 +12,10 @@ from torch import fx, nn
 
 from ..config import QuantizeConfig, ReconstructConfig
 from ..distributed import ALONE, Ranks
+from ..graphs import note_shapes
 from ..layers import LAYERS, convolved, use_layers
 from ..seeding import stream
-from ..tracing import note_shapes, trace
+from ..tracing import trace
 from ..training import Metrics, below, load_optimizer_tensors, optimizer_tensors, prefixed
 from .modules import ActivationQuantizer, QuantConv2d, QuantLinear, take_ranges
 from .rounding import LearnedRounding

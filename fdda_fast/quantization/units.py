@@ -33,7 +33,7 @@ def find_units(graph_module: fx.GraphModule, student: fx.GraphModule) -> list[Un
 
     Args:
         graph_module: the network that `student` was prepared from, traced; its nodes must carry
-            their shapes, see `fdda_fast.tracing.note_shapes`.
+            their shapes, see `fdda_fast.graphs.note_shapes`.
         student: from `prepare`.
 
     Returns:

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from fdda_fast.graphs import note_shapes
 from fdda_fast.models.small import mobilenetv2, regnetx, resnet20
 from fdda_fast.quantization.bits import Bits
 from fdda_fast.quantization.modules import quantizer_mode
 from fdda_fast.quantization.prepare import prepare
 from fdda_fast.quantization.units import find_units, part_of
-from fdda_fast.tracing import note_shapes, trace
+from fdda_fast.tracing import trace
 
 
 class PreAct(nn.Module):
