@@ -39,6 +39,7 @@ from torch import fx, nn
 
 from .checkpoint import load_tensors, save_tensors
 from .config import QuantizeConfig, from_dict, read_toml, to_dict, write_toml
+from .data.preprocessing import Preprocessing
 from .files import digest, written_whole
 from .models import load_teacher
 from .ops import backend_info
@@ -373,7 +374,14 @@ def load_quantized(run_dir: str | Path, teacher: nn.Module | None = None) -> fx.
     bits = from_dict(Bits(), config["bits"], "bits")
     settings = from_dict(QuantizeConfig(), config["quantize"], "quantize")
     teacher = teacher or load_recorded_teacher(config["teacher"])
-    student = prepare(teacher, bits, placement=settings.placement, keep_float=settings.keep_float)
+    read = Preprocessing.from_dict(config["preprocessing"])
+    student = prepare(
+        teacher,
+        bits,
+        placement=settings.placement,
+        keep_float=settings.keep_float,
+        image_shape=(read.channels, read.image_size, read.image_size),
+    )
     try:
         student.load_state_dict(tensors)
     except RuntimeError as error:

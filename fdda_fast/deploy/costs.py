@@ -60,7 +60,8 @@ def packed_costs(
     pairs = sorted({pair for given in widths.values() for pair in given})
     networks: dict[Widths, PackedModel] = {}
     for pair in pairs:
-        student = prepare(model, Bits(*pair), keep_float=tuple(keep_float))
+        shape = tuple(images.shape[1:])
+        student = prepare(model, Bits(*pair), keep_float=tuple(keep_float), image_shape=shape)
         with quantizer_mode(student, "observe"), torch.no_grad():
             student(images)
         networks[pair] = pack(student, images[:1])

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..graphs import describe, node_kind
+from ..quantization.prepare import AVERAGE_POOLS, is_global_average_pool
 from .translate import RESHAPES, Unsupported
 
 
@@ -82,4 +83,6 @@ def _fixes_size(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         # To more than one dimension behind the batch, and of more than one pixel.
         before, after = node.args[0].meta["shape"], node.meta["shape"]
         return len(after) > 2 and math.prod(before[2:]) > 1
+    if node_kind(graph_module, node) in AVERAGE_POOLS:
+        return is_global_average_pool(graph_module, node)  # of this size
     return any("constant" in source.meta for source in node.all_input_nodes)

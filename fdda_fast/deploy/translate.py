@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..graphs import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, describe, node_kind
+from ..quantization.prepare import AVERAGE_POOLS
 from . import glue
 from .integer import MaxPool2d, Reshape
 from .schema import Op
@@ -313,7 +314,7 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((operator.truediv, torch.div, "div"), _binary("div")),
     **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d), _batch_norm),
     **dict.fromkeys(MAX_POOLS, _max_pool),
-    **dict.fromkeys((nn.AvgPool2d, F.avg_pool2d), _avg_pool),
+    **dict.fromkeys(AVERAGE_POOLS, _avg_pool),
     **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _adaptive_pool),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys(RESHAPES, _reshape),

@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..graphs import RELU6S, RELUS, addends, node_kind, note_shapes
 from ..tracing import trace
 from .modules import own_parameters
-from .prepare import VALUE_PRESERVING, is_global_average_pool
+from .prepare import AVERAGE_POOLS, VALUE_PRESERVING, is_global_average_pool
 
 # A quarter of the way (in the logarithm) to channels of one size: more of it leaves weights so
 # unlike each other that their rounding costs more than the activations' gains.
@@ -24,7 +24,8 @@ _HOMOGENEOUS = (
     VALUE_PRESERVING
     | RELUS
     | RELU6S  # not by themselves: see `equalized`
-    | {nn.AvgPool2d, F.avg_pool2d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
+    | AVERAGE_POOLS
+    | {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 )
 
 

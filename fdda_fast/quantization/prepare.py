@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..graphs import ADDS, RELU6S, RELUS, node_kind
+from ..graphs import ADDS, RELU6S, RELUS, node_kind, note_shapes
 from ..tracing import trace
 from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
 from .modules import ActivationQuantizer, own_parameters, quantized_layer
@@ -23,6 +23,7 @@ VALUE_PRESERVING = {
     F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
     torch.squeeze, "flatten", "view", "reshape", "squeeze", "contiguous",
 }  # fmt: skip
+AVERAGE_POOLS = {nn.AvgPool2d, F.avg_pool2d}
 # Arithmetic on activations against weights or other activations for which there is no low-bit form.
 _UNQUANTIZABLE = {
     nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -40,6 +41,7 @@ def prepare(
     placement: str = "full_integer",
     keep_float: tuple[str, ...] = (),
     from_zero: bool = False,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> fx.GraphModule:
     """Copies and traces `model` and inserts fake quantisation.
 
@@ -54,6 +56,8 @@ def prepare(
             nowhere else (image, pooled features and linear bottlenecks stay in float).
         keep_float: names of layers (or of nodes that cannot be quantised) to leave in float.
         from_zero: the paper's moving average for activation ranges, see ActivationQuantizer.
+        image_shape: (C, H, W), where an average pool over the whole of such an image's map is to
+            count as a global one.
 
     Returns:
         A GraphModule in eval mode with QuantConv2d, QuantLinear and ActivationQuantizer modules.
@@ -66,6 +70,8 @@ def prepare(
         raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
     graph_module = trace(model)
     own_parameters(graph_module)
+    if image_shape is not None:
+        note_shapes(graph_module, image_shape)
     layers = _quantizable_layers(graph_module, set(keep_float))
     if not layers:
         raise ValueError("the model has no Conv2d or Linear layer to quantise")
@@ -107,6 +113,8 @@ def prepare(
                 users.setdefault(reader.source, []).append(reader.user)
         for source, group in users.items():
             quantize(wide if source is spot else source, f"{source.name}_quantizer", width, group)
+    for node in graph_module.graph.nodes:
+        node.meta.pop("shape", None)  # new nodes have none
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
@@ -141,8 +149,14 @@ def _quantizable_layers(graph_module: fx.GraphModule, keep_float: set[str]) -> l
 
 
 def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node averages each channel over the whole image."""
+    """Whether the node averages each channel over the whole image.
+
+    Of an average pool with a size of its own, that is known where nodes carry their shapes.
+    """
     kind = node_kind(graph_module, node)
+    if kind in AVERAGE_POOLS:
+        shape = node.args[0].meta.get("shape")
+        return shape is not None and _pools_whole(graph_module, node, tuple(shape[2:]))
     if kind is nn.AdaptiveAvgPool2d:
         return graph_module.get_submodule(node.target).output_size in (1, (1, 1), [1, 1])
     if kind is F.adaptive_avg_pool2d:
@@ -152,6 +166,19 @@ def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
     return False
+
+
+def _pools_whole(graph_module: fx.GraphModule, node: fx.Node, size: tuple[int, ...]) -> bool:
+    """Whether an average pool takes all of a map of that size, and divides by its pixels."""
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    if node.op == "call_module":
+        given = vars(graph_module.get_submodule(node.target))
+    else:
+        given = dict(zip((*names, "divisor_override"), node.args[1:], strict=False)) | node.kwargs
+    kernel, padding = given["kernel_size"], given.get("padding", 0)
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    plain = padding in (0, (0, 0), [0, 0]) and given.get("divisor_override") is None
+    return plain and isinstance(kernel, list | tuple) and tuple(kernel) == size
 
 
 class _Reader(NamedTuple):

@@ -98,6 +98,7 @@ def quantize(
         placement=config.placement,
         keep_float=config.keep_float,
         from_zero=config.ranges == "reference" and config.steps > 0,
+        image_shape=tuple(images.shape[1:]),
     )
     if config.weight_ranges != "auto" or config.ranges == "mse":
         clip_weights(student, config.weight_ranges, config.percentile)

@@ -15,6 +15,7 @@ from torch import fx, nn
 from ..config import QuantizeConfig
 from ..files import written_whole
 from ..fingerprints import fingerprint
+from ..graphs import note_shapes
 from ..losses import of_two_classes
 from ..tracing import trace
 from ..training import Progress
@@ -106,7 +107,9 @@ def sensitivity(
     calibration = (images, targets.argmax(1))
     kept = tuple(keep_float)
     config = QuantizeConfig(steps=0, correct_batch_norms=False, keep_float=kept)
-    layers = list(_input_quantizers(prepare(model, Bits(), keep_float=kept)))
+    shape = tuple(images.shape[1:])
+    note_shapes(graph, shape)
+    layers = list(_input_quantizers(prepare(model, Bits(), keep_float=kept, image_shape=shape)))
     groups = _groups(graph, layers)
     total = len(layers) * len(set(widths)) + sum(
         1 if reads_image else len(set(input_widths)) for reads_image in groups.values()
@@ -154,7 +157,9 @@ class _Figures:
         if self._path is not None and self._path.is_file():
             self._values = json.loads(self._path.read_text(encoding="utf-8"))
             if self._values.get("origin") != origin:
-                raise ValueError(f"{path}: was measured on another model, images or metric")
+                raise ValueError(
+                    f"{path}: was measured on another model, images, metric or keep_float"
+                )
 
     def get(self, name: str, measure: Callable[[], float]) -> float:
         if name not in self._values:

@@ -247,31 +247,51 @@ def test_pooled_features_are_sums_of_codes():
     assert sums.abs().max() > 1
 
 
-@pytest.mark.parametrize(
-    "squeezed",
-    [lambda x: x.squeeze(-1).squeeze(-1), lambda x: torch.squeeze(torch.squeeze(x, 3), 2)],
-)
-def test_pooled_features_that_are_squeezed(squeezed):
-    class Squeezed(nn.Module):
+def last_ops(pool):
+    """Of a packed network whose features are pooled so, and how its layers are quantised."""
+
+    class Pooled(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+            self.whole, self.part = nn.AvgPool2d(30, stride=1), nn.AvgPool2d(16)
 
         def forward(self, x):
-            return self.fc(squeezed(F.adaptive_avg_pool2d(F.relu(self.conv(x)), 1)))
+            return self.fc(pool(self, F.relu(self.conv(x))))
 
     torch.manual_seed(0)
-    student = prepared(Squeezed().eval())
-    assert list(dict(student.named_modules())) == [
-        "",
-        "conv",
-        "fc",
-        "x_quantizer",
-        "relu_quantizer",
-    ]
+    student = prepare(Pooled().eval(), Bits(), image_shape=(3, 32, 32))
+    with quantizer_mode(student, "observe"):
+        student(IMAGES)
     packed = pack(student, IMAGES[:1])
-    assert [row.op for row in packed.summary()][-2:] == ["SumPool", "PackedLinear"]
     torch.testing.assert_close(packed(IMAGES), student(IMAGES), atol=1e-4, rtol=1e-4)
+    return [row.op for row in packed.summary()][2:], packed.graph.fixed_size
+
+
+@pytest.mark.parametrize(
+    ("pool", "fixed"),
+    [
+        (lambda net, x: F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1), False),
+        (lambda net, x: torch.squeeze(torch.squeeze(x.mean([2, 3], True), 3), 2), False),
+        (lambda net, x: net.whole(x).view(x.size(0), -1), True),
+        (lambda net, x: F.avg_pool2d(x, (30, 30)).flatten(1), True),
+        (lambda net, x: F.avg_pool2d(x, kernel_size=30, padding=0).flatten(1), True),
+    ],
+)
+def test_however_features_are_pooled_their_sums_stay_exact(pool, fixed):
+    assert last_ops(pool) == (["SumPool", "PackedLinear"], fixed)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda net, x: net.part(x).flatten(1),  # 14 rows and columns are left out
+        lambda net, x: F.avg_pool2d(x, 30, divisor_override=9).flatten(1),
+        lambda net, x: F.avg_pool2d(x, 30, stride=3, padding=1).flatten(1),
+    ],
+)
+def test_other_pools_are_not_taken_for_such(pool):
+    assert "SumPool" not in last_ops(pool)[0]
 
 
 def test_a_module_that_is_called_like_a_quantiser_stays():

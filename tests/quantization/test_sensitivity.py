@@ -70,7 +70,7 @@ def test_own_widths_for_inputs_and_figures_that_are_kept(measured, tmp_path, mon
         assert losses == {pair: found.loss[name][pair] for pair in losses}
     monkeypatch.setattr(stage, "_distance", None)  # nothing is measured again
     assert stage.sensitivity(model, images, (2, 4), **options) == first
-    with pytest.raises(ValueError, match="measured on another model, images or metric"):
+    with pytest.raises(ValueError, match="measured on another model, images, metric or keep_float"):
         stage.sensitivity(model, images[1:], (2, 4), **options)
 
 
