@@ -71,7 +71,10 @@ def test_equals_the_reference_and_runs_where_it_is_exact(drawn, threads):
     expected = reference.packed_conv2d(*args)
     for isa in ISAS:
         actual, kernel = with_threads(threads, run, isa, args)
-        assert (kernel == "winograd_f3") == (exact and isa in F3_ISAS), isa
+        if isa == "amx":  # in tiles where they fit, else as avx512vnni
+            assert exact or kernel != "winograd_f3"
+        else:
+            assert (kernel == "winograd_f3") == (exact and isa in F3_ISAS), isa
         assert_result(actual, expected, args)
 
 
