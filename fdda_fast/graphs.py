@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,13 @@ def node_kind(graph_module: fx.GraphModule, node: fx.Node) -> object:
     return node.target if node.op in ("call_function", "call_method") else node.op
 
 
+def settings_of(graph_module: fx.GraphModule, node: fx.Node, *names: str) -> dict[str, Any]:
+    """A module's attributes, or what a function is given behind its input, `names` in order."""
+    if node.op == "call_module":
+        return vars(graph_module.get_submodule(node.target))
+    return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+
+
 def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     """(low, high) of a node that only clips, else None."""
     kind = node_kind(graph_module, node)
@@ -38,11 +45,7 @@ def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] 
     if kind in RELU6S:
         return 0.0, 6.0
     if kind in HARDTANHS:
-        given = (
-            vars(graph_module.get_submodule(node.target))
-            if node.op == "call_module"
-            else dict(zip(("min_val", "max_val"), node.args[1:], strict=False)) | node.kwargs
-        )
+        given = settings_of(graph_module, node, "min_val", "max_val")
         return float(given.get("min_val", -1)), float(given.get("max_val", 1))
     return None
 

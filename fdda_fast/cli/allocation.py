@@ -104,8 +104,8 @@ def allocate_command(
     inputs = where.open(to.seed or 0)
     images = inputs.calibration.images
     # The budget is not part of it: losses do not depend on it.
-    kept = keep_float or []
-    prepare(inputs.teacher, Bits(), keep_float=tuple(kept))  # refused before there is a folder
+    kept = tuple(keep_float or ())
+    prepare(inputs.teacher, Bits(), keep_float=kept)  # refused before there is a folder
     record = {
         **inputs.record, "weight_bits": weights, "input_bits": activations, "keep_float": kept
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ def packed_costs(
     kind: str,
     progress: Progress | None = None,
     *,
-    keep_float: Sequence[str] = (),
+    keep_float: tuple[str, ...] = (),
 ) -> dict[str, dict[Widths, float]]:
     """Costs for `allocate`, of networks that have one pair of widths throughout.
 
@@ -58,10 +58,10 @@ def packed_costs(
     if kind not in COSTS:
         raise ValueError(f"kind must be one of {COSTS}, got {kind!r}")
     pairs = sorted({pair for given in widths.values() for pair in given})
+    shape = tuple(images.shape[1:])
     networks: dict[Widths, PackedModel] = {}
     for pair in pairs:
-        shape = tuple(images.shape[1:])
-        student = prepare(model, Bits(*pair), keep_float=tuple(keep_float), image_shape=shape)
+        student = prepare(model, Bits(*pair), keep_float=keep_float, image_shape=shape)
         with quantizer_mode(student, "observe"), torch.no_grad():
             student(images)
         networks[pair] = pack(student, images[:1])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..graphs import ADDS, RELU6S, RELUS, node_kind, note_shapes
+from ..graphs import ADDS, RELU6S, RELUS, node_kind, note_shapes, settings_of
 from ..tracing import trace
 from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
 from .modules import ActivationQuantizer, own_parameters, quantized_layer
@@ -157,10 +157,8 @@ def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if kind in AVERAGE_POOLS:
         shape = node.args[0].meta.get("shape")
         return shape is not None and _pools_whole(graph_module, node, tuple(shape[2:]))
-    if kind is nn.AdaptiveAvgPool2d:
-        return graph_module.get_submodule(node.target).output_size in (1, (1, 1), [1, 1])
-    if kind is F.adaptive_avg_pool2d:
-        size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+    if kind in (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d):
+        size = settings_of(graph_module, node, "output_size")["output_size"]
         return size in (1, (1, 1), [1, 1])
     if kind in (torch.mean, "mean"):
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -171,10 +169,7 @@ def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def _pools_whole(graph_module: fx.GraphModule, node: fx.Node, size: tuple[int, ...]) -> bool:
     """Whether an average pool takes all of a map of that size, and divides by its pixels."""
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-    if node.op == "call_module":
-        given = vars(graph_module.get_submodule(node.target))
-    else:
-        given = dict(zip((*names, "divisor_override"), node.args[1:], strict=False)) | node.kwargs
+    given = settings_of(graph_module, node, *names, "divisor_override")
     kernel, padding = given["kernel_size"], given.get("padding", 0)
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     plain = padding in (0, (0, 0), [0, 0]) and given.get("divisor_override") is None

@@ -73,7 +73,7 @@ def sensitivity(
     metric: str = "kl",
     *,
     input_widths: Sequence[int] | None = None,
-    keep_float: Sequence[str] = (),
+    keep_float: tuple[str, ...] = (),
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -105,11 +105,11 @@ def sensitivity(
     figures = _Figures(checkpoint, fingerprint((metric, *keep_float), images, model))
     targets = torch.cat([graph(batch) for batch in images.split(_BATCH)])
     calibration = (images, targets.argmax(1))
-    kept = tuple(keep_float)
-    config = QuantizeConfig(steps=0, correct_batch_norms=False, keep_float=kept)
+    config = QuantizeConfig(steps=0, correct_batch_norms=False, keep_float=keep_float)
     shape = tuple(images.shape[1:])
     note_shapes(graph, shape)
-    layers = list(_input_quantizers(prepare(model, Bits(), keep_float=kept, image_shape=shape)))
+    student = prepare(model, Bits(), keep_float=keep_float, image_shape=shape)
+    layers = list(_input_quantizers(student))
     groups = _groups(graph, layers)
     total = len(layers) * len(set(widths)) + sum(
         1 if reads_image else len(set(input_widths)) for reads_image in groups.values()

@@ -45,7 +45,7 @@ def test_layers_that_stay_in_float_are_paid_for(resnet, tmp_path):
     model, widths = resnet
     kept = list(widths)[-1]
     rest = {name: pairs for name, pairs in widths.items() if name != kept}
-    costs = packed_costs(model, images(2), rest, "bytes", keep_float=[kept])
+    costs = packed_costs(model, images(2), rest, "bytes", keep_float=(kept,))
     packed = pack(quantized(model, Bits(4, 4), keep_float=(kept,)), images(1))
     packed.save(tmp_path / "model.fdda")
     size = (tmp_path / "model.fdda").stat().st_size
