@@ -305,7 +305,10 @@ def teacher_of(
 def check_norms(teacher: FrozenTeacher) -> None:
     """Raises ValueError for a teacher without BatchNorm2d."""
     if not teacher.running:
-        raise ValueError("the model has no BatchNorm2d layer, so there are no statistics to align")
+        raise ValueError(
+            "the model has no BatchNorm2d layer, so there are no statistics to align; "
+            "quantize it with method 'reconstruct', which needs none"
+        )
 
 
 def _centers(

@@ -18,7 +18,7 @@ from fdda_fast.ops._library import (
 
 define_pass("_products(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()")
 
-_CHUNK = 512  # pixels that a matrix product sums; libraries were seen to split longer sums
+CHUNK = 512  # terms that a matrix product sums; libraries were seen to split longer sums
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -51,13 +51,13 @@ class PixelProduct:
     def add(self, a: Tensor, b: Tensor) -> None:
         if prefers_own(a):
             return torch.ops.fdda._products(a.t(), b, self.total, True)
-        count = len(a) // _CHUNK
-        whole = count * _CHUNK
+        count = len(a) // CHUNK
+        whole = count * CHUNK
         if len(self.memory) < count + 1:
             self.memory = self.memory.new_empty(count + 1, *self.total.shape)
         parts = self.memory[: count + (whole < len(a))]
         if count:
-            chunks = [m[:whole].unflatten(0, (count, _CHUNK)) for m in (a, b)]
+            chunks = [m[:whole].unflatten(0, (count, CHUNK)) for m in (a, b)]
             torch.bmm(chunks[0].transpose(1, 2), chunks[1], out=parts[:count])
         if whole < len(a):
             torch.mm(a[whole:].t(), b[whole:], out=parts[count])

@@ -8,6 +8,7 @@ from torch import Tensor
 from fdda_fast.ops import reference
 from fdda_fast.ops._checks import FLOAT_DTYPES, check, check_tensor, pair
 from fdda_fast.ops._library import define, define_pass, register_autograd
+from fdda_fast.ops._products import CHUNK
 
 
 def linear_to_maps(
@@ -57,9 +58,18 @@ def _setup(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(z, weight)
 
 
+def _long_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, whose sums, one term for every output of the layer, are made chunk by chunk: libraries
+    cut a long one by the number of threads."""
+    count = len(b) // CHUNK
+    whole = count * CHUNK
+    chunks = a[:, :whole].unflatten(1, (count, CHUNK)), b[:whole].unflatten(0, (count, CHUNK))
+    return torch.bmm(chunks[0].transpose(0, 1), chunks[1]).sum(0) + a[:, whole:] @ b[whole:]
+
+
 def _backward(ctx, grad_y: Tensor) -> tuple:
     z, weight = ctx.saved_tensors
-    grad_z = grad_y.float().flatten(1) @ weight if ctx.needs_input_grad[0] else None
+    grad_z = _long_product(grad_y.float().flatten(1), weight) if ctx.needs_input_grad[0] else None
     return grad_z, *torch.ops.fdda.linear_to_maps_backward(grad_y, z), None, None
 
 
