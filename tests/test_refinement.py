@@ -171,7 +171,7 @@ def test_refuses_a_model_without_norms(calibration):
     bare = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10)).eval()
     with pytest.raises(ValueError, match="no BatchNorm2d"):
         refine(bare, calibration, CONFIG)
-    with pytest.raises(ValueError, match="no BatchNorm2d.* method 'reconstruct'"):
+    with pytest.raises(ValueError, match=r"no BatchNorm2d.* method 'reconstruct'"):
         quantize(bare, calibration, Bits(), SHORT)
     student = quantize(bare, calibration, Bits(8, 8), SHORT.replace(method="reconstruct"))
     images, _ = calibration
