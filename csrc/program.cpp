@@ -23,7 +23,8 @@ enum Kind : int64_t {
   kConv,
   kLinearSums,
   kPair,
-  kEachImage
+  kEachImage,
+  kCopy
 };
 
 class Reader {
@@ -143,6 +144,51 @@ PackedLinearS32 decode_linear(Reader& r) {
   return a;
 }
 
+CopyCodes decode_copy(Reader& r) {
+  CopyCodes a{};
+  a.x = r.address<const uint8_t>();
+  a.out = r.address<uint8_t>();
+  a.batch = r.next();
+  for (int i = 0; i < 3; ++i) r.read({&a.sizes[i], &a.out_sizes[i], &a.begin[i], &a.step[i]});
+  a.value = static_cast<uint8_t>(r.next());
+  return a;
+}
+
+// One pixel's channels.
+void copy_channels(const CopyCodes& a, const uint8_t* x, uint8_t* out) {
+  const int64_t begin = a.begin[2], count = a.out_sizes[2];
+  if (a.step[2] != 1) {  // of a slice: all are inside
+    for (int64_t c = 0; c < count; ++c) out[c] = x[begin + c * a.step[2]];
+    return;
+  }
+  const int64_t first = std::clamp<int64_t>(-begin, 0, count);
+  const int64_t end = std::clamp<int64_t>(a.sizes[2] - begin, first, count);
+  std::memset(out, a.value, first);
+  std::memcpy(out + first, x + begin + first, end - first);
+  std::memset(out + end, a.value, count - end);
+}
+
+void copy_codes(const CopyCodes& a) {
+  const int64_t lines = a.out_sizes[0], pixels = a.out_sizes[1], channels = a.out_sizes[2];
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, pixels * channels));
+  parallel_for(a.batch * lines, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t line = a.begin[0] + r % lines * a.step[0];
+      const bool inside = line >= 0 && line < a.sizes[0];
+      const int64_t at = (r / lines * a.sizes[0] + line) * a.sizes[1] * a.sizes[2];
+      uint8_t* out = a.out + r * pixels * channels;
+      for (int64_t p = 0; p < pixels; ++p, out += channels) {
+        const int64_t pixel = a.begin[1] + p * a.step[1];
+        if (inside && pixel >= 0 && pixel < a.sizes[1]) {
+          copy_channels(a, a.x + at + pixel * a.sizes[2], out);
+        } else {
+          std::memset(out, a.value, channels);
+        }
+      }
+    }
+  });
+}
+
 // Addresses of a step that may stand for inputs of a run.
 template <class Step, class Visit>
 void visit_sources(Step& a, Visit visit) {
@@ -163,6 +209,7 @@ const char* run_step(const PackedConv& a) { return active_kernels().packed_conv2
 const char* run_step(const PackedLinearS32& a) {
   return active_kernels().packed_linear_s32(a), "linear_s32";
 }
+const char* run_step(const CopyCodes& a) { return copy_codes(a), "copy"; }
 
 constexpr int64_t kBlockBytes = int64_t{1} << 18;  // of a pair's float outputs: they stay in L2
 
@@ -215,6 +262,7 @@ Program::Program(const std::vector<int64_t>& words) {
       case kSumPool: steps_.push_back(decode_sum_pool(r)); break;
       case kConv: steps_.push_back(decode_conv(r)); break;
       case kLinearSums: steps_.push_back(decode_linear(r)); break;
+      case kCopy: steps_.push_back(decode_copy(r)); break;
       case kPair: pairs_.insert(steps_.size()); break;
       case kEachImage:
         images_ = r.next();

@@ -12,6 +12,16 @@
 
 namespace fdda {
 
+// out[n, h, w, c] = x[n, begin + step * (h, w, c)] of images [sizes], or value where that is
+// outside.
+struct CopyCodes {
+  const uint8_t* x;
+  uint8_t* out;
+  int64_t batch;
+  int64_t sizes[3], out_sizes[3], begin[3], step[3];  // of lines, pixels and channels
+  uint8_t value;
+};
+
 class Program {
  public:
   // `words`: instructions, each its kind and what `decode` in program.cpp reads for it. Addresses
@@ -27,8 +37,8 @@ class Program {
            std::vector<const char*>* kernels = nullptr) const;
 
  private:
-  using Step =
-      std::variant<Quantize, RequantizeCodes, MaxPool, SumPool, PackedConv, PackedLinearS32>;
+  using Step = std::variant<Quantize, RequantizeCodes, MaxPool, SumPool, PackedConv,
+                            PackedLinearS32, CopyCodes>;
 
   std::vector<Step> steps_;
   std::set<size_t> pairs_;  // the first steps of pairs

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves
 
 RELUS = {nn.ReLU, F.relu, torch.relu, "relu"}
 RELU6S = {nn.ReLU6, F.relu6}
 HARDTANHS = {nn.Hardtanh, F.hardtanh}
 ADDS = {operator.add, torch.add, "add"}
+PADS = {nn.ZeroPad2d, nn.ConstantPad2d, F.pad}
 
 
 def describe(graph_module: fx.GraphModule, node: fx.Node) -> str:
@@ -31,10 +32,28 @@ def node_kind(graph_module: fx.GraphModule, node: fx.Node) -> object:
 
 
 def settings_of(graph_module: fx.GraphModule, node: fx.Node, *names: str) -> dict[str, Any]:
-    """A module's attributes, or what a function is given behind its input, `names` in order."""
+    """A module's attributes, or what a function is given behind its input, `names` in order.
+
+    Sizes that are computed from tensors' are numbers where they are known, see `note_values`.
+    """
     if node.op == "call_module":
         return vars(graph_module.get_submodule(node.target))
-    return dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    return fx.map_arg(given, lambda value: value.meta.get("constant", value))
+
+
+def slices_of(node: fx.Node) -> tuple | None:
+    """The index of a node that cuts slices out of a tensor, as x[:, :, ::2, ::2], else None."""
+    index = node.args[1] if node.target is operator.getitem else None
+    slices = isinstance(index, tuple) and all(isinstance(i, slice) or i is ... for i in index)
+    return index if slices else None
+
+
+def pads_with_zeros(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node_kind(graph_module, node) not in PADS:
+        return False
+    given = settings_of(graph_module, node, "pad", "mode", "value")
+    return given.get("mode", "constant") == "constant" and not given.get("value")
 
 
 def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
@@ -65,11 +84,28 @@ def addends(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, fx.No
 
 
 @torch.no_grad()
+def note_values(graph_module: fx.GraphModule, images: torch.Tensor) -> None:
+    """Runs the network and notes in every node's `meta` what its value is.
+
+    `shape` is that of a tensor, else None; `constant` is what is no tensor and holds none, as sizes
+    and what is computed from them.
+    """
+    _Notes(graph_module).run(images)
+
+
 def note_shapes(graph_module: fx.GraphModule, image_shape: tuple[int, int, int]) -> None:
-    """Runs the network on one blank image and notes every tensor's shape as `meta["shape"]`."""
-    ShapeProp(graph_module).propagate(torch.zeros(1, *image_shape))
-    for node in graph_module.graph.nodes:
-        node.meta["shape"] = getattr(node.meta.get("tensor_meta"), "shape", None)
+    """`note_values` of one blank image."""
+    note_values(graph_module, torch.zeros(1, *image_shape))
+
+
+class _Notes(fx.Interpreter):
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        node.meta["shape"] = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        node.meta.pop("constant", None)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            node.meta["constant"] = result
+        return result
 
 
 class NormChain(NamedTuple):

@@ -33,6 +33,9 @@ UNARY = {
     "gelu": F.gelu,
     "hardsigmoid": F.hardsigmoid,
     "hardswish": F.hardswish,
+    "elu": F.elu,
+    "mish": F.mish,
+    "softplus": F.softplus,
 }
 BINARY = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
 
@@ -65,11 +68,30 @@ class LeakyRelu(Op):
 
 
 @record
+class PRelu(Op):
+    slopes: int = whole(1)  # one, or one for every channel
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec(FLOAT32, (self.slopes,))}
+
+    def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+        return F.prelu(x, tensors["weight"])
+
+
+@record
 class Softmax(Op):
     dim: int = whole(-8, 7)
 
     def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         return F.softmax(x, self.dim)
+
+
+@record
+class LogSoftmax(Op):
+    dim: int = whole(-8, 7)
+
+    def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(x, self.dim)
 
 
 @record
@@ -144,6 +166,18 @@ class Chunk(Op):
 
     def run(self, tensors: Tensors, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.chunk(x, self.chunks, self.dim)
+
+
+@record
+class Split(Op):
+    """Into pieces of the given sizes."""
+
+    makes = "floats"
+    sizes: tuple[int, ...] = wholes(0, lengths=range(1, 4097))
+    dim: int = whole(-8, 7)
+
+    def run(self, tensors: Tensors, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(x, list(self.sizes), self.dim)
 
 
 @record

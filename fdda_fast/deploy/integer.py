@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..quantization.bits import MAX_BITS, MIN_BITS
 from .schema import (
+    MAX_EXTENT,
     Conv2dOp,
     Op,
     TensorSpec,
@@ -204,9 +205,68 @@ class Reshape(Op):
         return inputs[0]
 
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        codes = x.dtype == torch.uint8
-        x = (to_nchw(x) if codes else x).reshape(x.shape[0], *self.shape)
-        return to_nhwc(x).contiguous() if codes else x
+        return _as_nchw(x, lambda x: x.reshape(x.shape[0], *self.shape))
+
+
+@record
+class Slice(Op):
+    """Of codes or floats, as if they were NCHW.
+
+    begin, end, step: of Python's slices, one for every dimension behind the batch.
+    """
+
+    reads = (("codes", "float"),)
+    begin: tuple[int, ...] = wholes(-MAX_EXTENT, lengths=range(1, 8))
+    end: tuple[int, ...] = wholes(-MAX_EXTENT, lengths=range(1, 8))
+    step: tuple[int, ...] = wholes(1, lengths=range(1, 8))
+
+    def check(self) -> None:
+        if not len(self.begin) == len(self.end) == len(self.step):
+            raise ValueError("Slice: begin, end and step differ in length")
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return inputs[0]
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        index = map(slice, self.begin, self.end, self.step)
+        return _as_nchw(x, lambda x: x[(slice(None), *index)])
+
+
+@record
+class Pad(Op):
+    """Of codes or floats, as if they were NCHW, by a constant.
+
+    before, after: how many, one for every dimension behind the batch. value: a code where codes are
+    padded.
+    """
+
+    reads = (("codes", "float"),)
+    before: tuple[int, ...] = wholes(0, 1024, lengths=range(1, 8))
+    after: tuple[int, ...] = wholes(0, 1024, lengths=range(1, 8))
+    value: float = number()
+
+    def check(self) -> None:
+        if len(self.before) != len(self.after):
+            raise ValueError("Pad: before and after differ in length")
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        kind, bits = inputs[0]
+        if kind == "codes" and self.value not in range(2**bits):
+            raise ValueError(f"pads codes of {bits} bits with {self.value}")
+        return inputs[0]
+
+    def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        pairs = zip(reversed(self.before), reversed(self.after), strict=True)
+        return _as_nchw(
+            x, lambda x: F.pad(x, [n for pair in pairs for n in pair], value=self.value)
+        )
+
+
+def _as_nchw(x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """run(x), of floats and of codes alike."""
+    return to_nhwc(run(to_nchw(x))).contiguous() if x.dtype == torch.uint8 else run(x)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import fx
 
 from .. import ops
 from ..data.preprocessing import Preprocessing
-from ..graphs import describe, node_kind
+from ..graphs import describe, node_kind, pads_with_zeros, slices_of
 from ..quantization.modules import ActivationQuantizer, QuantConv2d, QuantLinear
 from ..quantization.prepare import is_global_average_pool
 from . import fold
@@ -109,7 +110,7 @@ class _Lowering:
         output = None
         for node in self.graph_module.graph.nodes:
             if node.op == "output":
-                if not isinstance(node.args[0], fx.Node) or "shape" not in node.args[0].meta:
+                if not isinstance(node.args[0], fx.Node) or node.args[0].meta["shape"] is None:
                     raise ValueError(f"the network must return one tensor, got {node.args[0]}")
                 output = self._float(node.args[0])
                 count = node.args[0].meta["shape"][-1]
@@ -157,9 +158,12 @@ class _Lowering:
     def _integer(self, node: fx.Node, kind: object, source: _Value) -> _Value | None:
         """Ops that codes and sums go through as they are, else None."""
         name = _name(node)
-        if source.kind == "codes" and (kind in MAX_POOLS or kind in RESHAPES):
-            index = self._emit(name, translate(self.graph_module, node).op, [source.index])
-            return source._replace(index=index)
+        pads = pads_with_zeros(self.graph_module, node)
+        moves = kind in MAX_POOLS or kind in RESHAPES or slices_of(node) is not None or pads
+        if source.kind == "codes" and moves:
+            op = translate(self.graph_module, node).op
+            op = replace(op, value=source.codes.zero_point) if pads else op
+            return source._replace(index=self._emit(name, op, [source.index]))
         if source.kind == "codes" and is_global_average_pool(self.graph_module, node):
             return _Value(self._emit(name, SumPool(), [source.index]), "sums", source.codes)
         if source.kind == "sums" and (

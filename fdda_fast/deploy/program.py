@@ -25,8 +25,10 @@ from .integer import (
     PackedCodes,
     PackedConv2d,
     PackedLinear,
+    Pad,
     Quantize,
     Requantize,
+    Slice,
     SumPool,
     Sums,
     to_nchw,
@@ -35,7 +37,9 @@ from .integer import (
 
 _ALIGNMENT = 64
 # As in program.cpp.
-_QUANTIZE, _REQUANTIZE, _MAX_POOL, _SUM_POOL, _CONV, _LINEAR_SUMS, _PAIR, _EACH_IMAGE = range(8)
+_QUANTIZE, _REQUANTIZE, _MAX_POOL, _SUM_POOL, _CONV, _LINEAR_SUMS, _PAIR, _EACH_IMAGE, _COPY = (
+    range(9)
+)
 
 _LARGE = 2**20  # bytes of an image's float outputs that do not stay in cache for their reader
 _STEP = 2**16  # bytes moved in the time that an instruction takes before it computes anything
@@ -307,7 +311,7 @@ def _image_nodes(graph: Graph, values: Sequence[Any], native: Sequence[bool]) ->
     best, best_gain, gain, read_until = 0, 0, 0, 0
     for n, node in enumerate(graph.nodes):
         first = isinstance(node.op, Quantize) and 0 in node.inputs and values[0].ndim == 4
-        kinds = Quantize | Requantize | MaxPool2d | PackedConv2d
+        kinds = Quantize | Requantize | MaxPool2d | Slice | Pad | PackedConv2d
         if not native[n] or not isinstance(node.op, kinds) or first != (n == 0):
             break
         moved = sum(_bytes(values[i]) for i in (*node.inputs, n + 1)) // len(values[0])
@@ -328,8 +332,8 @@ def _is_native(op: Any, inputs: Sequence[Any], bound: Tensors) -> bool:
         return False
     if isinstance(op, Quantize):
         return inputs[0].ndim in (2, 4)
-    if isinstance(op, MaxPool2d):
-        return inputs[0].dtype == torch.uint8
+    if isinstance(op, MaxPool2d | Slice | Pad):
+        return inputs[0].dtype == torch.uint8 and inputs[0].ndim in (2, 4)
     return isinstance(op, Requantize | SumPool | PackedConv2d | PackedLinear)
 
 
@@ -362,6 +366,35 @@ def _(op: MaxPool2d, bound: Tensors, x: _Sources, y: Any, kept: list[torch.Tenso
     geometry = (*op.kernel_size, *op.stride, *op.padding, *op.dilation)
     shapes = (*x.examples[0].shape, *y.shape[1:3])
     return [_MAX_POOL, x.address(0, "dense"), y.data_ptr(), *shapes, *geometry]
+
+
+@_encode.register
+def _(op: Slice, bound: Tensors, x: _Sources, y: Any, kept: list[torch.Tensor]) -> list[int]:
+    sizes = to_nchw(x.examples[0]).shape[1:]
+    cuts = map(slice, op.begin, op.end, op.step)
+    starts, _, steps = zip(*(s.indices(n) for s, n in zip(cuts, sizes, strict=True)), strict=True)
+    return _copy(x, y, starts, steps, 0)
+
+
+@_encode.register
+def _(op: Pad, bound: Tensors, x: _Sources, y: Any, kept: list[torch.Tensor]) -> list[int]:
+    return _copy(x, y, [-n for n in op.before], [1] * len(op.before), int(op.value))
+
+
+def _copy(
+    x: _Sources, y: torch.Tensor, starts: Sequence[int], steps: Sequence[int], value: int
+) -> list[int]:
+    """Of (channels, height, width), or of channels alone, to lines, pixels and channels."""
+    axes = list(
+        zip(to_nchw(x.examples[0]).shape[1:], to_nchw(y).shape[1:], starts, steps, strict=True)
+    )
+    channels, *places = axes
+    lines, pixels = places or [(1, 1, 0, 1)] * 2
+    size, out_size, start, step = channels
+    if (size, start, step) == (out_size, 0, 1) and pixels[3] == 1:  # whole lines at once
+        channels, pixels = (*(size * n for n in pixels[:3]), 1), (1, 1, 0, 1)
+    numbers = (*lines, *pixels, *channels, value)
+    return [_COPY, x.address(0, "dense"), y.data_ptr(), len(y), *numbers]
 
 
 @_encode.register

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import fx
 
-from ..graphs import describe, node_kind
+from ..graphs import describe, node_kind, note_values
 from ..quantization.prepare import AVERAGE_POOLS, is_global_average_pool
 from .translate import RESHAPES, Unsupported
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a network and keeps the shape of every tensor and every value that is no tensor."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.constants: dict[fx.Node, Any] = {}
-
-    def run_node(self, node: fx.Node) -> Any:
-        result = super().run_node(node)
-        if isinstance(result, torch.Tensor):
-            self.shapes[node] = tuple(result.shape)
-        elif not _holds_tensors(result):
-            self.constants[node] = result
-        return result
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_tensors(v) for v in value)
-    return isinstance(value, torch.Tensor)
 
 
 @torch.no_grad()
@@ -52,32 +26,30 @@ def annotate(graph_module: fx.GraphModule, example: torch.Tensor) -> bool:
         ValueError: the network cannot run on such images.
         Unsupported: a tensor whose first dimension is not the batch.
     """
-    runs = []
+    metas: list[dict] = []
     for batch in (2, 3):
-        recorder = _Recorder(graph_module)
+        metas = [dict(node.meta) for node in graph_module.graph.nodes]  # at last those of two
         try:
-            recorder.run(example.repeat(batch, 1, 1, 1))
+            note_values(graph_module, example.repeat(batch, 1, 1, 1))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             reason = str(error).partition("\n")[0]  # where in the graph comes behind
             raise ValueError(
                 f"the network cannot run on images of shape {tuple(example.shape[1:])}: {reason}"
             ) from error
-        runs.append(recorder)
-    first, second = runs
-    for node, shape in first.shapes.items():
-        node.meta["shape"] = shape
-        if node.op != "get_attr" and (shape[:1], second.shapes[node][:1]) != ((2,), (3,)):
-            raise Unsupported(
-                f"{describe(graph_module, node)}: its first dimension is not the batch"
-            )
-    for node, constant in first.constants.items():
-        node.meta["constant"] = constant
-        node.meta["batch_dependent"] = constant != second.constants[node]
+    for node, of_two in zip(graph_module.graph.nodes, metas, strict=True):
+        if node.meta["shape"] is not None:
+            first = of_two["shape"][:1], node.meta["shape"][:1]
+            if node.op != "get_attr" and first != ((2,), (3,)):
+                raise Unsupported(
+                    f"{describe(graph_module, node)}: its first dimension is not the batch"
+                )
+        elif "constant" in node.meta:
+            node.meta["batch_dependent"] = node.meta["constant"] != of_two["constant"]
     return any(_fixes_size(graph_module, node) for node in graph_module.graph.nodes)
 
 
 def _fixes_size(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    if "shape" not in node.meta or node.op in ("placeholder", "output", "get_attr"):
+    if node.meta["shape"] is None or node.op in ("placeholder", "output", "get_attr"):
         return False
     if node_kind(graph_module, node) in RESHAPES:
         # To more than one dimension behind the batch, and of more than one pixel.

@@ -10,11 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..graphs import ADDS, HARDTANHS, RELU6S, RELUS, clip_of, describe, node_kind
+from ..graphs import (
+    ADDS,
+    HARDTANHS,
+    PADS,
+    RELU6S,
+    RELUS,
+    clip_of,
+    describe,
+    node_kind,
+    slices_of,
+)
 from ..quantization.prepare import AVERAGE_POOLS
 from . import glue
-from .integer import MaxPool2d, Reshape
-from .schema import Op
+from .integer import MaxPool2d, Pad, Reshape, Slice
+from .schema import MAX_EXTENT, Op
 
 MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
 RESHAPES = {
@@ -136,11 +146,17 @@ def _unary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
     return make
 
 
-def _gelu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    values = _arguments(graph_module, node, "input", "approximate")
-    if values.get("approximate", "none") != "none":
-        raise ValueError("only the exact form is known")
-    return Translation(glue.Unary(function="gelu"), (values["input"],), {})
+def _default(function: str, **defaults: Any) -> Callable[[fx.GraphModule, fx.Node], Translation]:
+    """Of a function that has a form with its default settings alone."""
+
+    def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+        values = _arguments(graph_module, node, "input", *defaults, "inplace")
+        for name, default in defaults.items():
+            if values.get(name, default) != default:
+                raise ValueError(f"only {name}={default!r} is known, got {values[name]!r}")
+        return Translation(glue.Unary(function=function), (values["input"],), {})
+
+    return make
 
 
 def _hardtanh(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
@@ -154,9 +170,17 @@ def _leaky_relu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
     return Translation(op, (values["input"],), {})
 
 
-def _softmax(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    values = _arguments(graph_module, node, "input", "dim", "_stacklevel")
-    return Translation(glue.Softmax(dim=values["dim"]), (values["input"],), {})
+def _prelu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    weight = graph_module.get_submodule(node.target).weight
+    return Translation(glue.PRelu(slopes=len(weight)), (node.args[0],), {"weight": weight})
+
+
+def _softmax(record: type[Op]) -> Callable[[fx.GraphModule, fx.Node], Translation]:
+    def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+        values = _arguments(graph_module, node, "input", "dim", "_stacklevel")
+        return Translation(record(dim=values["dim"]), (values["input"],), {})
+
+    return make
 
 
 def _binary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
@@ -253,9 +277,49 @@ def _chunk(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
     return Translation(op, (values["input"],), {})
 
 
+def _split(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    name = "split_size" if node.op == "call_method" else "split_size_or_sections"
+    values = _arguments(graph_module, node, "input", name, "dim")
+    size, dim = values[name], values.get("dim", 0)
+    if isinstance(size, int):
+        whole = values["input"].meta["shape"][dim]
+        size = [min(size, whole - begin) for begin in range(0, whole, size)]
+    return Translation(glue.Split(sizes=tuple(size), dim=dim), (values["input"],), {})
+
+
 def _item(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
     source, index = node.args
+    if slices_of(node) is not None:
+        return _slice(source, _constant(index))
     return Translation(glue.Item(index=index), (source,), {})
+
+
+def _slice(source: fx.Node, index: tuple) -> Translation:
+    dims = len(source.meta["shape"])
+    if ... in index:
+        at = index.index(...)
+        index = *index[:at], *[slice(None)] * (dims - len(index) + 1), *index[at + 1 :]
+    batch, *rest = *index, *[slice(None)] * (dims - len(index))
+    if batch.indices(MAX_EXTENT) != (0, MAX_EXTENT, 1):
+        raise ValueError("it cuts the batch")
+    op = Slice(
+        begin=tuple(s.start or 0 for s in rest),
+        end=tuple(MAX_EXTENT if s.stop is None else s.stop for s in rest),
+        step=tuple(s.step or 1 for s in rest),
+    )
+    return Translation(op, (source,), {})
+
+
+def _pad(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    names = ("padding",) if node.op == "call_module" else ("pad", "mode")
+    values = _arguments(graph_module, node, "input", *names, "value")
+    if values.get("mode", "constant") != "constant":
+        raise ValueError(f"mode={values['mode']!r}")
+    numbers = values[names[0]]
+    before, after = (tuple(reversed(numbers[i::2])) for i in (0, 1))
+    rest = (0,) * (len(node.meta["shape"]) - 1 - len(before))
+    op = Pad(before=rest + before, after=rest + after, value=float(values.get("value") or 0))
+    return Translation(op, (values["input"],), {})
 
 
 def _transpose(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
@@ -302,12 +366,20 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _unary("sigmoid")),
     **dict.fromkeys((nn.Tanh, torch.tanh, "tanh"), _unary("tanh")),
     **dict.fromkeys((nn.SiLU, F.silu), _unary("silu")),
-    **dict.fromkeys((nn.GELU, F.gelu), _gelu),
+    **dict.fromkeys((nn.GELU, F.gelu), _default("gelu", approximate="none")),
+    **dict.fromkeys((nn.ELU, F.elu), _default("elu", alpha=1.0)),
+    **dict.fromkeys((nn.Mish, F.mish), _unary("mish")),
+    **dict.fromkeys((nn.Softplus, F.softplus), _default("softplus", beta=1.0, threshold=20.0)),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("hardsigmoid")),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("hardswish")),
     **dict.fromkeys(HARDTANHS, _hardtanh),
     **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _leaky_relu),
-    **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), _softmax),
+    nn.PReLU: _prelu,
+    **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), _softmax(glue.Softmax)),
+    **dict.fromkeys(
+        (nn.LogSoftmax, F.log_softmax, torch.log_softmax, "log_softmax"),
+        _softmax(glue.LogSoftmax),
+    ),
     **dict.fromkeys(ADDS, _binary("add")),
     **dict.fromkeys((operator.sub, torch.sub, "sub"), _binary("sub")),
     **dict.fromkeys((operator.mul, torch.mul, "mul"), _binary("mul")),
@@ -320,7 +392,9 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys((torch.cat, torch.concat), _cat),
     **dict.fromkeys((torch.chunk, "chunk"), _chunk),
+    **dict.fromkeys((torch.split, "split"), _split),
     operator.getitem: _item,
+    **dict.fromkeys(PADS, _pad),
     **dict.fromkeys((torch.transpose, "transpose"), _transpose),
     **dict.fromkeys((torch.permute, "permute"), _permute),
     "get_attr": _attribute,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,16 +14,15 @@ from torch import fx, nn
 from ..graphs import RELU6S, RELUS, addends, node_kind, note_shapes
 from ..tracing import trace
 from .modules import own_parameters
-from .prepare import AVERAGE_POOLS, VALUE_PRESERVING, is_global_average_pool
+from .prepare import AVERAGE_POOLS, is_global_average_pool, moves_values
 
 # A quarter of the way (in the logarithm) to channels of one size: more of it leaves weights so
 # unlike each other that their rounding costs more than the activations' gains.
 _STRENGTH = 0.25
 _SMALLEST = 1e-3  # of a tensor's largest channel; a smaller one hardly matters
-# Ops through which a channel's positive factor passes.
+# Ops, besides those that move values, through which a channel's positive factor passes.
 _HOMOGENEOUS = (
-    VALUE_PRESERVING
-    | RELUS
+    RELUS
     | RELU6S  # not by themselves: see `equalized`
     | AVERAGE_POOLS
     | {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
@@ -109,12 +109,13 @@ class _Ties:
         calls = Counter(n.target for n in traced.graph.nodes if n.op == "call_module")
         for node in traced.graph.nodes:
             if node.meta["shape"] is None:  # a size, or several tensors
-                if "tensor_meta" in node.meta:
+                if "constant" not in node.meta:
                     self._fix(node.all_input_nodes)
                 continue
             kind = node_kind(traced, node)
             module = traced.get_submodule(node.target) if node.op == "call_module" else None
-            if calls[node.target] > 1 and kind not in _HOMOGENEOUS:  # one factor for all its calls
+            homogeneous = self._homogeneous(traced, node)
+            if calls[node.target] > 1 and not homogeneous:  # one factor for all its calls
                 self._fix([node, *node.all_input_nodes])
             elif kind is nn.BatchNorm2d and module.affine:
                 self._fix(node.all_input_nodes)
@@ -122,7 +123,7 @@ class _Ties:
             elif kind in (nn.Conv2d, nn.Linear):
                 self._fix([node])
                 self.layers.append(node)
-            elif self._homogeneous(traced, node):
+            elif homogeneous:
                 for other in node.all_input_nodes:
                     if other.meta["shape"] is not None:
                         self._tie(node, other)
@@ -133,11 +134,13 @@ class _Ties:
     def _homogeneous(traced: fx.GraphModule, node: fx.Node) -> bool:
         if addends(traced, node) is not None:
             return True
-        if node_kind(traced, node) not in _HOMOGENEOUS and not is_global_average_pool(traced, node):
+        passes = node_kind(traced, node) in _HOMOGENEOUS or moves_values(traced, node)
+        if not passes and not is_global_average_pool(traced, node):
             return False
-        # A reshaping may make other channels (of a shuffle's groups); flattened ones stay in order.
+        # Slices and reshapings may make other channels; flattened ones stay in order.
         shape, before = node.meta["shape"], node.args[0].meta["shape"]
-        return len(shape) == 2 or shape[:2] == before[:2]
+        flattened = len(shape) == 2 and math.prod(shape) == math.prod(before)
+        return flattened or shape[:2] == before[:2]
 
     def _root(self, node: fx.Node) -> fx.Node:
         while self._parent.setdefault(node, node) is not node:

@@ -10,15 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..graphs import ADDS, RELU6S, RELUS, node_kind, note_shapes, settings_of
+from ..graphs import (
+    ADDS,
+    RELU6S,
+    RELUS,
+    node_kind,
+    note_shapes,
+    pads_with_zeros,
+    settings_of,
+    slices_of,
+)
 from ..tracing import trace
 from .bits import IMAGE_BITS, RESIDUAL_BITS, Bits
 from .modules import ActivationQuantizer, own_parameters, quantized_layer
 
 PLACEMENTS = ("full_integer", "paper")
 
-# Ops that only move or select values: quantising their input quantises their output.
-VALUE_PRESERVING = {
+_VALUE_PRESERVING = {
     nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Flatten,
     F.max_pool2d, torch.max_pool2d, F.dropout, F.dropout2d, torch.flatten, torch.reshape,
     torch.squeeze, "flatten", "view", "reshape", "squeeze", "contiguous",
@@ -114,7 +122,8 @@ def prepare(
         for source, group in users.items():
             quantize(wide if source is spot else source, f"{source.name}_quantizer", width, group)
     for node in graph_module.graph.nodes:
-        node.meta.pop("shape", None)  # new nodes have none
+        for name in ("shape", "constant"):  # new nodes have none
+            node.meta.pop(name, None)
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
@@ -146,6 +155,16 @@ def _quantizable_layers(graph_module: fx.GraphModule, keep_float: set[str]) -> l
     if keep_float:
         raise ValueError(f"keep_float names nothing in the model: {sorted(keep_float)}")
     return layers
+
+
+def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node only moves or selects values, or adds zeros, which every range holds: where
+    its input is quantised, its output is."""
+    return (
+        node_kind(graph_module, node) in _VALUE_PRESERVING
+        or slices_of(node) is not None
+        or pads_with_zeros(graph_module, node)
+    )
 
 
 def is_global_average_pool(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -197,7 +216,9 @@ def reader_of(graph_module: fx.GraphModule, layer: fx.Node) -> _Reader:
         if through_pool and is_global_average_pool(graph_module, producer):
             user, source = producer, producer.args[0]
             producer = source
-        elif node_kind(graph_module, producer) in VALUE_PRESERVING:
+        elif moves_values(graph_module, producer):
+            # Sums have no form that is cut or padded.
+            through_pool &= node_kind(graph_module, producer) in _VALUE_PRESERVING
             producer = producer.args[0]
         else:
             return _Reader(layer, producer, source, user)
@@ -209,7 +230,7 @@ def _feeds_addition(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         kind = node_kind(graph_module, user)
         if kind in ADDS and len(user.all_input_nodes) == 2:
             return True
-        if kind in VALUE_PRESERVING and _feeds_addition(graph_module, user):
+        if moves_values(graph_module, user) and _feeds_addition(graph_module, user):
             return True
     return False
 

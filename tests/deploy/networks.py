@@ -109,6 +109,25 @@ class PooledSum(nn.Module):
         return self.fc(x) + x
 
 
+class Several(nn.Module):
+    """Pieces of given sizes (Res2Net, MixNet), activations that are no clips, log_softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.slopes = conv_bn(3, 20), nn.PReLU(), nn.PReLU(12)
+        self.convs = nn.ModuleList(nn.Conv2d(n, n, 3, 1, 1) for n in (8, 8, 4))
+        self.last, self.fc = nn.Conv2d(20, 12, 1), nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        a, b, c = torch.split(self.one(x), 8, 1)
+        a = F.mish(self.convs[0](a))
+        b = F.softplus(self.convs[1](b + a))
+        c, d = F.elu(self.convs[2](c)).split([1, x.size(1) - 17], dim=1)
+        x = self.slopes(self.last(torch.cat([a, b, c, d], 1)))
+        return F.log_softmax(self.fc(x.mean((2, 3))), dim=1)
+
+
 class Excite(nn.Module):
     """Squeeze-and-excitation: global pool into convolutions, product with broadcasting."""
 
@@ -182,6 +201,43 @@ class Repooled(nn.Module):
         return self.fc(x.mean((2, 3))) - self.fc(x.sigmoid().squeeze(3).squeeze(2))
 
 
+class Narrowed(nn.Module):
+    """The shortcuts of He et al.'s ResNets for CIFAR-10: every other pixel, and channels of 0."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv_bn(inputs, outputs, 3, 2), conv_bn(outputs, outputs, activation=None)
+        )
+        self.more = (outputs - inputs) // 2
+
+    def forward(self, x):
+        y = self.body(x)
+        y += F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more), "constant", 0)
+        return F.relu(y)
+
+
+class Pieces(nn.Module):
+    """Slices of channels, lines and pixels, padding before a layer, pooling by the map's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.edge = conv_bn(3, 20), nn.ZeroPad2d((0, 1, 0, 1))
+        self.left, self.right = conv_bn(12, 8), nn.Conv2d(10, 8, 3, 2)
+        self.conv, self.fc = conv_bn(16, 16), nn.Linear(32, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(F.pad(x, (1, 2, 0, 1)))
+        left = self.left(x[:, :12, :-1, 1:-2])
+        right = self.right(self.edge(x[:, ::2, : x.size(2) - 1, 1:-2]))
+        right = F.pad(right, [0, 1], value=-0.5)[..., : right.size(3)]
+        x = torch.cat([left[:, :, ::2, 1::2], right], 1)
+        y = self.conv(x)
+        x = F.avg_pool2d(x, x.size()[2:]).view(x.size(0), -1)
+        y = F.avg_pool2d(y, y.shape[3]).flatten(1)
+        return self.fc(torch.cat([x, y], 1)) - self.fc(F.pad(y, (8, 8)))[:, :CLASSES]
+
+
 def head(channels):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
 
@@ -194,6 +250,8 @@ NETWORKS = {
     "wide": lambda: nn.Sequential(
         conv_bn(3, 32, 3, 2), Residual(32, 32, 1), Residual(32, 64, 2), head(64)
     ),
+    "cifar": lambda: nn.Sequential(conv_bn(3, 12), Narrowed(12, 24), Narrowed(24, 28), head(28)),
+    "pieces": Pieces,
     "stem": lambda: nn.Sequential(
         conv_bn(3, 16, 7, 2), nn.MaxPool2d(3, 2, 1), Residual(16, 16, 1), head(16)
     ),
@@ -222,6 +280,7 @@ NETWORKS = {
     "branches": lambda: nn.Sequential(conv_bn(3, 12), Branches(12), head(12)),
     "pooled_sum": PooledSum,
     "excite": lambda: nn.Sequential(conv_bn(3, 16, activation=nn.Hardswish), Excite(16), head(16)),
+    "several": Several,
     "shuffle": lambda: nn.Sequential(conv_bn(3, 16), Shuffle(16), Shuffle(16), head(16)),
     "normalised": Normalised,
     "habits": Habits,

@@ -90,7 +90,7 @@ def test_refuses(resnet):
         packed_costs(model, images(1), {"0.0": PAIRS}, COSTS[0])
     with pytest.raises(ValueError, match="no packed form"):
         packed_costs(
-            torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.PReLU()),
+            torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Softsign()),
             images(1),
             {"0": [(4, 8)]},
             COSTS[0],

@@ -189,9 +189,9 @@ def test_model_is_not_changed():
     [
         (nn.Sequential(conv_bn(3, 4), head(4)), {"placement": "paper"}, "full_integer"),
         (
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), head(4)),
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softsign(), head(4)),
             {},
-            r"node '1' \(Softplus\) has no packed form",
+            r"node '1' \(Softsign\) has no packed form",
         ),
         (
             nn.Sequential(nn.Conv2d(3, 4, 2, padding="same"), nn.ReLU(), head(4)),
@@ -260,6 +260,13 @@ def test_numpy_names_of_arguments():
             lambda net, y: F.hardsigmoid(y) + torch.add(y, y, out=torch.empty(0)),
             r"'add' .* expected input, other, alpha, rounding_mode alone, got \['out'\], too",
         ),
+        (lambda net, y: F.elu(y, 0.5), r"'elu' .* only alpha=1.0 is known, got 0.5"),
+        (lambda net, y: F.gelu(y, approximate="tanh"), "'gelu' .* only approximate='none' is"),
+        (lambda net, y: y[: y.size(0) // 2, :], "its first dimension is not the batch"),
+        (lambda net, y: y[-3:, :, 1:], "'getitem' .* it cuts the batch"),
+        (lambda net, y: y[:, : y.size(0)], r"'getitem' .* size depends on the batch size"),
+        (lambda net, y: F.pad(y, (1, 1, 0, 0), "reflect"), "'pad' .* mode='reflect'"),
+        (lambda net, y: F.pad(y, (-1, 0)), r"'pad' .* Pad\.before: expected .* got -1"),
         (lambda net, y: y - F.softmax(y), r"'softmax' .* Softmax\.dim: expected .*, got None"),
         (
             lambda net, y: net.fc(F.max_pool2d(F.adaptive_avg_pool2d(y, 1), 1).flatten(1)),

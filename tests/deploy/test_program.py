@@ -9,13 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from networks import CLASSES, NETWORKS, conv_bn, images, packed_network, quantized, randomize
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from fdda_fast.deploy import pack
+from fdda_fast.deploy.graph import Graph, Node
+from fdda_fast.deploy.integer import Dequantize, Pad, Quantize, Slice
 from fdda_fast.deploy.program import Program
 from fdda_fast.deploy.runtime import _PROGRAMS
+from fdda_fast.deploy.schema import MAX_EXTENT
 from fdda_fast.ops import backend_info
 from fdda_fast.ops._library import use_isa
 from fdda_fast.quantization.bits import Bits
@@ -53,7 +58,7 @@ def test_images_one_by_one(name, monkeypatch):
     packed = packed_network(name, Bits(4, 4))[1]
     assert_same(packed, images(3))
     program = program_of(packed)
-    never = ("dense", "preact", "excite", "shuffle", "normalised", "linear")
+    never = ("dense", "preact", "several", "excite", "shuffle", "normalised", "linear")
     assert (program._image_nodes > 1) == (name not in never)
     steps = program.profile(images(3))
     assert [step.node.name for step in steps] == [node.name for node in packed.graph.nodes]
@@ -91,6 +96,42 @@ def test_sums_of_two_convolutions_in_blocks(isa, threads, monkeypatch):
             assert [s.node.name for s in steps] == [n.name for n in packed.graph.nodes]
     finally:
         torch.set_num_threads(before)
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 70), st.data(),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_slices_and_padding(batch, channels, height, width, data):
+    """Against torch's; of codes of images and of features."""
+    sizes = data.draw(st.sampled_from([(channels, height, width), (width,)]))
+    low, high = st.integers(-80, 70), st.integers(-80, 80) | st.just(MAX_EXTENT)
+    cuts = [tuple(data.draw(s) for s in (low, high, st.integers(1, 4))) for _ in sizes]
+    begin, end, step = zip(*cuts, strict=True)
+    before, after = (tuple(data.draw(st.integers(0, 4)) for _ in sizes) for _ in range(2))
+    pads = [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair]
+    x = torch.randint(-128, 128, (batch, *sizes), generator=torch.Generator().manual_seed(0))
+    expected = x[(slice(None), *map(slice, begin, end, step))].float()
+    assume(expected.numel())
+    expected = nn.functional.pad(expected, pads)
+
+    ops = (
+        Quantize(scale=1.0, zero_point=0.0, bits=8), Slice(begin=begin, end=end, step=step),
+        Pad(before=before, after=after, value=128), Dequantize(scale=1.0, zero_point=128),
+    )  # fmt: skip
+    values = [x.float()]
+    for op in ops:
+        values.append(op.run({}, values[-1]))
+    assert torch.equal(values[-1], expected)
+    nodes = tuple(Node(str(i), op, (i,)) for i, op in enumerate(ops))
+    program = Program(Graph(1, (1, 1), False, nodes, len(nodes)), [{}] * len(nodes), values)
+    assert torch.equal(program.run(values[0]), expected)
+    assert [step.kernel for step in program.profile(values[0])] == [
+        "quantize",
+        "copy",
+        "copy",
+        "torch",
+    ]
 
 
 def test_extreme_images():

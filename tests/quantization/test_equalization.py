@@ -84,6 +84,22 @@ class Split(Plain):
         return self.fc(torch.flatten(self.pool(x), 1))
 
 
+class Cut(Plain):
+    """Slices and padding: of pixels, through which factors pass, and of channels and features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3, self.conv4 = nn.Conv2d(16, 8, 1), nn.Conv2d(12, 8, 1)
+        self.bn3, self.wide = nn.BatchNorm2d(8), nn.Linear(60, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y = self.conv3(F.pad(x, (1, 1))[:, :, ::2, 1:]) + self.conv4(F.pad(x[:, 2:14, ::2], (1, 0)))
+        y = F.relu(self.bn3(y))
+        y = torch.flatten(self.pool(y), 1)
+        return self.fc(F.pad(y, (16, 16))) + self.wide(F.pad(y[:, 4:], (16, 16)))
+
+
 class Shared(Plain):
     """Two layers, one of which alone can take factors up, with one weight."""
 
@@ -104,7 +120,7 @@ def made(cls):
     return model
 
 
-@pytest.mark.parametrize("cls", [Net, Plain, Repeated, Split, Shared])
+@pytest.mark.parametrize("cls", [Net, Plain, Repeated, Split, Cut, Shared])
 def test_the_float_network_computes_the_same(cls):
     model = made(cls)
     scaled = equalized(model, IMAGES)

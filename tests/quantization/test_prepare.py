@@ -276,10 +276,16 @@ def last_ops(pool):
         (lambda net, x: net.whole(x).view(x.size(0), -1), True),
         (lambda net, x: F.avg_pool2d(x, (30, 30)).flatten(1), True),
         (lambda net, x: F.avg_pool2d(x, kernel_size=30, padding=0).flatten(1), True),
+        (lambda net, x: F.avg_pool2d(x, x.size()[3]).flatten(1), True),
+        (lambda net, x: F.avg_pool2d(x, kernel_size=x.shape[-2:]).flatten(1), True),
+        (lambda net, x: F.avg_pool2d(x, (x.size(2), x.size(3)), 1).flatten(1), True),
+        (lambda net, x: F.adaptive_avg_pool2d(F.pad(x, (1, 1))[:, :, 1:], 1).flatten(1), False),
     ],
 )
 def test_however_features_are_pooled_their_sums_stay_exact(pool, fixed):
-    assert last_ops(pool) == (["SumPool", "PackedLinear"], fixed)
+    ops, fixed_size = last_ops(pool)
+    assert [op for op in ops if op not in ("Pad", "Slice")] == ["SumPool", "PackedLinear"]
+    assert fixed_size == fixed
 
 
 @pytest.mark.parametrize(
@@ -288,6 +294,8 @@ def test_however_features_are_pooled_their_sums_stay_exact(pool, fixed):
         lambda net, x: net.part(x).flatten(1),  # 14 rows and columns are left out
         lambda net, x: F.avg_pool2d(x, 30, divisor_override=9).flatten(1),
         lambda net, x: F.avg_pool2d(x, 30, stride=3, padding=1).flatten(1),
+        lambda net, x: F.avg_pool2d(x, x.size(3) // 2).flatten(1)[:, :6],
+        lambda net, x: F.pad(F.adaptive_avg_pool2d(x, 1).flatten(1)[:, :4], (1, 1)),
     ],
 )
 def test_other_pools_are_not_taken_for_such(pool):
