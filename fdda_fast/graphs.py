@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 RELUS = {nn.ReLU, F.relu, torch.relu, "relu"}
 RELU6S = {nn.ReLU6, F.relu6}
 HARDTANHS = {nn.Hardtanh, F.hardtanh}
+CLAMPS = {torch.clamp, torch.clip, torch.clamp_min, "clamp", "clip", "clamp_min"}
 ADDS = {operator.add, torch.add, "add"}
 PADS = {nn.ZeroPad2d, nn.ConstantPad2d, F.pad}
 
@@ -60,12 +62,18 @@ def clip_of(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float, float] 
     """(low, high) of a node that only clips, else None."""
     kind = node_kind(graph_module, node)
     if kind in RELUS:
-        return 0.0, float("inf")
+        return 0.0, math.inf
     if kind in RELU6S:
         return 0.0, 6.0
     if kind in HARDTANHS:
         given = settings_of(graph_module, node, "min_val", "max_val")
         return float(given.get("min_val", -1)), float(given.get("max_val", 1))
+    if kind in CLAMPS:
+        given = settings_of(graph_module, node, "min", "max")
+        low, high = (given.get(name) for name in ("min", "max"))
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if isinstance(low, int | float) and isinstance(high, int | float) and low <= high:
+            return float(low), float(high)
     return None
 
 
@@ -149,7 +157,7 @@ def norm_chains(graph_module: fx.GraphModule) -> list[NormChain]:
         clip = clip_of(graph_module, user) if user is not None else None
         if clip is not None and clip[0] == 0:
             chain.append(user)
-            relu = True if clip[1] == float("inf") else clip[1]
+            relu = True if clip[1] == math.inf else clip[1]
         chains.append(NormChain(tuple(chain), addition, relu))
     return chains
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ..graphs import (
     ADDS,
+    CLAMPS,
     HARDTANHS,
     PADS,
     RELU6S,
@@ -24,7 +25,7 @@ from ..graphs import (
 from ..quantization.prepare import AVERAGE_POOLS
 from . import glue
 from .integer import MaxPool2d, Pad, Reshape, Slice
-from .schema import MAX_EXTENT, Op
+from .schema import MAX_EXTENT, MAX_NUMBER, Op
 
 MAX_POOLS = {nn.MaxPool2d, F.max_pool2d, torch.max_pool2d}
 RESHAPES = {
@@ -159,9 +160,12 @@ def _default(function: str, **defaults: Any) -> Callable[[fx.GraphModule, fx.Nod
     return make
 
 
-def _hardtanh(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    low, high = clip_of(graph_module, node)
-    return Translation(glue.Hardtanh(low=low, high=high), tuple(node.all_input_nodes), {})
+def _clip(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    clip = clip_of(graph_module, node)
+    if clip is None:
+        raise ValueError("its bounds must be numbers, the lower one first")
+    low, high = (max(-MAX_NUMBER, min(bound, MAX_NUMBER)) for bound in clip)
+    return Translation(glue.Hardtanh(low=low, high=high), (node.args[0],), {})
 
 
 def _leaky_relu(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
@@ -372,7 +376,7 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((nn.Softplus, F.softplus), _default("softplus", beta=1.0, threshold=20.0)),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("hardsigmoid")),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("hardswish")),
-    **dict.fromkeys(HARDTANHS, _hardtanh),
+    **dict.fromkeys(HARDTANHS | CLAMPS, _clip),
     **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _leaky_relu),
     nn.PReLU: _prelu,
     **dict.fromkeys((nn.Softmax, F.softmax, torch.softmax, "softmax"), _softmax(glue.Softmax)),

@@ -121,7 +121,7 @@ class Several(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         a, b, c = torch.split(self.one(x), 8, 1)
-        a = F.mish(self.convs[0](a))
+        a = F.mish(self.convs[0](a)).sigmoid().clamp(min=0.5)
         b = F.softplus(self.convs[1](b + a))
         c, d = F.elu(self.convs[2](c)).split([1, x.size(1) - 17], dim=1)
         x = self.slopes(self.last(torch.cat([a, b, c, d], 1)))

@@ -158,7 +158,23 @@ def test_dead_and_tiny_ranges():
     compare_forced(qmodel, pack(qmodel, images(1)), images(16))
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, lambda: nn.Hardtanh(-0.5, 0.7)])
+class Clamp(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+CLIPS = [
+    nn.ReLU, nn.ReLU6, lambda: nn.Hardtanh(-0.5, 0.7),
+    lambda: Clamp(lambda x: x.clamp(0, 6)), lambda: Clamp(lambda x: torch.clamp(x, max=0.7)),
+    lambda: Clamp(lambda x: x.clip(min=-0.5)), lambda: Clamp(lambda x: x.clamp_min(0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", CLIPS)
 def test_range_wider_than_the_activation(activation):
     model = randomize(nn.Sequential(conv_bn(3, 8, activation=activation), head(8)))
     model[0][1].bias.data.add_(3)
@@ -168,6 +184,7 @@ def test_range_wider_than_the_activation(activation):
             module.x_min.fill_(-4)
             module.x_max.fill_(9)
     packed = pack(qmodel, images(1))
+    assert {row.domain for row in packed.summary()[1:]} == {"integer"}
     assert compare_forced(qmodel, packed, images(16)) < 1e-3
 
 
@@ -260,6 +277,8 @@ def test_numpy_names_of_arguments():
             lambda net, y: F.hardsigmoid(y) + torch.add(y, y, out=torch.empty(0)),
             r"'add' .* expected input, other, alpha, rounding_mode alone, got \['out'\], too",
         ),
+        (lambda net, y: y.clamp(1, 0), r"'clamp' .* its bounds must be numbers, the lower one"),
+        (lambda net, y: torch.clamp(y, y, None), "'clamp' .* its bounds must be numbers"),
         (lambda net, y: F.elu(y, 0.5), r"'elu' .* only alpha=1.0 is known, got 0.5"),
         (lambda net, y: F.gelu(y, approximate="tanh"), "'gelu' .* only approximate='none' is"),
         (lambda net, y: y[: y.size(0) // 2, :], "its first dimension is not the batch"),
