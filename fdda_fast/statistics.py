@@ -291,13 +291,19 @@ def teacher_of(
     """The teacher for calibration images and its number of classes, the images being checked.
 
     Raises ValueError or TypeError for what `check_labelled_images` refuses, labels past the
-    teacher's classes included, or a model that cannot be traced.
+    teacher's classes included, or a model that cannot be traced or returns no logits [N, K].
     """
     name = "calibration images"
     check_labelled_images(name, images, labels, 1 << 31)
     teacher = FrozenTeacher(model, tuple(images.shape[1:]))
     with torch.no_grad():
-        num_classes = teacher(images[:1]).shape[1]
+        shape = tuple(teacher(images[:1]).shape)
+    if len(shape) != 2 or shape[0] != 1:
+        raise ValueError(
+            f"the model must return logits [images, classes], got {shape} for one image; a "
+            "squeeze() without a dimension drops that of a single image: use flatten(1)"
+        )
+    num_classes = shape[1]
     check_labelled_images(name, images, labels, num_classes)
     return teacher, num_classes
 

@@ -13,6 +13,7 @@ from fdda_fast.statistics import (
     BNSCenters,
     check_labelled_images,
     collect_centers,
+    teacher_of,
     whitened,
 )
 from fdda_fast.teacher import Moments
@@ -236,3 +237,20 @@ def test_inconsistent_files_are_refused(model, tmp_path, change, message):
     save_tensors(path, tensors, metadata)
     with pytest.raises(ValueError, match=message):
         BNSCenters.load(path)
+
+
+class Squeezed(Branching):
+    """squeeze() takes the batch of a single image away, too."""
+
+    def forward(self, x):
+        return super().forward(x)[:, :, None, None].squeeze()
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [(Squeezed(), r"\(5,\)"), (nn.Conv2d(3, 4, 3), r"\(1, 4, 14, 14\)")],
+)
+def test_a_model_that_returns_no_logits_is_refused(network, shape):
+    images, labels = torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=f"must return logits .* got {shape} for one image"):
+        teacher_of(network.eval(), images, labels)

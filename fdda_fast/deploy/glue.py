@@ -37,7 +37,14 @@ UNARY = {
     "mish": F.mish,
     "softplus": F.softplus,
 }
-BINARY = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
+BINARY = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "maximum": torch.maximum,
+    "minimum": torch.minimum,
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -106,10 +113,18 @@ class Binary(Op):
 
 
 @record
+class ExpandAs(Op):
+    reads = (("float",), ("float",))
+
+    def run(self, tensors: Tensors, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.expand_as(y)
+
+
+@record
 class WithScalar(Op):
     """function(x, value), or function(value, x) when `reversed`."""
 
-    function: str = choice(*BINARY)
+    function: str = choice("add", "sub", "mul", "div")
     value: float = number()
     reversed: bool = flag()
 
@@ -226,6 +241,15 @@ class AdaptiveAvgPool2d(Op):
 
     def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool2d(x, (self.height, self.width))
+
+
+@record
+class AdaptiveMaxPool2d(Op):
+    height: int | None = optional(whole(1, 4096))
+    width: int | None = optional(whole(1, 4096))
+
+    def run(self, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_max_pool2d(x, (self.height, self.width))
 
 
 @record

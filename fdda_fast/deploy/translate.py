@@ -32,7 +32,7 @@ RESHAPES = {
     nn.Flatten, nn.Unflatten, torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze,
     "flatten", "view", "reshape", "squeeze", "unsqueeze", "unflatten",
 }  # fmt: skip
-IDENTITIES = {nn.Identity, nn.Dropout, nn.Dropout2d, "contiguous", "detach", "clone"}
+IDENTITIES = {nn.Identity, nn.Dropout, nn.Dropout2d, "contiguous", "detach", "clone", "float"}
 DROPOUTS = {F.dropout, F.dropout2d}
 
 
@@ -202,6 +202,11 @@ def _binary(function: str) -> Callable[[fx.GraphModule, fx.Node], Translation]:
     return make
 
 
+def _expand_as(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+    values = _arguments(graph_module, node, "input", "other")
+    return Translation(glue.ExpandAs(), (values["input"], values["other"]), {})
+
+
 def _batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
     norm = graph_module.get_submodule(node.target)
     if norm.running_mean is None:
@@ -246,11 +251,15 @@ def _avg_pool(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
     return Translation(op, (values["input"],), {})
 
 
-def _adaptive_pool(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
-    values = _arguments(graph_module, node, "input", "output_size")
-    height, width = _pair(values["output_size"])
-    op = glue.AdaptiveAvgPool2d(height=height, width=width)
-    return Translation(op, (values["input"],), {})
+def _adaptive_pool(record: type[Op]) -> Callable[[fx.GraphModule, fx.Node], Translation]:
+    def make(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
+        values = _arguments(graph_module, node, "input", "output_size", "return_indices")
+        if values.get("return_indices"):
+            raise ValueError("it returns indices")
+        height, width = _pair(values["output_size"])
+        return Translation(record(height=height, width=width), (values["input"],), {})
+
+    return make
 
 
 def _mean(graph_module: fx.GraphModule, node: fx.Node) -> Translation:
@@ -388,10 +397,18 @@ _TRANSLATORS: dict[Any, Callable[[fx.GraphModule, fx.Node], Translation]] = {
     **dict.fromkeys((operator.sub, torch.sub, "sub"), _binary("sub")),
     **dict.fromkeys((operator.mul, torch.mul, "mul"), _binary("mul")),
     **dict.fromkeys((operator.truediv, torch.div, "div"), _binary("div")),
+    **dict.fromkeys((torch.maximum, "maximum"), _binary("maximum")),
+    **dict.fromkeys((torch.minimum, "minimum"), _binary("minimum")),
+    "expand_as": _expand_as,
     **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d), _batch_norm),
     **dict.fromkeys(MAX_POOLS, _max_pool),
     **dict.fromkeys(AVERAGE_POOLS, _avg_pool),
-    **dict.fromkeys((nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _adaptive_pool),
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d), _adaptive_pool(glue.AdaptiveAvgPool2d)
+    ),
+    **dict.fromkeys(
+        (nn.AdaptiveMaxPool2d, F.adaptive_max_pool2d), _adaptive_pool(glue.AdaptiveMaxPool2d)
+    ),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys(RESHAPES, _reshape),
     **dict.fromkeys((torch.cat, torch.concat), _cat),

@@ -136,8 +136,10 @@ class Excite(nn.Module):
         self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
 
     def forward(self, x):
-        scale = self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1))))
-        return x * F.hardsigmoid(scale)
+        largest = F.adaptive_max_pool2d(x, (1, 1)).float()
+        pooled = torch.maximum(F.adaptive_avg_pool2d(x, 1), torch.minimum(largest, 0.5 * largest))
+        scale = self.up(F.relu(self.down(pooled)))
+        return x * F.hardsigmoid(scale).expand_as(x)
 
 
 class Shuffle(nn.Module):
