@@ -161,11 +161,20 @@ class DequantizeSums(Op):
         return mean[:, :, None, None] if self.spatial else mean
 
 
-@record
-class MaxPool2d(Op):
-    """Of codes or floats."""
+class _Moves(Op):
+    """Base of what makes codes of codes, with the same meaning, and floats of floats."""
 
     reads = (("codes", "float"),)
+
+    def result(self, inputs: Sequence[ValueType]) -> ValueType:
+        self.expect(inputs, self.reads)
+        return inputs[0]
+
+
+@record
+class MaxPool2d(_Moves):
+    """Of codes or floats."""
+
     kernel_size: tuple[int, int] = pair(1)
     stride: tuple[int, int] = pair(1)
     padding: tuple[int, int] = pair(0)
@@ -176,10 +185,6 @@ class MaxPool2d(Op):
         if any(2 * p > k for p, k in zip(self.padding, self.kernel_size, strict=True)):
             raise ValueError("MaxPool2d.padding: more than half the kernel")
 
-    def result(self, inputs: Sequence[ValueType]) -> ValueType:
-        self.expect(inputs, self.reads)
-        return inputs[0]
-
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         arguments = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         pool = ops.max_pool2d_codes if x.dtype == torch.uint8 else F.max_pool2d
@@ -187,35 +192,29 @@ class MaxPool2d(Op):
 
 
 @record
-class Reshape(Op):
+class Reshape(_Moves):
     """Of codes or floats, as if they were NCHW.
 
     shape: all but the batch dimension, -1 at most once.
     """
 
-    reads = (("codes", "float"),)
     shape: tuple[int, ...] = wholes(-1, lengths=range(1, 8))
 
     def check(self) -> None:
         if self.shape.count(-1) > 1:
             raise ValueError(f"Reshape.shape: more than one -1 in {self.shape}")
 
-    def result(self, inputs: Sequence[ValueType]) -> ValueType:
-        self.expect(inputs, self.reads)
-        return inputs[0]
-
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return _as_nchw(x, lambda x: x.reshape(x.shape[0], *self.shape))
 
 
 @record
-class Slice(Op):
+class Slice(_Moves):
     """Of codes or floats, as if they were NCHW.
 
     begin, end, step: of Python's slices, one for every dimension behind the batch.
     """
 
-    reads = (("codes", "float"),)
     begin: tuple[int, ...] = wholes(-MAX_EXTENT, lengths=range(1, 8))
     end: tuple[int, ...] = wholes(-MAX_EXTENT, lengths=range(1, 8))
     step: tuple[int, ...] = wholes(1, lengths=range(1, 8))
@@ -224,24 +223,19 @@ class Slice(Op):
         if not len(self.begin) == len(self.end) == len(self.step):
             raise ValueError("Slice: begin, end and step differ in length")
 
-    def result(self, inputs: Sequence[ValueType]) -> ValueType:
-        self.expect(inputs, self.reads)
-        return inputs[0]
-
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         index = map(slice, self.begin, self.end, self.step)
         return _as_nchw(x, lambda x: x[(slice(None), *index)])
 
 
 @record
-class Pad(Op):
+class Pad(_Moves):
     """Of codes or floats, as if they were NCHW, by a constant.
 
     before, after: how many, one for every dimension behind the batch. value: a code where codes are
     padded.
     """
 
-    reads = (("codes", "float"),)
     before: tuple[int, ...] = wholes(0, 1024, lengths=range(1, 8))
     after: tuple[int, ...] = wholes(0, 1024, lengths=range(1, 8))
     value: float = number()
@@ -251,11 +245,10 @@ class Pad(Op):
             raise ValueError("Pad: before and after differ in length")
 
     def result(self, inputs: Sequence[ValueType]) -> ValueType:
-        self.expect(inputs, self.reads)
-        kind, bits = inputs[0]
-        if kind == "codes" and self.value not in range(2**bits):
-            raise ValueError(f"pads codes of {bits} bits with {self.value}")
-        return inputs[0]
+        made = super().result(inputs)
+        if made.kind == "codes" and self.value not in range(2**made.bits):
+            raise ValueError(f"pads codes of {made.bits} bits with {self.value}")
+        return made
 
     def run(self, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         pairs = zip(reversed(self.before), reversed(self.after), strict=True)

@@ -344,3 +344,26 @@ def test_random_tampering(name, tmp_path):
 
 def test_no_pickle_in_the_file(path):
     assert set(load_file(path)) == set(load_tensors(path)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("pad", {"value": 256.0}, "pads codes of 8 bits with 256.0"),
+        ("pad", {"value": 0.5}, "pads codes of 8 bits with 0.5"),
+        ("pad", {"before": [0]}, "before and after differ in length"),
+        ("getitem", {"end": [1]}, "begin, end and step differ in length"),
+        ("getitem", {"step": [1, 0, 1]}, "Slice.step: expected an integer in 1"),
+    ],
+)
+def test_slices_and_padding_that_make_no_sense(name, changes, message, tmp_path):
+    path = tmp_path / "model.fdda"
+    packed_network("cifar")[1].save(path)
+
+    def change(parts, tensors):
+        (node,) = (n for n in parts["graph"]["nodes"] if n["name"] == name)
+        node["attributes"] |= changes
+
+    tamper(path, change)
+    with pytest.raises(ValueError, match=message):
+        load_packed(path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import ISAS, QUICK, generator, on_isa, with_threads
+from backends import ISAS, QUICK, assert_threads_agree, generator, on_isa
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,11 +71,10 @@ def test_threads_do_not_change_the_result(isa, dtype):
     g = generator(3)
     z, weight = torch.randn(16, 100, generator=g), torch.randn(24 * 90, 100, generator=g)
     bias, grad_y = torch.randn(len(weight), generator=g), torch.randn(16, 24, 9, 10, generator=g)
-    arguments = ops.linear_to_maps, z, weight, bias, (9, 10), dtype, grad_y.to(dtype)
     with on_isa(isa):
-        one, two = (with_threads(threads, with_gradients, *arguments) for threads in (1, 2))
-    for name, a, b in zip(("y", "z", "weight", "bias"), one, two, strict=True):
-        assert torch.equal(a, b), name
+        assert_threads_agree(
+            with_gradients, ops.linear_to_maps, z, weight, bias, (9, 10), dtype, grad_y.to(dtype)
+        )
 
 
 @pytest.mark.parametrize(
